@@ -1,0 +1,93 @@
+"""Saving and restoring what a run needs to go on exactly: state, and the position in the prompts."""
+
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from opd_jax.errors import UserError
+from opd_jax.train_step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, under workdir/checkpoints; a context manager.
+
+    Written in the background; a checkpoint appears under its final name only when it is whole, so a
+    run killed at any moment resumes from the newest whole one.
+
+    Args:
+      workdir: folder of the run.
+      keep: how many of the newest are kept; the best by held-out KL is kept beside them.
+    """
+
+    def __init__(self, workdir, keep: int):
+        newest = policies.LatestN(keep)
+        best = policies.BestN(
+            get_metric_fn=lambda m: m["kl"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        self._manager = ocp.CheckpointManager(
+            Path(workdir).absolute() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+                best_fn=lambda m: m["kl"],
+                best_mode="min",
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Steps done in the newest checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """Steps done in the checkpoint with the lowest held-out KL; None where none was evaluated."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: TrainState, prompts: dict, kl: float | None):
+        """Starts writing; the arrays are copied before this returns.
+
+        Args:
+          step: steps done.
+          state: the training state; may be donated afterwards.
+          prompts: `PromptIterator.state()`.
+          kl: held-out KL at this very step, nats a token, if it was evaluated.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), prompts=ocp.args.JsonSave(prompts)
+            ),
+            metrics=None if kl is None else {"kl": kl},
+        )
+
+    def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
+        """(state, prompt position) of a checkpoint, placed as abstract_state's shardings say.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        if step not in self._manager.all_steps():
+            there = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise UserError(
+                f"{self._manager.directory} has no checkpoint of step {step}; there: {there}"
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), prompts=ocp.args.JsonRestore()
+            ),
+        )
+        return restored["state"], restored["prompts"]
+
+    def close(self):
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

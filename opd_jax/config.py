@@ -1,0 +1,166 @@
+"""Checks a run's config before anything is loaded, and reads it from the command line."""
+
+import difflib
+import importlib.util
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from opd_jax.errors import UserError
+
+ALLOWED = {
+    "student.compute_dtype": ("auto", "float32", "bfloat16"),
+    "teacher.dtype": ("auto", "float32", "bfloat16"),
+    "data.source": ("demo", "jsonl", "tfds"),
+    "data.over_long": ("error", "drop"),
+    "scoring.student": ("sampler", "recompute"),
+    "segments.kind": ("punkt",),
+    "release.rule": ("none", "paper"),
+    "release.rescale": ("sequence", "batch", "none"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "optimizer.mu_dtype": ("float32", "bfloat16"),
+    "train.remat": ("none", "dots", "full"),
+}
+
+# field: (least value, most value or None)
+RANGES = {
+    "data.prompt_tokens": (1, None),
+    "data.heldout": (0, None),
+    "rollout.batch": (1, None),
+    "rollout.max_tokens": (1, None),
+    "rollout.temperature": (0, None),
+    "rollout.top_k": (0, None),
+    "rollout.top_p": (1e-6, 1),
+    "scoring.candidates": (2, 128),
+    "scoring.chunk": (1, None),
+    "release.min_segments": (2, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.clip_norm": (0, None),
+    "train.steps": (1, None),
+    "train.micro_batch": (0, None),
+    "train.updates_per_rollout": (1, None),
+    "train.clip_ratio": (1e-6, 1),
+    "eval.every": (0, None),
+    "checkpoint.every": (0, None),
+    "checkpoint.keep": (1, None),
+    "metrics.rollouts_every": (0, None),
+    "metrics.rollouts": (0, None),
+}
+
+
+def get(config: ConfigDict, key: str):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def nearest(word: str, words) -> str:
+    """" (did you mean X?)" for a misspelt word, or what there is."""
+    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Checks every value and fills in what derives from others (train.micro_batch of 0).
+
+    Returns:
+      The config.
+
+    Raises:
+      UserError: the first field with a value that is not allowed.
+    """
+    for key, values in ALLOWED.items():
+        value = get(config, key)
+        if value not in values:
+            raise UserError(
+                f"{key}={value} is not known{nearest(value, values)}; use one of {', '.join(values)}"
+            )
+    for key, (low, high) in RANGES.items():
+        value = get(config, key)
+        if value < low or (high is not None and value > high):
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    for key in ("student.path", "teacher.path"):
+        if not get(config, key):
+            raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")
+    with config.unlocked():
+        config.train.micro_batch = config.train.micro_batch or config.rollout.batch
+    if config.rollout.batch % config.train.micro_batch:
+        raise UserError(
+            f"train.micro_batch={config.train.micro_batch} does not divide "
+            f"rollout.batch={config.rollout.batch}; choose a divisor"
+        )
+    if config.eval.every and not config.data.heldout:
+        raise UserError("eval.every needs held-out prompts; set data.heldout, or eval.every=0")
+    return config
+
+
+def load(path: str, **overrides) -> ConfigDict:
+    """get_config() of a Python file, with dotted keys replaced."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def run(main, *, config: bool = True):
+    """Parses the command line and runs main(argv); a user's mistake ends in one line and status 2.
+
+    Args:
+      main: called with the remaining arguments once flags are parsed.
+      config: also define --config=FILE, with --config.key=value for each of its fields.
+    """
+    if config:
+        config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+
+    def parse(argv):
+        try:
+            return flags.FLAGS(argv)
+        except (AttributeError, KeyError) as error:
+            fail(_unknown_field(argv, error))
+        except (flags.Error, OSError, ValueError, TypeError) as error:
+            fail(error)
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except UserError as error:
+            fail(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(error):
+    """Prints one line and exits with status 2."""
+    sys.exit(_print_line(error))
+
+
+def _print_line(error) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def _unknown_field(argv, error) -> str:
+    """One line for a --config.key that no config has, with the nearest key there is."""
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    keys = [a.split("=", 1)[0][len("--config.") :] for a in argv if a.startswith("--config.")]
+    if path is None or not pathlib.Path(path.split(":")[0]).exists():
+        return str(error)
+    known = list(load(path.split(":")[0]).to_dict()) and _flat(load(path.split(":")[0]))
+    for key in keys:
+        if key not in known:
+            return f"--config.{key}: no such field{nearest(key, known)}; see configs/default.py"
+    return str(error)
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in config.items():
+        keys += _flat(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return keys

@@ -1,0 +1,287 @@
+"""Prompts: read, render with the chat template, hold some out, and batch in a reproducible order.
+
+Sources (`data.source`): "demo" (built in), "jsonl" (a file) and "tfds" (any prepared or registered
+dataset). Batches come from grain; an iterator's whole state is one step number, so a resumed run
+sees exactly the prompts that it would have seen.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opd_jax.errors import UserError
+from opd_jax.prompts import sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+      ids: token ids of the rendered conversation, ending where the response begins.
+      text: what the user asks, without the template's markup.
+      answer: the reference answer, or None.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    answer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run; no text is in both lists. `dropped` counts the over-long ones."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+    dropped: int
+
+
+class PromptBatch(NamedTuple):
+    """Host arrays of one batch, or of this process's share of it.
+
+    Attributes:
+      tokens_BP: int32, left-padded.
+      mask_BP: bool, True on the prompt's own tokens.
+      index_B: int32, the prompt's number in the list that the batch was made from.
+      valid_B: bool, False on the rows that only fill up the last held-out batch.
+    """
+
+    tokens_BP: np.ndarray
+    mask_BP: np.ndarray
+    index_B: np.ndarray
+    valid_B: np.ndarray
+
+
+def load(config: Any, tokenizer: Any) -> Prompts:
+    """Reads, renders and splits the prompts that `config.data` describes.
+
+    Args:
+      config: the `data` section of a config: `source`, `path`, `prompt_tokens`, `over_long`,
+        `system_prompt`, `heldout` (a count), and optionally `cache` (folder of the demo prompts;
+        default `$XDG_CACHE_HOME/opd_jax`) and `template_args` (extra arguments of the chat
+        template, such as `enable_thinking`).
+      tokenizer: a transformers tokenizer that has a chat template.
+
+    Raises:
+      UserError: any of these cannot be used as it is; the message names the key and the remedy.
+    """
+    if config.over_long not in ("error", "drop"):
+        raise UserError(f"data.over_long={config.over_long!r}: must be 'error' or 'drop'")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the student's tokenizer has no chat template; name an instruct model in student.path"
+        )
+    if config.source == "demo":
+        train, heldout = sources.read_demo(config.get("cache"))
+        prompts_train, dropped_train = _render(train, tokenizer, config)
+        prompts_heldout, dropped_heldout = _render(heldout, tokenizer, config)
+        if config.heldout > len(prompts_heldout):
+            raise UserError(
+                f"data.heldout={config.heldout}: the demo has {len(prompts_heldout)} held-out"
+                f" prompts of at most {config.prompt_tokens} tokens; ask for no more"
+            )
+        prompts_heldout = prompts_heldout[: config.heldout]
+        dropped = dropped_train + dropped_heldout
+    elif config.source in ("jsonl", "tfds"):
+        read = sources.read_jsonl if config.source == "jsonl" else sources.read_tfds
+        prompts, dropped = _render(read(config.path), tokenizer, config)
+        prompts_train, prompts_heldout = hold_out(prompts, config.heldout)
+    else:
+        raise UserError(f"data.source={config.source!r}: must be 'demo', 'jsonl' or 'tfds'")
+    if not prompts_train:
+        raise UserError(
+            f"data.source={config.source}: no training prompt is left ({dropped} were longer than"
+            f" data.prompt_tokens={config.prompt_tokens}, {len(prompts_heldout)} are held out)"
+        )
+    return Prompts(prompts_train, prompts_heldout, dropped)
+
+
+def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Splits off the `count` distinct texts with the smallest SHA-256; returns (train, heldout).
+
+    The choice depends on the texts alone, not on their order; every copy of a held-out text leaves
+    the training prompts, and one stays in the held-out ones.
+    """
+
+    def digest(text: str) -> bytes:
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+    first = {}
+    for prompt in prompts:
+        first.setdefault(prompt.text, prompt)
+    if not 0 <= count < max(len(first), 1):
+        raise UserError(
+            f"data.heldout={count}: must be at least 0 and below the number of distinct prompts,"
+            f" {len(first)}"
+        )
+    held = sorted(first, key=digest)[:count]
+    held_set = set(held)
+    return [p for p in prompts if p.text not in held_set], [first[text] for text in held]
+
+
+def batches(
+    prompts: Sequence[Prompt],
+    batch: int,
+    prompt_tokens: int,
+    pad_id: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start: Mapping[str, Any] | None = None,
+) -> "PromptIterator":
+    """An endless iterator of training batches, reshuffled every epoch.
+
+    `batch` counts the rows of all processes together; process i gets the i-th contiguous block of
+    every batch, so the order of prompts does not depend on the number of processes. Epochs join
+    without a gap: a batch may hold the end of one and the beginning of the next.
+
+    Args:
+      start: a `PromptIterator.state()` to go on from.
+
+    Raises:
+      UserError: `batch` is not divisible by `process_count`, or `start` belongs to other data.
+    """
+    return PromptIterator(
+        prompts, batch, prompt_tokens, pad_id, seed, process_index, process_count, start
+    )
+
+
+class PromptIterator:
+    """See `batches`. Each `next` is a pure function of (prompts, batch, seed, step)."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        batch: int,
+        prompt_tokens: int,
+        pad_id: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        start: Mapping[str, Any] | None,
+    ):
+        import grain  # slow to import, and only training needs it
+
+        share = _share(batch, process_index, process_count, "rollout.batch")
+        self._origin = {
+            "prompts": len(prompts),
+            "digest": _digest(prompts),
+            "batch": batch,
+            "seed": seed,
+        }
+        self._step = 0
+        if start is not None:
+            changed = [key for key, value in self._origin.items() if start[key] != value]
+            if changed:
+                raise UserError(
+                    f"the checkpoint's prompts differ from the config's in {', '.join(changed)}: "
+                    "restore the data.* settings of that run, or start in another --workdir"
+                )
+            self._step = start["step"]
+        self._batches = (
+            grain.MapDataset.range(len(prompts))
+            .shuffle(seed=seed)
+            .repeat()
+            .batch(batch)
+            .map(lambda index_B: index_B[share])
+            .map(lambda index_B: _collate(prompts, index_B, prompt_tokens, pad_id))
+        )
+
+    def __iter__(self) -> "PromptIterator":
+        return self
+
+    def __next__(self) -> PromptBatch:
+        result = self._batches[self._step]
+        self._step += 1
+        return result
+
+    def state(self) -> dict[str, Any]:
+        """What `batches(start=...)` needs to go on after the last batch taken; JSON-able."""
+        return {"step": self._step, **self._origin}
+
+
+def heldout_batches(
+    prompts: Sequence[Prompt],
+    batch: int,
+    prompt_tokens: int,
+    pad_id: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[PromptBatch]:
+    """The prompts once, in order; prompt 0 fills up the last batch, with `valid_B` False."""
+    share = _share(batch, process_index, process_count, "rollout.batch")
+    for first in range(0, len(prompts), batch):
+        row_B = np.arange(first, first + batch)
+        valid_B = row_B < len(prompts)
+        index_B = np.where(valid_B, row_B, 0)[share]
+        filled = _collate(prompts, index_B, prompt_tokens, pad_id)
+        yield filled._replace(valid_B=valid_B[share])
+
+
+def _share(batch: int, process_index: int, process_count: int, key: str) -> slice:
+    """The rows of a global batch that one process reads."""
+    if batch % process_count:
+        raise UserError(
+            f"{key}={batch}: must be divisible by the number of processes, {process_count}"
+        )
+    rows = batch // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(np.asarray(prompt.ids, np.int32).tobytes() + b"/")
+    return digest.hexdigest()[:16]
+
+
+def _collate(
+    prompts: Sequence[Prompt], index_B: np.ndarray, prompt_tokens: int, pad_id: int
+) -> PromptBatch:
+    tokens_BP = np.full((len(index_B), prompt_tokens), pad_id, np.int32)
+    mask_BP = np.zeros(tokens_BP.shape, bool)
+    for row, index in enumerate(index_B):
+        ids = prompts[index].ids
+        tokens_BP[row, prompt_tokens - len(ids) :] = ids
+        mask_BP[row, prompt_tokens - len(ids) :] = True
+    return PromptBatch(
+        tokens_BP, mask_BP, index_B.astype(np.int32), np.ones(len(index_B), bool)
+    )
+
+
+def _render(
+    conversations: Sequence[sources.Conversation], tokenizer: Any, config: Any
+) -> tuple[list[Prompt], int]:
+    """Renders and tokenises; returns the prompts that fit, and how many did not."""
+    system = config.system_prompt
+    template_args = dict(config.get("template_args") or {})
+    rendered = []
+    for messages, _ in conversations:
+        # A conversation that brings a system message of its own keeps it.
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        rendered.append(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **template_args
+            )
+        )
+    # The template has already written every special token.
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+    limit = config.prompt_tokens
+    over_long = [len(row) for row in ids if len(row) > limit]
+    if over_long and config.over_long == "error":
+        raise UserError(
+            f"data.prompt_tokens={limit}: {len(over_long)} of {len(ids)} prompts are longer, the"
+            f" longest has {max(over_long)} tokens; set data.prompt_tokens={max(over_long)} or"
+            " data.over_long=drop"
+        )
+    prompts = [
+        Prompt(tuple(row), "\n".join(m["content"] for m in messages), answer)
+        for row, (messages, answer) in zip(ids, conversations, strict=True)
+        if len(row) <= limit
+    ]
+    return prompts, len(over_long)

@@ -1,0 +1,118 @@
+"""Held-out evaluation: the student answers prompts it never trains on, and its distance to the teacher.
+
+    python -m opd_jax.evaluate --workdir=runs/release               # newest checkpoint of a run
+    python -m opd_jax.evaluate --workdir=runs/release --step=best
+    python -m opd_jax.evaluate --config=configs/demo.py             # the student before training
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from opd_jax import data, sharding
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.config import run
+from opd_jax.errors import UserError
+
+EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0
+RESAMPLES = 1000
+
+
+def evaluate(job, params: dict, teacher_params: dict) -> dict:
+    """Samples a response to every held-out prompt and measures it against the teacher.
+
+    Every evaluation of a run uses the same prompts and the same uniform draws, so that two of them
+    differ by the student alone.
+
+    Returns:
+      kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
+      student's own responses, with a 95% bootstrap interval over prompts; response_length, tokens;
+      finished_share; prompts, tokens; seconds; and rows, a list of one dict a prompt.
+    """
+    started = time.perf_counter()
+    c = job.config
+    key = job.key(EVALUATION_KEY)
+    out = []
+    batches = data.heldout_batches(
+        job.prompts.heldout,
+        c.rollout.batch,
+        c.data.prompt_tokens,
+        job.student.pad_id,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    for number, local in enumerate(batches):
+        batch = sharding.put_batch(job.mesh, local)
+        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
+        rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
+        sums = job.divergence(params, teacher_params, rollouts)
+        index_B, valid_B = sharding.gather(job.mesh, (batch.index_B, batch.valid_B))
+        out.append(jax.device_get(sums) | {"index_B": index_B, "valid_B": valid_B})
+    columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
+    columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
+    kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
+    low, high = bootstrap_ratio(kl_B, tokens_B)
+    return {
+        "kl": float(kl_B.sum() / tokens_B.sum()),
+        "kl_low": low,
+        "kl_high": high,
+        "response_length": float(tokens_B.mean()),
+        "finished_share": float(columns["finished_B"].mean()),
+        "prompts": len(tokens_B),
+        "tokens": int(tokens_B.sum()),
+        "seconds": time.perf_counter() - started,
+        "rows": [
+            {"prompt": int(i), "kl": float(k / n), "tokens": int(n), "finished": bool(f)}
+            for i, k, n, f in zip(
+                columns["index_B"], kl_B, tokens_B, columns["finished_B"], strict=True
+            )
+        ],
+    }
+
+
+def bootstrap_ratio(total_B, count_B) -> tuple[float, float]:
+    """95% percentile interval of sum(total) / sum(count) over resampled rows, from a fixed seed."""
+    pick = np.random.default_rng(0).integers(0, len(total_B), (RESAMPLES, len(total_B)))
+    ratios = total_B[pick].sum(axis=1) / count_B[pick].sum(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def main(_):
+    from ml_collections import ConfigDict
+
+    from opd_jax.job import prepare
+
+    workdir = flags.FLAGS.workdir
+    if (workdir is None) == (flags.FLAGS.config is None):
+        raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
+    if workdir is None:
+        job = prepare(flags.FLAGS.config)
+        params = job.start().params
+    else:
+        path = Path(workdir) / "config.json"
+        if not path.is_file():
+            raise UserError(f"--workdir={workdir} holds no run (no config.json)")
+        job = prepare(ConfigDict(json.loads(path.read_text())))
+        with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
+            step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(flags.FLAGS.step, flags.FLAGS.step)
+            if step is None or not str(step).isdigit():
+                raise UserError(f"--step={flags.FLAGS.step}: {workdir} has no such checkpoint")
+            params = checkpoints.restore(int(step), job.abstract_state())[0].params
+    result = evaluate(job, params, job.teacher_params())
+    rows = result.pop("rows")
+    for name, value in result.items():
+        print(f"{name:>16}  {value:.4g}" if isinstance(value, float) else f"{name:>16}  {value}")
+    if workdir is not None:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (Path(workdir) / f"evaluation_{step}.jsonl").write_text(lines)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "A run to evaluate.")
+    flags.DEFINE_string("step", "latest", "Which checkpoint of it: latest, best, or a number.")
+    run(main)

@@ -1,0 +1,256 @@
+"""All that a run needs, checked before anything is compiled or written: mesh, models, prompts, programs."""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opd_jax import data, metrics, rollout, scoring, segments, sharding, tokenizers
+from opd_jax import train_step as steps
+from opd_jax.config import validate
+from opd_jax.errors import UserError
+from opd_jax.models import source, transformer
+from opd_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A checked config and what follows from it; holds no weights.
+
+    Attributes:
+      config: the resolved config.
+      mesh: the devices.
+      student, teacher: the models; the student as it is trained, pruned.
+      tokenizer: the transformers tokenizer of both.
+      prompts: training and held-out prompts.
+      table: the SegmentTable, on the mesh.
+      optimizer: the optax transformation.
+      state_shardings, teacher_shardings: where each array lives.
+    """
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    student: ModelConfig
+    teacher: ModelConfig
+    tokenizer: Any
+    prompts: data.Prompts
+    table: segments.SegmentTable
+    optimizer: optax.GradientTransformation
+    state_shardings: steps.TrainState
+    teacher_shardings: dict
+
+    def start(self) -> steps.TrainState:
+        """The state before the first step: the student's weights in float32, pruned, sharded."""
+        path, drop = self.config.student.path, self.config.student.drop_layers
+        whole, params = source.load(
+            path,
+            key="student.path",
+            mesh=self.mesh,
+            shardings=_param_shardings(self.mesh, source.config(path, "student.path")),
+            dtype=jnp.float32,
+        )
+        if drop:
+            _, params = transformer.prune(whole, params, drop)
+        params = jax.device_put(params, self.state_shardings.params)
+        init = jax.jit(self.optimizer.init, out_shardings=self.state_shardings.opt_state)
+        step = jax.device_put(jnp.int32(0), self.state_shardings.step)
+        return steps.TrainState(step=step, params=params, opt_state=init(params))
+
+    def abstract_state(self) -> steps.TrainState:
+        """Shapes, dtypes and shardings of the state, to restore into."""
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            _abstract_state(self.student, self.optimizer),
+            self.state_shardings,
+        )
+
+    def teacher_params(self) -> dict:
+        """The teacher's weights in its dtype, sharded."""
+        return source.load(
+            self.config.teacher.path,
+            key="teacher.path",
+            mesh=self.mesh,
+            shardings=self.teacher_shardings,
+            dtype=self.teacher.dtype,
+        )[1]
+
+    def key(self, purpose: int) -> jax.Array:
+        """A PRNG key of the run's seed for one purpose, on the mesh."""
+        with jax.transfer_guard("allow"):  # a seed is a host number
+            key = jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+            return jax.device_put(key, sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def sample(self):
+        """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
+        c = self.config
+        sampling = rollout.Sampling(
+            max_tokens=c.rollout.max_tokens,
+            candidates=c.scoring.candidates,
+            temperature=c.rollout.temperature,
+            top_k=c.rollout.top_k,
+            top_p=c.rollout.top_p,
+        )
+
+        def sample(params, tokens_BP, mask_BP, key, step):
+            key = jax.random.fold_in(key, step)
+            return rollout.sample(self.student, params, tokens_BP, mask_BP, key, sampling)
+
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        return jax.jit(
+            sample,
+            in_shardings=(self.state_shardings.params, rows, rows, whole, whole),
+            out_shardings=rows,
+        )
+
+    @functools.cached_property
+    def train_step(self):
+        """Compiled train_step(state, teacher_params, rollouts, table); the state is donated."""
+        step = steps.make_train_step(self.student, self.teacher, self.config, self.optimizer)
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        return jax.jit(
+            step,
+            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole),
+            out_shardings=(self.state_shardings, whole, rows),
+            donate_argnums=0,
+        )
+
+    @functools.cached_property
+    def divergence(self):
+        """Compiled divergence(params, teacher_params, rollouts) -> per rollout sums, on every host.
+
+        Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B.
+        """
+
+        def divergence(params, teacher_params, rollouts):
+            kl_BT = scoring.reverse_kl(
+                self.student,
+                params,
+                self.teacher,
+                teacher_params,
+                rollouts,
+                chunk=self.config.scoring.chunk,
+            )
+            return {
+                "kl_B": kl_BT.sum(axis=1),
+                "tokens_B": rollouts.mask_BT.sum(axis=1),
+                "finished_B": rollouts.finished_B,
+            }
+
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        return jax.jit(
+            divergence,
+            in_shardings=(self.state_shardings.params, self.teacher_shardings, rows),
+            out_shardings=whole,
+        )
+
+
+def prepare(config, workdir=None) -> Job:
+    """Checks a config against the machine, the models, the tokenizers and the prompts.
+
+    Args:
+      config: a config as configs/default.py describes it; completed in place.
+      workdir: also check that a run may be written there.
+
+    Returns:
+      The Job. Nothing has been compiled, and nothing written but prepared prompts.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    validate(config)
+    if workdir is not None:
+        check_workdir(workdir, config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
+    student = _model(config, "student.path", config.student.compute_dtype)
+    teacher = _model(config, "teacher.path", config.teacher.dtype)
+    drop = config.student.drop_layers
+    if drop and not (set(drop) < set(range(student.layers))):
+        raise UserError(
+            f"student.drop_layers={tuple(drop)} does not fit a model of {student.layers} layers; "
+            f"give indices from 0 to {student.layers - 1}, and keep at least one"
+        )
+    student = student.replace(layers=student.layers - len(set(drop)))
+
+    tokenizer = tokenizers.load(config.student.path, "student.path")
+    tokenizers.check_pair(tokenizer, tokenizers.load(config.teacher.path, "teacher.path"))
+    ends = tokenizers.end_ids(tokenizer, student)
+    valid = min(student.valid_vocab, teacher.valid_vocab)
+    student, teacher = (m.replace(eos_ids=ends, valid_vocab=valid) for m in (student, teacher))
+    length = config.data.prompt_tokens + config.rollout.max_tokens
+    for key, model in (("student.path", student), ("teacher.path", teacher)):
+        if length > model.max_positions:
+            raise UserError(
+                f"data.prompt_tokens + rollout.max_tokens = {length} is more than the "
+                f"{model.max_positions} positions of {key}; lower one of them"
+            )
+    if config.scoring.candidates > valid:
+        raise UserError(f"scoring.candidates={config.scoring.candidates} exceeds {valid} token ids")
+
+    optimizer = steps.make_optimizer(config)
+    params = _param_shardings(mesh, student)
+    opt_state = _abstract_state(student, optimizer).opt_state
+    table = segments.SegmentTable.from_tokenizer(tokenizer)
+    return Job(
+        config=config,
+        mesh=mesh,
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        prompts=data.load(config.data, tokenizer),
+        table=jax.device_put(table, sharding.replicated(mesh)),
+        optimizer=optimizer,
+        state_shardings=steps.TrainState(
+            step=sharding.replicated(mesh),
+            params=params,
+            opt_state=sharding.like_params(mesh, opt_state, params),
+        ),
+        teacher_shardings=_param_shardings(mesh, teacher),
+    )
+
+
+def check_workdir(workdir, config):
+    """Refuses a workdir that cannot be written or holds a run of another config.
+
+    Raises:
+      UserError: names the folder and the remedy.
+    """
+    conflict = metrics.config_conflict(workdir, config)
+    if conflict:
+        raise UserError(conflict)
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def _model(config, key: str, dtype: str) -> ModelConfig:
+    path = config[key.split(".")[0]].path
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return source.config(path, key).replace(compute_dtype=dtype)
+
+
+def _param_shardings(mesh, model: ModelConfig):
+    return sharding.param_shardings(
+        mesh, transformer.abstract(model), transformer.logical_axes(model)
+    )
+
+
+def _abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+    params = transformer.abstract(student)
+    return steps.TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+    )

@@ -1,0 +1,327 @@
+"""What a run leaves behind and shows: JSONL, TensorBoard, Weights & Biases, progress, phase times.
+
+`metrics.jsonl` is the record that everything else is made from; the rest can be switched off. In a
+run of several processes only process 0 writes.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from opd_jax.errors import UserError
+from opd_jax.phase_clock import PhaseClock
+
+__all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
+
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+CONFIG_FILE = "config.json"
+VERSIONS_FILE = "versions.json"
+WANDB_FILE = "wandb_id.txt"
+RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+# Config keys that a resumed run may change: how long it goes on, and what it shows and stores.
+FREE_KEYS = ("train.steps", "eval.every", "checkpoint.every", "checkpoint.keep", "metrics.")
+
+
+class MetricWriter:
+    """Writes the records of one run; a context manager.
+
+    Args:
+      workdir: folder of the run; made where missing.
+      total_steps: training steps of the whole run, for the progress bar.
+      tensorboard: also write `tensorboard/` (scalars; lists stay in the JSONL alone).
+      wandb: also log to Weights & Biases: arguments of `wandb.init`, such as {"project": "opd"}.
+      resume_step: the step of the restored checkpoint: later records are dropped, so that no step
+        is there twice. None is a new run, and drops whatever an earlier attempt left.
+      plain_every: where `stream` is no terminal, a progress line every so many steps.
+      stream: where progress goes; standard error by default.
+
+    Raises:
+      UserError: W&B is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        total_steps: int,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+        plain_every: int = 10,
+        stream: TextIO | None = None,
+    ):
+        self._active = jax.process_index() == 0
+        self._closing = contextlib.ExitStack()
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard = self._wandb = None
+        if not self._active:
+            return
+        workdir = Path(workdir)
+        if wandb is not None:
+            self._wandb = _start_wandb(workdir, wandb, resume_step)
+            self._closing.callback(self._wandb.finish)
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, ROLLOUTS_FILE):
+            _keep_until(workdir / name, -1 if resume_step is None else resume_step)
+            file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
+            self._files[name] = self._closing.enter_context(file)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=0 if resume_step is None else resume_step + 1,
+            )
+            self._closing.callback(self._tensorboard.close)
+        self._progress = _Progress(total_steps, resume_step or 0, plain_every, stream)
+        self._closing.callback(self._progress.close)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes one record, a mapping with "kind" ("train" or "eval") and "step".
+
+        Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
+        is not finite is written as null, since JSON has none.
+        """
+        if not self._active:
+            return
+        plain = {key: _plain(value) for key, value in record.items()}
+        self._append(METRICS_FILE, plain)
+        kind, step = plain["kind"], plain["step"]
+        scalars = {
+            f"{kind}/{key}": float(value)
+            for key, value in record.items()
+            if key not in ("kind", "step") and np.ndim(value) == 0 and _is_number(value)
+        }
+        if self._tensorboard is not None:
+            for tag, value in scalars.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({**scalars, "step": step})
+        self._progress.show(record)
+
+    def write_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rollouts to rollouts.jsonl, each a mapping with "step"."""
+        if self._active:
+            for rollout in rollouts:
+                self._append(ROLLOUTS_FILE, {key: _plain(v) for key, v in rollout.items()})
+
+    def _append(self, name: str, plain: Mapping[str, Any]) -> None:
+        self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
+        self._files[name].flush()
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class _Progress:
+    """A progress bar on a terminal; elsewhere one plain line now and then."""
+
+    def __init__(self, total_steps: int, done: int, plain_every: int, stream: TextIO | None):
+        self._stream = stream or sys.stderr
+        self._total, self._plain_every = total_steps, plain_every
+        self._first: tuple[int, float] | None = None
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total_steps, initial=done, unit="step", file=self._stream)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        step = int(record["step"])
+        if record["kind"] != "train":
+            self._line(f"eval  step {step}  {_summary(record)}")
+        elif self._bar is not None:
+            self._bar.set_postfix_str(_summary(record), refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            now = time.monotonic()
+            # The clock starts at the first finished step, which has paid for the compiling.
+            first_step, first_time = self._first = self._first or (step, now)
+            if step % self._plain_every == 0 or step in (first_step, self._total):
+                line = f"step {step}/{self._total}  {_summary(record)}"
+                if step > first_step:
+                    pace = (now - first_time) / (step - first_step)
+                    left = tqdm.format_interval(pace * (self._total - step))
+                    line += f"  {left} left"
+                self._line(line)
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    """The few numbers a person watches, those of them that the record has."""
+    parts = []
+    if record.get("loss") is not None:
+        parts.append(f"loss {record['loss']:.4f}")
+    if record.get("kl") is not None:
+        parts.append(f"kl {record['kl']:.4f}")
+    if record.get("kl_low") is not None and record.get("kl_high") is not None:
+        parts.append(f"[{record['kl_low']:.4f}, {record['kl_high']:.4f}]")
+    if record.get("finished_share") is not None:
+        parts.append(f"finished {record['finished_share']:.0%}")
+    if record.get("tokens_per_second") is not None:
+        parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, np.ndarray, np.bool_))
+
+
+def _plain(value: Any) -> Any:
+    """The JSON form of a record's value."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    _write_whole(path, "".join(kept))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a kill, never meets half of it."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | None) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            "metrics.wandb: the package wandb is missing; pip install wandb, or unset metrics.wandb"
+        ) from error
+    workdir.mkdir(parents=True, exist_ok=True)
+    id_file = workdir / WANDB_FILE
+    run_id = id_file.read_text().strip() if resume_step is not None and id_file.exists() else None
+    run = wandb.init(dir=str(workdir), id=run_id, resume="allow", **options)
+    id_file.write_text(run.id + "\n")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def write_run_files(workdir: str | os.PathLike, config: Any) -> None:
+    """Writes config.json (the resolved config) and versions.json (what the run was made with)."""
+    if jax.process_index() != 0:
+        return
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    devices = jax.devices()
+    versions = {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in RECORDED_PACKAGES},
+        "system": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "processes": jax.process_count(),
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+    _write_whole(workdir / CONFIG_FILE, _config_json(config))
+    _write_whole(workdir / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
+
+
+def config_conflict(workdir: str | os.PathLike, config: Any) -> str | None:
+    """Whether `workdir` holds a run of another config: None, or the first difference in one line.
+
+    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        old = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return f"{path} is not readable as JSON; start in another --workdir"
+    new = _flatten(json.loads(_config_json(config)))
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
+        if not free and (key not in old or key not in new or old[key] != new[key]):
+            there, here = (
+                json.dumps(part[key]) if key in part else "not set" for part in (old, new)
+            )
+            return (
+                f"{workdir} holds a run with another config: {key} is {there} there and {here}"
+                " here; start in another --workdir, or give that run's value"
+            )
+    return None
+
+
+def _config_json(config: Any) -> str:
+    plain = config.to_dict() if hasattr(config, "to_dict") else config
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree, "-dirty" where it has changes; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

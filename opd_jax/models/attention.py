@@ -1,0 +1,66 @@
+"""Rotary positions and grouped-query attention: the plain form, every backend's reference."""
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax.models.config import ModelConfig
+
+# Finite, so that a row of padding (nothing to attend to) stays free of NaN.
+MASKED = -1e30
+
+
+def rope_tables(config: ModelConfig, positions_BL):
+    """(cos, sin), each float32 [B, L, head_size / 2], of the rotation angles at each position."""
+    exponent = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
+    angle = positions_BL[..., None].astype(jnp.float32) * (config.rope_theta**-exponent)[None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BLHC, rope):
+    """Rotates channel pairs (c, c + head_size/2) by their angles, the order Hugging Face weights use."""
+    cos, sin = (table[:, :, None] for table in rope)
+    low, high = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    out = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return out.astype(x_BLHC.dtype)
+
+
+def causal_mask(mask_BL):
+    """allowed_BLM: query l may see key m if m <= l and m is a real token."""
+    length = mask_BL.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return causal[None] & mask_BL[:, None, :]
+
+
+def cached(k_BLKC, v_BLKC):
+    """Keys and values as `attend` and the cache hold them: ([B, K, C, L], [B, K, L, C])."""
+    return k_BLKC.transpose(0, 2, 3, 1), v_BLKC.swapaxes(1, 2)
+
+
+def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM):
+    """Softmax attention; query heads share their group's keys without repeating them.
+
+    Args:
+      q_BLHC: queries; head h belongs to kv head h // (H / K).
+      k_BKCM, v_BKMC: keys (channels before slots) and values, laid out as the cache keeps them: then both
+        products are plain row-by-column ones and nothing of the cache is transposed or copied.
+      allowed_BLM: which keys a query may see; a row with none gives a finite value without meaning.
+
+    Returns:
+      [B, L, H, C] in the queries' dtype. Scores and softmax are float32.
+    """
+    b, l, h, c = q_BLHC.shape
+    kv = k_BKCM.shape[1]
+    group = h // kv
+    q_BKRC = (q_BLHC * c**-0.5).reshape(b, l, kv, group, c).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, c)
+    score_BKRM = _rows_by_columns(q_BKRC, k_BKCM, jnp.float32)
+    score = score_BKRM.reshape(b, kv, group, l, -1)
+    score = jnp.where(allowed_BLM[:, None, None], score, MASKED)
+    weight_BKRM = jax.nn.softmax(score, axis=-1).astype(v_BKMC.dtype).reshape(score_BKRM.shape)
+    out_BKRC = _rows_by_columns(weight_BKRM, v_BKMC, v_BKMC.dtype)
+    return out_BKRC.reshape(b, kv, group, l, c).transpose(0, 3, 1, 2, 4).reshape(b, l, h, c)
+
+
+def _rows_by_columns(left, right, dtype):
+    """[B, K, R, X] times [B, K, X, Y], with the operands kept in this order (einsum may swap them)."""
+    dims = (((3,), (2,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)

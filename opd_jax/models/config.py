@@ -1,0 +1,75 @@
+"""What a model is: sizes, switches between the families, and the vocabulary that counts."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and family of one decoder-only transformer; hashable, so it can be a static argument.
+
+    Attributes:
+      family: "llama", "qwen2" or "qwen3"; the Hugging Face model type it is saved as.
+      vocab_size: rows of the embedding, V.
+      valid_vocab: ids below this exist in the tokenizer; ids from here to V get -inf logits everywhere.
+      width: residual width, D.
+      layers: number of blocks.
+      heads, kv_heads: query heads and key/value heads; heads is a multiple of kv_heads.
+      head_size: channels a head; need not be width / heads.
+      ffn: hidden width of the gated feed-forward.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: added to the mean square in RMS norm.
+      tie_embeddings: the output head is the embedding.
+      qk_norm: RMS norm on each query and key head (Qwen3).
+      attention_bias: bias on the query, key and value projections (Qwen2).
+      max_positions: longest sequence the model was made for, tokens.
+      eos_ids: ids that end a response.
+      pad_id: id written at padded positions; never attended to.
+      compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16".
+    """
+
+    family: str
+    vocab_size: int
+    valid_vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    ffn: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    qk_norm: bool
+    attention_bias: bool
+    max_positions: int
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    compute_dtype: str = "float32"
+
+    @property
+    def dtype(self):
+        """compute_dtype as a jax dtype."""
+        return jnp.dtype(self.compute_dtype)
+
+    def replace(self, **changes) -> "ModelConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def parameter_count(self) -> int:
+        """Number of parameters, a tied head counted once."""
+        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        if self.attention_bias:
+            attention += self.head_size * (self.heads + 2 * self.kv_heads)
+        if self.qk_norm:
+            attention += 2 * self.head_size
+        block = attention + 3 * self.width * self.ffn + 2 * self.width
+        tables = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
+        return self.layers * block + tables + self.width
+
+    def matmul_flops_per_token(self, *, head: bool) -> int:
+        """FLOPs of the weight matrix products of one token's forward pass (attention scores excluded)."""
+        block = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        block += 3 * self.width * self.ffn
+        return 2 * (self.layers * block + (self.vocab_size * self.width if head else 0))

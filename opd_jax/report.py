@@ -1,0 +1,74 @@
+"""Entry: a workdir, or several, -> one self-contained HTML page.
+
+    python -m opd_jax.report --workdir=DIR [--workdir=DIR2 ...] [--out=FILE]
+
+Works on a finished run and on one that goes on, and imports no JAX.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_jax import report_page
+from opd_jax.errors import UserError
+from opd_jax.run_record import read_run, summary
+
+
+def build(
+    workdirs: Sequence[str | Path],
+    out: str | Path,
+    titles: Sequence[str] | None = None,
+    summary_rows: Sequence[Mapping[str, Any]] | None = None,
+    answers: Sequence[Mapping[str, Any]] | None = None,
+) -> Path:
+    """Writes the page of `workdirs` to `out` and returns its path.
+
+    Args:
+      titles: a name for each workdir; the folders' names by default.
+      summary_rows: further columns of the summary, a {column: value} for each workdir.
+      answers: what models replied to the same prompts, each
+        {"prompt": text, "answers": {label: text}}.
+
+    Raises:
+      UserError: a workdir holds no run.
+    """
+    titles = list(titles) if titles is not None else _default_titles(workdirs)
+    runs = [read_run(folder, title) for folder, title in zip(workdirs, titles, strict=True)]
+    rows = [summary(run) for run in runs]
+    for row, extra in zip(rows, summary_rows or [{}] * len(rows), strict=True):
+        row.update({key: str(value) for key, value in extra.items()})
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page = report_page.render(runs, rows, answers or [])
+    # Decoded model text may hold lone surrogates, which UTF-8 has no form for.
+    out.write_text(page, encoding="utf-8", errors="replace")
+    return out
+
+
+def _default_titles(workdirs: Sequence[str | Path]) -> list[str]:
+    """Folder names; with the parent's where two are the same."""
+    paths = [Path(workdir).resolve() for workdir in workdirs]
+    names = [path.name for path in paths]
+    return [
+        f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name
+        for path in paths
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m opd_jax.report", description=__doc__)
+    parser.add_argument("--workdir", action="append", required=True, help="a run; may be repeated")
+    parser.add_argument("--out", help="the page; default: report.html in the first workdir")
+    options = parser.parse_args(argv)
+    try:
+        page = build(options.workdir, options.out or Path(options.workdir[0]) / "report.html")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

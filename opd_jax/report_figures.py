@@ -1,0 +1,260 @@
+"""The plots of a report, as SVG text whose colours follow the page's light or dark scheme.
+
+Colours are drawn as placeholders and then replaced by CSS variables: `--run-0`, `--run-1`, ... (one
+a run, the same in every plot), `--ink`, `--muted` and `--grid`. A function returns None where the
+runs hold nothing to draw.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+Series = tuple[Sequence[int], Sequence[float]]  # steps, values
+
+RUN_COLOURS = 8
+INK, MUTED, GRID = "#111101", "#111102", "#111103"
+MARKERS = "osD^vPX*"
+MOST_POINTS = 400  # a line, so that a long run does not make a heavy page
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["system-ui", "DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+def colour(number: int) -> str:
+    """The placeholder of a run's colour."""
+    return f"#1112{number % RUN_COLOURS:02x}"
+
+
+def _svg(name: str, draw: Callable[[Axes], Any], height: float = 3.1) -> str:
+    """Draws one pair of axes, 5.2 by `height` inches, and returns the <svg> element."""
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):  # ids differ between the plots of a page
+        figure = Figure(figsize=(5.2, height), layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for placeholder, variable in ((INK, "ink"), (MUTED, "muted"), (GRID, "grid")):
+        svg = svg.replace(placeholder, f"var(--{variable})")
+    svg = re.sub(r"#1112(\d\d)", lambda match: f"var(--run-{int(match[1])})", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+
+
+def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
+    """A legend above the axes, where no curve can run into it."""
+    axes.legend(
+        handles=handles,
+        fontsize=8,
+        handlelength=2.6,
+        ncols=len(handles),
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+    )
+
+
+def _kinds(axes: Axes, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """A legend of line kinds in ink; which run a colour is, the page says."""
+    _legend(axes, [Line2D([], [], color=INK, label=label, **style) for label, style in entries])
+
+
+def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Means over neighbours, so that at most MOST_POINTS remain."""
+    parts = min(len(x), MOST_POINTS)
+    split_x, split_y = (np.array_split(np.asarray(v, float), parts) for v in (x, y))
+    return np.array([part.mean() for part in split_x]), np.array([part.mean() for part in split_y])
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """A centred running mean over a fifteenth of the points, narrower at both ends."""
+    half = len(y) // 30
+    return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
+
+
+def _line(axes: Axes, series: Series, run: int, **style: Any) -> None:
+    """One run's curve: the running mean, and the points themselves faintly where they are many."""
+    steps, values = _thin(*series)
+    if len(values) >= 40:
+        axes.plot(steps, values, color=colour(run), linewidth=0.7, alpha=0.35)
+        values = _smooth(values)
+    marker = {"marker": "o", "markersize": 3} if len(values) == 1 else {}
+    axes.plot(steps, values, color=colour(run), **marker, **style)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if x == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def curves(
+    name: str,
+    unit: str,
+    kinds: Sequence[tuple[str, str, Sequence[Series]]],
+    share: bool = False,
+) -> str | None:
+    """Curves over the steps.
+
+    Args:
+      kinds: (label, line style, a series for each run); a legend appears where there are several.
+      share: the values are shares, so the axis runs from 0 to 1.
+    """
+    kinds = [kind for kind in kinds if any(steps for steps, _ in kind[2])]
+    if not kinds:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for _, style, runs in kinds:
+            for run, series in enumerate(runs):
+                if series[0]:
+                    _line(axes, series, run, linestyle=style)
+        if share:
+            axes.set_ylim(-0.03, 1.03)
+        if len(kinds) > 1:
+            _kinds(axes, [(label, {"linestyle": style}) for label, style, _ in kinds])
+        _label(axes, "step", unit)
+
+    return _svg(name, draw)
+
+
+def kl(
+    sampled: Sequence[Series], evals: Sequence[Sequence[Mapping[str, Any]]]
+) -> str | None:
+    """KL over the steps: sampled in training (lines), held out with its interval (points)."""
+    measured = [[line for line in lines if line.get("kl") is not None] for lines in evals]
+    if not any(steps for steps, _ in sampled) and not any(measured):
+        return None
+
+    def draw(axes: Axes) -> None:
+        for run, (series, lines) in enumerate(zip(sampled, measured, strict=True)):
+            if series[0]:
+                _line(axes, series, run)
+            if lines:
+                value = np.array([line["kl"] for line in lines])
+                low, high = (
+                    np.array([line["kl"] if line.get(key) is None else line[key] for line in lines])
+                    for key in ("kl_low", "kl_high")
+                )
+                axes.errorbar(
+                    [line["step"] for line in lines],
+                    value,
+                    yerr=np.maximum([value - low, high - value], 0.0),
+                    color=colour(run),
+                    fmt=MARKERS[run % len(MARKERS)],
+                    markersize=5.5,
+                    capsize=3,
+                    elinewidth=1.2,
+                    zorder=3,
+                )
+        if axes.get_ylim()[0] > 0:
+            axes.set_ylim(bottom=0)
+        kinds = [("sampled in training", {})] if any(steps for steps, _ in sampled) else []
+        if any(measured):
+            kinds.append(("held out, 95% interval", {"linestyle": "", "marker": "o"}))
+        _kinds(axes, kinds)
+        _label(axes, "step", "KL(student ‖ teacher), nats/token")
+
+    return _svg("KL over the steps", draw, height=3.4)
+
+
+def position(
+    name: str, unit: str, profiles: Sequence[Mapping[str, np.ndarray]], floor: float | None = None
+) -> str | None:
+    """Profiles over the relative position in the response.
+
+    Args:
+      profiles: for each run {window: a value for each bin, NaN where it is empty}; the first of two
+        windows is drawn dotted.
+      floor: a value that the axis must show, drawn as a line.
+    """
+    if not any(profiles):
+        return None
+
+    def draw(axes: Axes) -> None:
+        styles = {}
+        for profile in profiles:
+            for number, window in enumerate(profile):
+                styles[window] = ":" if number == 0 and len(profile) > 1 else "-"
+        for run, profile in enumerate(profiles):
+            for window, value in profile.items():
+                centre = (np.arange(len(value)) + 0.5) / len(value)
+                axes.plot(centre, value, color=colour(run), linestyle=styles[window])
+        if floor is not None:
+            axes.axhline(floor, color=MUTED, linewidth=0.8)
+        axes.set_xlim(0, 1)
+        _kinds(axes, [(window, {"linestyle": style}) for window, style in styles.items()])
+        _label(axes, "relative position in the response", unit)
+
+    return _svg(name, draw)
+
+
+def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
+    """Where accepted releases cut, as the share of a run's accepted releases in each bin."""
+    if not any(count is not None and count.sum() for count in counts):
+        return None
+
+    def draw(axes: Axes) -> None:
+        for run, count in enumerate(counts):
+            if count is not None and count.sum():
+                edges = np.linspace(0, 1, len(count) + 1)
+                share = count / count.sum()
+                axes.stairs(share, edges, color=colour(run), fill=True, alpha=0.2)
+                axes.stairs(share, edges, color=colour(run), linewidth=1.4)
+        axes.set_xlim(0, 1)
+        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        _label(axes, "relative position of the cut in the response", "share of accepted releases")
+
+    return _svg("Where supervision is released", draw)
+
+
+def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:
+    """Stacked bars: seconds a step of each phase, a bar for each run."""
+    if not any(seconds):
+        return None
+    names = list(dict.fromkeys(name for phases in seconds for name in phases))
+    alphas = dict(zip(names, (1.0, 0.6, 0.35, 0.15), strict=False))
+
+    def draw(axes: Axes) -> None:
+        for run, phases in enumerate(seconds):
+            left = 0.0
+            for name, value in phases.items():
+                axes.barh(run, value, 0.6, left, color=colour(run), alpha=alphas[name])
+                left += value
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{left:.3g} s", (left, run), **place)
+        # Titles are a user's text, in which a dollar sign is no formula.
+        axes.set_yticks(range(len(titles)), titles, parse_math=False)
+        axes.set_ylim(len(titles) - 0.4, -0.6)
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        _legend(axes, [Patch(color=INK, alpha=alphas[name], label=name) for name in names])
+        axes.set_xlabel("seconds a step (median)")
+
+    return _svg("Time of a step by phase", draw, height=1.3 + 0.4 * len(titles))

@@ -1,0 +1,407 @@
+"""The HTML of a report: sections of tables, plots and rollouts.
+
+Nothing on the page comes from elsewhere: plots are inline SVG, and all text of models, prompts and
+configs is escaped.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd_jax import report_figures as figures
+from opd_jax.run_record import Run, column, differences, phase_seconds
+
+STYLE_FILE = Path(__file__).with_name("report.css")
+ROLLOUTS_SHOWN = {"latest": 4, "earliest": 2}  # of a run, from its last and its first recorded step
+BINS = ("tokens", "contrast_sum", "advantage_sum", "advantage_sq_sum", "kept_tokens")
+
+
+def render(
+    runs: Sequence[Run], rows: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, Any]]
+) -> str:
+    """The whole page as text."""
+    sections = [
+        _summary(runs, rows),
+        _progress(runs),
+        _teachability(runs),
+        _release(runs),
+        _health(runs),
+        _time(runs),
+        _rollouts(runs),
+        _answers(answers),
+        _provenance(runs),
+    ]
+    named = len(runs) <= 3
+    title = escape(" · ".join(run.title for run in runs)) if named else f"{len(runs)} runs"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE_FILE.read_text(encoding='utf-8')}</style></head>\n"
+        f"<body><main><h1>On-policy distillation: {title}</h1>\n{''.join(sections)}</main></body>"
+        "</html>\n"
+    )
+
+
+def _section(title: str, *body: str) -> str:
+    return f"<section><h2>{title}</h2>\n{''.join(body)}</section>\n"
+
+
+def _panel(title: str, svg: str | None, note: str, empty: str) -> str:
+    """One plot with its heading and how to read it, or the words that stand in for it."""
+    body = svg if svg is not None else f'<p class="empty">{empty}</p>'
+    return f"<figure><h3>{title}</h3>{body}<figcaption>{note}</figcaption></figure>\n"
+
+
+def _panels(runs: Sequence[Run], *panels: str) -> str:
+    keys = "".join(f"<span>{_swatch(i)}{escape(run.title)}</span>" for i, run in enumerate(runs))
+    return f'<p class="key">{keys}</p><div class="panels">{"".join(panels)}</div>'
+
+
+def _swatch(run: int) -> str:
+    return f'<i class="swatch" style="background:var(--run-{run % figures.RUN_COLOURS})"></i>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of HTML cells."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def _summary(runs: Sequence[Run], rows: Sequence[Mapping[str, str]]) -> str:
+    head = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [
+        [(_swatch(i) if key == "Run" else "") + escape(row.get(key, "–")) for key in head]
+        for i, row in enumerate(rows)
+    ]
+    body = _table([escape(key) for key in head], cells)
+    body += (
+        "<p>Held-out KL: first → last evaluation [95% interval over prompts]. Sampled KL: means of"
+        " the first and the last tenth of the steps. Seconds and tokens/s: medians, without the"
+        " first step, which compiles.</p>"
+    )
+    for run in runs:
+        lost = [line["step"] for line in run.train if line.get("loss") is None]
+        if lost:
+            body += (
+                f'<p class="warning">{escape(run.title)}: the loss is not finite in {len(lost)} of'
+                f" {len(run.train)} steps, first in step {lost[0]}.</p>"
+            )
+    differing = differences(runs)
+    if differing:
+        table = _table(
+            ["Config key", *(_swatch(i) + escape(run.title) for i, run in enumerate(runs))],
+            [[f"<code>{escape(k)}</code>", *map(escape, row)] for k, row in differing.items()],
+        )
+        body += f"<details open><summary>Where the configs differ</summary>{table}</details>"
+    return _section("Summary", body)
+
+
+def _progress(runs: Sequence[Run]) -> str:
+    return _section(
+        "Does the student approach the teacher?",
+        _panels(
+            runs,
+            _panel(
+                "Divergence",
+                figures.kl([column(run.train, "kl") for run in runs], [run.evals for run in runs]),
+                "KL of student from teacher on the student's own text. Lower is closer. Faint:"
+                " single steps; line: running mean.",
+                "No KL was recorded.",
+            ),
+            _panel(
+                "Loss",
+                _curve(runs, "Loss over the steps", "loss, nats/token", "loss"),
+                "The policy-gradient loss of each step. It follows the advantages that are kept, so"
+                " compare it within a run.",
+                "No loss was recorded.",
+            ),
+        ),
+    )
+
+
+def _curve(runs: Sequence[Run], name: str, unit: str, *keys: str, **options: Any) -> str | None:
+    """Curves of up to two metrics, the second one dashed."""
+    styles = ("-", "--")
+    kinds = [
+        (key.replace("_", " "), style, [column(run.train, key) for run in runs])
+        for key, style in zip(keys, styles, strict=False)
+    ]
+    return figures.curves(name, unit, kinds, **options)
+
+
+def _teachability(runs: Sequence[Run]) -> str:
+    def panel(title: str, unit: str, note: str, profile: Callable, **options: Any) -> str:
+        svg = figures.position(title, unit, [_windows(run, profile) for run in runs], **options)
+        return _panel(title, svg, note, "No profile over the position was recorded.")
+
+    return _section(
+        "Where does the teacher still teach?",
+        _panels(
+            runs,
+            panel(
+                "Teacher margin M",
+                "mean margin M, nats",
+                "How far the teacher's best candidate is ahead of its second best, among the"
+                " student's own. Where it falls, the teacher no longer tells them apart.",
+                lambda s: s["contrast_sum"] / s["tokens"],
+            ),
+            panel(
+                "Advantage A, mean",
+                "mean advantage A, nats",
+                "Teacher's less student's log-probability of the sampled token. Below 0, the"
+                " student is surer of its text than the teacher.",
+                lambda s: s["advantage_sum"] / s["tokens"],
+                floor=0.0,
+            ),
+            panel(
+                "Advantage A, spread",
+                "standard deviation of A, nats",
+                "A wide spread with a small margin is variance without direction.",
+                lambda s: np.sqrt(
+                    np.maximum(
+                        s["advantage_sq_sum"] / s["tokens"]
+                        - (s["advantage_sum"] / s["tokens"]) ** 2,
+                        0.0,
+                    )
+                ),
+            ),
+            panel(
+                "Supervised share",
+                "supervised share of tokens",
+                "The share of tokens at each position that enter the loss.",
+                lambda s: s["kept_tokens"] / s["tokens"],
+                floor=0.0,
+            ),
+        ),
+    )
+
+
+def _windows(run: Run, profile: Callable) -> dict[str, np.ndarray]:
+    """A profile over the position, in the first and the last quarter of a run's steps."""
+    lines = [line for line in run.train if line.get("position_tokens")]
+    quarter = len(lines) // 4
+    if quarter < 2:
+        parts = {"all steps": lines}
+    else:
+        parts = {"first quarter of steps": lines[:quarter], "last quarter": lines[-quarter:]}
+    result = {}
+    for window, part in parts.items():
+        sums = {name: _bins(part, f"position_{name}") for name in BINS}
+        sums["tokens"] = np.where(sums["tokens"] > 0, sums["tokens"], np.nan)
+        if part:
+            result[window] = profile(sums)
+    return result
+
+
+def _bins(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """The sum over steps of a metric that is a list of bins; one that is not finite counts as 0."""
+    rows = [np.array(line[key], float) for line in lines if line.get(key)]
+    return np.nansum(rows, axis=0) if rows else np.zeros(1)
+
+
+def _release(runs: Sequence[Run]) -> str:
+    counts = [_bins(run.train, "release_histogram") for run in runs]
+    words = "".join(
+        f"<li>{_swatch(i)}{escape(run.title)}: {_release_words(run, count)}</li>"
+        for i, (run, count) in enumerate(zip(runs, counts, strict=True))
+    )
+    return _section(
+        "What is released?",
+        f'<ul class="words">{words}</ul>',
+        _panels(
+            runs,
+            _panel(
+                "Release positions",
+                figures.release_histogram(counts),
+                "Supervision ends at the cut; what follows it adds nothing to the loss.",
+                "No rollout of any run had an accepted release.",
+            ),
+            _panel(
+                "Kept and accepted",
+                _curve(
+                    runs,
+                    "Shares over the steps",
+                    "share",
+                    "kept_share",
+                    "accepted_share",
+                    share=True,
+                ),
+                "Kept: share of response tokens that are supervised. Accepted: share of rollouts"
+                " with a release.",
+                "No shares were recorded.",
+            ),
+        ),
+    )
+
+
+def _release_words(run: Run, count: np.ndarray) -> str:
+    total = count.sum()
+    if not total:
+        kept = column(run.train, "kept_share")[1]
+        share = f"; {np.mean(kept):.0%} of the response tokens are supervised" if kept else ""
+        return f"rule “{escape(run.rule)}”, no accepted releases{share}."
+    # The median's place inside its bin, by linear interpolation.
+    edges = np.linspace(0, 1, len(count) + 1)
+    median = np.interp(0.5 * total, np.concatenate([[0], np.cumsum(count)]), edges)
+    accepted, gain = (column(run.train, key)[1] for key in ("accepted_share", "gain"))
+    share = f" ({np.mean(accepted):.0%} of rollouts)" if accepted else ""
+    mean_gain = f", mean BIC gain {np.mean(gain):.1f}" if gain else ""
+    return (
+        f"rule “{escape(run.rule)}”, {total:,.0f} accepted releases{share}, median position"
+        f" {median:.0%} of the response{mean_gain}."
+    )
+
+
+def _health(runs: Sequence[Run]) -> str:
+    return _section(
+        "Is the training sound?",
+        _panels(
+            runs,
+            _panel(
+                "Gradient norm",
+                _curve(runs, "Gradient norm over the steps", "gradient norm", "grad_norm"),
+                "Global norm before clipping.",
+                "No gradient norm was recorded.",
+            ),
+            _panel(
+                "Response length",
+                _curve(runs, "Response length over the steps", "tokens", "response_length"),
+                "Mean length of a rollout.",
+                "No response length was recorded.",
+            ),
+            _panel(
+                "Does the student stop?",
+                _curve(
+                    runs,
+                    "Stopping over the steps",
+                    "share, probability",
+                    "finished_share",
+                    "stop_probability",
+                    share=True,
+                ),
+                "Finished: share of rollouts that ended by themselves. A sinking stop probability"
+                " announces responses that run into the limit.",
+                "No finished share was recorded.",
+            ),
+            _panel(
+                "Spread of the advantage",
+                _curve(
+                    runs,
+                    "Advantage spread over the steps",
+                    "standard deviation, nats",
+                    "advantage_std",
+                ),
+                "Standard deviation of A over the response tokens of a step.",
+                "No spread was recorded.",
+            ),
+        ),
+    )
+
+
+def _time(runs: Sequence[Run]) -> str:
+    svg = figures.phase_bars([run.title for run in runs], [phase_seconds(run) for run in runs])
+    panel = _panel(
+        "Time of a step",
+        svg,
+        "“Other” is what the phases do not cover: waiting, logging, evaluation, checkpoints.",
+        "No times were recorded.",
+    )
+    return _section("Where does the time go?", _panels(runs, panel))
+
+
+def _rollouts(runs: Sequence[Run]) -> str:
+    legend = (
+        '<p class="key"><span><span class="kept">supervised sentence</span></span>'
+        '<span><span class="released">released sentence</span></span>'
+        "<span><sub>1.23</sub> its mean margin M, nats</span></p>"
+        "<p>Bars above a text: a sentence each, as wide as its tokens and as high as its M.</p>"
+    )
+    # Many runs make a long page; then a reader opens the one that he wants.
+    state = " open" if len(runs) <= 2 else ""
+    body = []
+    for i, run in enumerate(runs):
+        shown = "".join(_rollout(rollout) for rollout in _choose(run.rollouts))
+        shown = shown or '<p class="empty">No rollouts were recorded.</p>'
+        colour = f"--kept: var(--run-{i % figures.RUN_COLOURS})"
+        body.append(
+            f'<details{state} style="{colour}"><summary>{_swatch(i)}{escape(run.title)}</summary>'
+            f"{shown}</details>"
+        )
+    return _section("Rollouts, sentence by sentence", legend, *body)
+
+
+def _choose(rollouts: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Some rollouts of the latest step and of the earliest, those with a release first."""
+    steps = sorted({rollout["step"] for rollout in rollouts})
+    latest_earliest = dict.fromkeys([*steps[-1:], *steps[:1]])
+    for step, count in zip(latest_earliest, ROLLOUTS_SHOWN.values(), strict=False):
+        at_step = [rollout for rollout in rollouts if rollout["step"] == step]
+        yield from sorted(at_step, key=lambda rollout: not rollout["accepted"])[:count]
+
+
+def _rollout(rollout: Mapping[str, Any]) -> str:
+    sentences = [s for s in rollout["sentences"] if s["text"]]
+    gain = f", BIC gain {rollout['gain']:.1f}" if rollout.get("gain") is not None else ""
+    facts = [
+        f"step {rollout['step']}",
+        f"{rollout['kept_tokens']} of {rollout['tokens']} tokens supervised",
+        f"release accepted{gain}" if rollout["accepted"] else "no release",
+        "finished" if rollout["finished"] else "cut at the length limit",
+    ]
+    top = max((s["contrast"] or 0.0 for s in sentences), default=0.0) or 1.0
+    bars, text = [], []
+    for before, sentence in zip([None, *sentences], sentences, strict=False):
+        kind = "kept" if sentence["kept"] else "released"
+        margin, advantage = (
+            "–" if sentence[key] is None else f"{sentence[key]:.2f}"
+            for key in ("contrast", "advantage")
+        )
+        height = 8 + 92 * (sentence["contrast"] or 0.0) / top
+        size = f"flex:{sentence['tokens']};height:{height:.0f}%"
+        bars.append(f'<i class="{kind}" style="{size}"></i>')
+        if before is not None and before["kept"] and not sentence["kept"]:
+            text.append('<b class="cut" title="supervision ends here"></b>')
+        body = sentence["text"].rstrip()
+        tail = sentence["text"][len(body) :]
+        hint = f"M {margin}, A {advantage} nats/token, {sentence['tokens']} tokens"
+        span = f'<span class="{kind}" title="{hint}">{escape(body)}</span>'
+        text.append(f"{span}<sub>{margin}</sub>{tail or ' '}")
+    return (
+        f'<article><p class="prompt">{escape(rollout["prompt"])}</p><p class="facts">'
+        f'{" · ".join(facts)}</p><div class="strip">{"".join(bars)}</div>'
+        f'<p class="response">{"".join(text)}</p></article>'
+    )
+
+
+def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
+    if not answers:
+        return ""
+    articles = [
+        f'<article><p class="prompt">{escape(item["prompt"])}</p><div class="answers">'
+        + "".join(
+            f'<div><h4>{escape(label)}</h4><p class="response">{escape(text)}</p></div>'
+            for label, text in item["answers"].items()
+        )
+        + "</div></article>"
+        for item in answers
+    ]
+    return _section("Answers to the same prompts", *articles)
+
+
+def _provenance(runs: Sequence[Run]) -> str:
+    """Versions and the whole config of each run, folded away."""
+    blocks = []
+    for i, run in enumerate(runs):
+        versions = ", ".join(f"{key} {value}" for key, value in run.versions.items())
+        blocks.append(
+            f"<details><summary>{_swatch(i)}{escape(run.title)}: versions and config</summary>"
+            f"<p>{escape(versions) or 'No versions.json.'}</p>"
+            f"<pre>{escape(json.dumps(run.config, indent=2)) if run.config else 'No config.json.'}"
+            "</pre></details>"
+        )
+    return _section("Provenance", *blocks)

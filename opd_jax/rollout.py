@@ -1,0 +1,175 @@
+"""The student writes: prefill and a decode loop, one compiled program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from opd_jax import vocabulary
+from opd_jax.models import cache as kv
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+
+
+@struct.dataclass
+class Rollouts:
+    """A batch of sampled responses. Past a row's end every field is 0, False or pad.
+
+    Attributes:
+      tokens_BL: int32 ids; prompt left-padded to P, then the response right-padded to T.
+      prompt_mask_BP: real prompt tokens.
+      mask_BT: response tokens, the end-of-sequence token included.
+      logp_BT: the student's log-probability of each token in nats: temperature 1, no truncation, whatever
+        it was sampled with.
+      behaviour_logp_BT: the log-probability under the distribution that the token was drawn from.
+      topk_BTK: ids of the student's K most likely tokens at each position, most likely first.
+      stop_BT: the student's probability of an end token at each position.
+      finished_B: ended by an end token, not by the length limit.
+    """
+
+    tokens_BL: jax.Array
+    prompt_mask_BP: jax.Array
+    mask_BT: jax.Array
+    logp_BT: jax.Array
+    behaviour_logp_BT: jax.Array
+    topk_BTK: jax.Array
+    stop_BT: jax.Array
+    finished_B: jax.Array
+
+    @property
+    def response_BT(self):
+        """Ids of the response."""
+        return self.tokens_BL[:, self.prompt_mask_BP.shape[1] :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to draw; static, so each value compiles its own program.
+
+    Attributes:
+      max_tokens: T, the length limit of a response.
+      candidates: K, how many of the student's top tokens to keep a position.
+      temperature: 0 is greedy.
+      top_k: 0 keeps all. Applied before top_p.
+      top_p: 1 keeps all.
+    """
+
+    max_tokens: int
+    candidates: int = 4
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def sample(
+    config: ModelConfig, params: dict, tokens_BP, mask_BP, key, sampling: Sampling, row_B=None
+) -> Rollouts:
+    """Samples one response a prompt; stops as soon as every row has ended.
+
+    Args:
+      config, params: the student.
+      tokens_BP, mask_BP: left-padded prompts; the last column is real in every row.
+      key: a PRNG key. Row b at step t draws from (key, row_B[b], t) alone, so the same seed gives the
+        same tokens on any mesh and however the batch is cut.
+      sampling: settings.
+      row_B: the rows' numbers in the global batch; 0..B-1 if not given.
+
+    Returns:
+      Rollouts with T = sampling.max_tokens.
+    """
+    b, p = tokens_BP.shape
+    t_max = sampling.max_tokens
+    row_B = jnp.arange(b) if row_B is None else row_B
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+    end_ids = jnp.array(config.eos_ids or (-1,), jnp.int32)
+    length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
+    head_VD = transformer.head(config, params)
+
+    with jax.named_scope("prefill"):
+        hidden_BD, cache = kv.prefill(config, params, tokens_BP, mask_BP, p + t_max)
+        layers = kv.unstack(config, params)
+
+    def emit(out, hidden_BD, done_B, t):
+        """Draws token t of every row that has not ended and writes it down."""
+        u_B2 = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(key_B)
+        with jax.named_scope("head"):
+            logits_BV = transformer.logits(config, head_VD, hidden_BD)
+        with jax.named_scope("draw"):
+            drawn = _draw(sampling, logits_BV, u_B2, end_ids)
+        live_B = ~done_B
+        token_B = jnp.where(live_B, drawn["token"], config.pad_id)
+        values = {
+            name: jnp.where(live_B.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
+            for name, x in drawn.items()
+        }
+        values |= {"token": token_B, "mask": live_B}
+        out = {
+            name: jax.lax.dynamic_update_index_in_dim(out[name], values[name], t, axis=0)
+            for name in out
+        }
+        ended_B = (token_B[:, None] == end_ids[None]).any(axis=1)
+        return out, token_B, done_B | ended_B
+
+    def more(state):
+        t, _, _, done_B, _ = state
+        return (t < t_max) & ~done_B.all()
+
+    def step(state):
+        t, out, token_B, done_B, cache = state
+        with jax.named_scope("decode"):
+            hidden_BD, cache = kv.decode(
+                config, params, layers, token_B, length_B + t - 1, cache, p + t - 1
+            )
+        return t + 1, *emit(out, hidden_BD, done_B, t), cache
+
+    out = {
+        "token": jnp.full((t_max, b), config.pad_id, jnp.int32),
+        "mask": jnp.zeros((t_max, b), bool),
+        "logp": jnp.zeros((t_max, b), jnp.float32),
+        "behaviour_logp": jnp.zeros((t_max, b), jnp.float32),
+        "stop": jnp.zeros((t_max, b), jnp.float32),
+        "topk": jnp.zeros((t_max, b, sampling.candidates), jnp.int32),
+    }
+    first = emit(out, hidden_BD, jnp.zeros((b,), bool), 0)
+    _, out, _, done_B, _ = jax.lax.while_loop(more, step, (1, *first, cache))
+    out = {name: x.swapaxes(0, 1) for name, x in out.items()}
+    return Rollouts(
+        tokens_BL=jnp.concatenate([tokens_BP, out["token"]], axis=1),
+        prompt_mask_BP=mask_BP,
+        mask_BT=out["mask"],
+        logp_BT=out["logp"],
+        behaviour_logp_BT=out["behaviour_logp"],
+        topk_BTK=out["topk"],
+        stop_BT=out["stop"],
+        finished_B=done_B,
+    )
+
+
+def _draw(sampling: Sampling, logits_BV, u_B2, end_ids) -> dict:
+    """One token a row and what is known of it: ids [B], log-probabilities [B], candidates [B, K]."""
+    logits_BRW = vocabulary.fold(logits_BV)
+    normaliser_B = vocabulary.log_normaliser(logits_BRW)
+    topk_BK = vocabulary.top(logits_BRW, sampling.candidates)
+    if sampling.temperature == 0:
+        token_B = topk_BK[:, 0]
+        behaviour_logp_B = jnp.zeros_like(normaliser_B)
+    else:
+        shaped_BRW = logits_BRW / sampling.temperature
+        if sampling.top_k:
+            shaped_BRW = vocabulary.keep_top_k(shaped_BRW, sampling.top_k)
+        if sampling.top_p < 1:
+            shaped_BRW = vocabulary.keep_top_p(shaped_BRW, sampling.top_p)
+        token_B = vocabulary.draw(shaped_BRW, u_B2)
+        behaviour_logp_B = vocabulary.pick_logit(shaped_BRW, token_B[:, None])[
+            :, 0
+        ] - vocabulary.log_normaliser(shaped_BRW)
+    chosen_B = vocabulary.pick_logit(logits_BRW, token_B[:, None])[:, 0]
+    stop_BE = logits_BV[:, jnp.maximum(end_ids, 0)] - normaliser_B[:, None]
+    return {
+        "token": token_B,
+        "logp": chosen_B - normaliser_B,
+        "behaviour_logp": behaviour_logp_B,
+        "stop": jnp.where(end_ids[None] >= 0, jnp.exp(stop_BE), 0).sum(axis=1),
+        "topk": topk_BK,
+    }

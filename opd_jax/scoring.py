@@ -1,0 +1,195 @@
+"""The teacher scores every token: advantages and local contrast from one forward pass.
+
+Whatever needs the vocabulary runs over chunks of positions, so [B, T, V] never exists.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from opd_jax import vocabulary
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.rollout import Rollouts
+
+
+@struct.dataclass
+class Scores:
+    """What the teacher says of a batch of rollouts; float32, nats, 0 outside the response.
+
+    Attributes:
+      advantage_BT: A_t = log p_T(y_t) - log p_S(y_t).
+      contrast_BT: M_t >= 0, the teacher's margin between its best two of the student's K candidates.
+      teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
+    """
+
+    advantage_BT: jax.Array
+    contrast_BT: jax.Array
+    teacher_logp_BT: jax.Array
+    student_logp_BT: jax.Array
+
+
+def score(
+    teacher: ModelConfig,
+    teacher_params: dict,
+    rollouts: Rollouts,
+    *,
+    chunk: int,
+    micro_batches: int = 1,
+    student: tuple[ModelConfig, dict] | None = None,
+) -> Scores:
+    """Scores rollouts with one teacher forward pass.
+
+    Args:
+      teacher, teacher_params: the teacher; no gradient flows into it.
+      rollouts: their topk_BTK are the candidates unless `student` is given.
+      chunk: response positions whose logits exist at a time: B/micro_batches x chunk x V floats.
+      micro_batches: pieces that the batch is cut into, one after another.
+      student: (config, params) to recompute the student's log-probabilities and candidates with, at the
+        price of another forward pass; None takes the sampler's, which are the same in exact arithmetic.
+
+    Returns:
+      Scores.
+
+    Source: paper.md, "Idea" and steps 1-2 of "The release rule".
+    """
+
+    def one(r: Rollouts) -> Scores:
+        candidate_BTK, student_logp_BT = r.topk_BTK, r.logp_BT
+        if student is not None:
+            config, params = student
+            with jax.named_scope("student"):
+                hidden_BTD = response_hidden(config, params, r)
+                candidate_BTK, student_logp_BT = over_chunks(
+                    functools.partial(_student_chunk, config, r.topk_BTK.shape[-1]),
+                    chunk,
+                    transformer.head(config, params),
+                    (hidden_BTD, r.response_BT),
+                )
+        with jax.named_scope("teacher"):
+            hidden_BTD = response_hidden(teacher, teacher_params, r)
+            teacher_logp_BT, contrast_BT = over_chunks(
+                functools.partial(_teacher_chunk, teacher),
+                chunk,
+                transformer.head(teacher, teacher_params),
+                (hidden_BTD, r.response_BT, candidate_BTK),
+            )
+        teacher_logp_BT, student_logp_BT, contrast_BT = (
+            jnp.where(r.mask_BT, x, 0) for x in (teacher_logp_BT, student_logp_BT, contrast_BT)
+        )
+        return Scores(
+            advantage_BT=teacher_logp_BT - student_logp_BT,
+            contrast_BT=contrast_BT,
+            teacher_logp_BT=teacher_logp_BT,
+            student_logp_BT=student_logp_BT,
+        )
+
+    if micro_batches == 1:
+        return one(rollouts)
+    return join(jax.lax.map(one, split(rollouts, micro_batches)))
+
+
+def _student_chunk(config, candidates, head_VD, chunk):
+    hidden_BcD, token_Bc = chunk
+    logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
+    top_BcK = vocabulary.top(vocabulary.fold(_rows(logits_BcV)), candidates)
+    return top_BcK.reshape(*token_Bc.shape, candidates), token_logp(logits_BcV, token_Bc)
+
+
+def _teacher_chunk(config, head_VD, chunk):
+    hidden_BcD, token_Bc, candidate_BcK = chunk
+    logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
+    best_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
+    return token_logp(logits_BcV, token_Bc), best_BcK[..., 0] - best_BcK[..., 1]
+
+
+def token_logp(logits_BTV, token_BT):
+    """log softmax(logits) at the given ids, [B, T]."""
+    logit_BT = jnp.take_along_axis(logits_BTV, token_BT[..., None], axis=-1)[..., 0]
+    return logit_BT - vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BTV))).reshape(
+        token_BT.shape
+    )
+
+
+def _rows(logits_BTV):
+    return logits_BTV.reshape(-1, logits_BTV.shape[-1])
+
+
+def response_hidden(config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"):
+    """hidden_BTD from which the response tokens are predicted: position P-1+t predicts token t."""
+    mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
+    hidden_BLD = transformer.forward(config, params, rollouts.tokens_BL, mask_BL, remat=remat)
+    return hidden_BLD[:, rollouts.prompt_mask_BP.shape[1] - 1 : -1]
+
+
+def over_chunks(fn, chunk: int, head_VD, arrays):
+    """Applies fn(head_VD, arrays of `chunk` positions) along axis 1 of `arrays`, one chunk after another.
+
+    Args:
+      fn: returns a pytree of [B, chunk, ...] arrays.
+      arrays: pytree of [B, T, ...]; T is padded with zeros to a multiple of chunk.
+
+    Returns:
+      The pytree of [B, T, ...].
+    """
+    t = jax.tree.leaves(arrays)[0].shape[1]
+    out = jax.lax.map(functools.partial(fn, head_VD), chunked(arrays, chunk))
+    return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :t], out
+    )
+
+
+def chunked(arrays, chunk: int):
+    """[B, T, ...] -> [T/chunk, B, chunk, ...], zeros after T."""
+
+    def cut(x):
+        chunk_ = min(chunk, x.shape[1])
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, -x.shape[1] % chunk_)
+        x = jnp.pad(x, padding)
+        return x.reshape(x.shape[0], -1, chunk_, *x.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, arrays)
+
+
+def split(tree, pieces: int):
+    """Cuts the batch axis: [B, ...] -> [pieces, B/pieces, ...], every piece with rows of every shard."""
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree
+    )
+
+
+def join(tree):
+    """Undoes `split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def reverse_kl(
+    student: ModelConfig,
+    student_params: dict,
+    teacher: ModelConfig,
+    teacher_params: dict,
+    rollouts: Rollouts,
+    *,
+    chunk: int,
+):
+    """KL(student || teacher) over the whole vocabulary at each response position: [B, T] nats, 0 outside.
+
+    Both models must share ids; ids that either tokenizer lacks carry no mass in the student.
+    """
+    hidden = (
+        response_hidden(student, student_params, rollouts),
+        response_hidden(teacher, teacher_params, rollouts),
+    )
+    heads = transformer.head(student, student_params), transformer.head(teacher, teacher_params)
+
+    def one(heads, hidden):
+        logp_BcV = jax.nn.log_softmax(transformer.logits(student, heads[0], hidden[0]))
+        logq_BcV = jax.nn.log_softmax(transformer.logits(teacher, heads[1], hidden[1]))
+        return jnp.where(
+            jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)
+        ).sum(axis=-1)
+
+    return jnp.where(rollouts.mask_BT, over_chunks(one, chunk, heads, hidden), 0)

@@ -1,0 +1,136 @@
+"""The mesh, and where every array of a run lives: rules are data, one table for all models."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from opd_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Logical axis of a parameter -> mesh axis. An axis whose size the mesh axis does not divide stays whole.
+RULES = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(sizes, devices=None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor.
+
+    Args:
+      sizes: the config's `mesh`; at most one of its sizes is -1 and takes the devices that are left.
+      devices: all of them if None.
+
+    Raises:
+      UserError: the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in AXES]
+    named = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
+    known = int(np.prod([n for n in shape if n != -1]))
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise UserError(f"{named}: sizes are 1 or more, and one may be -1")
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if int(np.prod(shape)) != len(devices):
+        raise UserError(
+            f"{named} does not fit {len(devices)} devices; set one axis to -1 to take what is left"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch(mesh: Mesh, name: str, size: int):
+    """Refuses a batch that the mesh cannot cut evenly.
+
+    Raises:
+      UserError: names the config key.
+    """
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % pieces:
+        raise UserError(
+            f"{name}={size} cannot be cut over {pieces} devices (mesh.data x mesh.fsdp); "
+            f"use a multiple of {pieces}, or move devices to mesh.tensor"
+        )
+
+
+def spec(shape, axes, mesh: Mesh, rules=None) -> P:
+    """PartitionSpec of an array from its logical axes."""
+    rules = RULES if rules is None else rules
+    names = [rules.get(axis) for axis in axes]
+    return P(
+        *(
+            name if name is not None and size % mesh.shape[name] == 0 else None
+            for name, size in zip(names, shape, strict=True)
+        )
+    )
+
+
+def param_shardings(mesh: Mesh, abstract, axes, rules=None):
+    """NamedSharding of each parameter.
+
+    Args:
+      abstract: tree with shapes, from models.transformer.abstract.
+      axes: the same tree with logical axis names, from models.transformer.logical_axes.
+    """
+    return jax.tree.map(
+        lambda a, names: NamedSharding(mesh, spec(a.shape, names, mesh, rules)), abstract, axes
+    )
+
+
+def like_params(mesh: Mesh, abstract_state, params_shardings):
+    """Shardings of an optimizer state: subtrees shaped like the parameters as those, the rest whole."""
+    treedef = jax.tree.structure(params_shardings)
+
+    def is_params(node):
+        return jax.tree.structure(node) == treedef
+
+    return jax.tree.map(
+        lambda node: params_shardings if is_params(node) else replicated(mesh),
+        abstract_state,
+        is_leaf=is_params,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """Leading axis cut over data and fsdp."""
+    return NamedSharding(mesh, BATCH)
+
+
+def put_batch(mesh: Mesh, local):
+    """Global arrays from each process's rows of them (NumPy, leading axis this process's share)."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(batch(mesh), np.asarray(x)), local
+    )
+
+
+def gather(mesh: Mesh, tree):
+    """NumPy copies of sharded arrays, whole, on every host. For small arrays."""
+    return jax.device_get(_everywhere(mesh)(tree))
+
+
+def first_rows(mesh: Mesh, tree, rows: int):
+    """The first rows of batch-sharded arrays, replicated over the mesh; starts no transfer to the host."""
+    return _first_rows(mesh, rows)(tree)
+
+
+@functools.cache
+def _everywhere(mesh: Mesh):
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+@functools.cache
+def _first_rows(mesh: Mesh, rows: int):
+    return jax.jit(lambda t: jax.tree.map(lambda x: x[:rows], t), out_shardings=replicated(mesh))

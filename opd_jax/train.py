@@ -1,0 +1,169 @@
+"""The training loop.
+
+    python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
+    python -m opd_jax.train --config=configs/demo.py --config.release.rule=none --workdir=runs/full
+
+Started again with the same --workdir it goes on from the newest checkpoint.
+"""
+
+import contextlib
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from opd_jax import data, metrics, sharding
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.config import run
+from opd_jax.errors import UserError
+from opd_jax.evaluate import evaluate
+from opd_jax.job import Job, prepare
+from opd_jax.transcripts import transcripts
+
+SAMPLING_KEY = 0
+
+
+def train(job: Job, workdir):
+    """Trains from the start, or from the newest checkpoint in workdir, to train.steps.
+
+    Returns:
+      The final TrainState.
+    """
+    c, mesh = job.config, job.mesh
+    metrics.write_run_files(workdir, c)
+
+    # ---- State: the newest checkpoint, or the start.
+    saving = c.checkpoint.every > 0
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep)
+    done, position = checkpoints.latest, None
+    if done is None:
+        state = job.start()
+    else:
+        state, position = checkpoints.restore(done, job.abstract_state())
+    teacher_params = job.teacher_params()
+    first = done or 0
+
+    # ---- Prompts and draws.
+    prompts = data.batches(
+        job.prompts.train,
+        c.rollout.batch,
+        c.data.prompt_tokens,
+        job.student.pad_id,
+        c.seed,
+        jax.process_index(),
+        jax.process_count(),
+        start=position,
+    )
+    key = job.key(SAMPLING_KEY)
+
+    # ---- The loop. Metrics of a step are read after the next one is on its way.
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        clock = stack.enter_context(metrics.PhaseClock())
+        writer = stack.enter_context(
+            metrics.MetricWriter(
+                workdir,
+                total_steps=c.train.steps,
+                tensorboard=c.metrics.tensorboard,
+                wandb={"project": c.metrics.wandb} if c.metrics.wandb else None,
+                resume_step=done,
+            )
+        )
+        stack.enter_context(jax.transfer_guard("disallow"))
+        read = Reader(job, writer, clock)
+
+        def evaluated(step: int, state) -> float | None:
+            if not c.eval.every or (step % c.eval.every and step != c.train.steps):
+                return None
+            result = evaluate(job, state.params, teacher_params)
+            result.pop("rows")
+            writer.write({"kind": "eval", "step": step} | result)
+            read.restart()
+            return result["kl"]
+
+        if done is None:
+            evaluated(0, state)
+        for step in range(first + 1, c.train.steps + 1):
+            started = time.perf_counter()
+            local = next(prompts)
+            batch = sharding.put_batch(mesh, local)
+            data_seconds = time.perf_counter() - started
+            rollouts = job.sample(state.params, batch.tokens_BP, batch.mask_BP, key, state.step)
+            clock.watch("sample", step, rollouts.finished_B)
+            state, measured, supervision = job.train_step(
+                state, teacher_params, rollouts, job.table
+            )
+            clock.watch("train", step, measured["loss"])
+            read.finish()
+            read.begin(step, measured, data_seconds, rollouts, supervision)
+            evaluating = c.eval.every and (step % c.eval.every == 0 or step == c.train.steps)
+            checkpointing = saving and (step % c.checkpoint.every == 0 or step == c.train.steps)
+            if evaluating or checkpointing:
+                read.finish()
+            kl = evaluated(step, state)
+            if checkpointing:
+                checkpoints.save(step, state, prompts.state(), kl)
+        read.finish()
+    return state
+
+
+class Reader:
+    """Reads the metrics of the step before, while the device works on the present one."""
+
+    def __init__(self, job: Job, writer, clock):
+        self._job, self._writer, self._clock = job, writer, clock
+        self._pending = None
+        self.restart()
+
+    def restart(self):
+        """Starts the clock of the next step now: what came before was no training."""
+        self._last = time.perf_counter()
+
+    def begin(self, step, measured, data_seconds, rollouts, supervision):
+        """Notes what step `step` will have measured; starts no transfer of its rollouts unless shown."""
+        c = self._job.config.metrics
+        due = c.rollouts_every and c.rollouts and step % c.rollouts_every == 0
+        shown = None
+        if due or (c.rollouts_every and c.rollouts and step in (1, self._job.config.train.steps)):
+            shown = sharding.first_rows(self._job.mesh, (rollouts, supervision), c.rollouts)
+        self._pending = step, measured, data_seconds, shown
+
+    def finish(self):
+        """Fetches and writes what is pending, waiting for the device only if it is not done yet."""
+        if self._pending is None:
+            return
+        step, measured, data_seconds, shown = self._pending
+        self._pending = None
+        record = jax.device_get(measured)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        phases = self._clock.pop(step)
+        self._writer.write(
+            {"kind": "train", "step": step}
+            | record
+            | {
+                "tokens_per_second": float(record["response_tokens"]) / seconds,
+                "seconds_step": seconds,
+                "seconds_data": data_seconds,
+            }
+            | {f"seconds_{name}": value for name, value in phases.items()}
+        )
+        if shown is not None:
+            rollouts, supervision = jax.device_get(shown)
+            self._writer.write_rollouts(
+                transcripts(self._job.tokenizer, step, rollouts, supervision)
+            )
+
+
+def main(_):
+    if flags.FLAGS.workdir is None:
+        raise UserError("--workdir is not set; give a folder for the run, such as runs/first")
+    if flags.FLAGS.config is None:
+        raise UserError("--config is not set; give a file of configs/, such as configs/demo.py")
+    train(prepare(flags.FLAGS.config, flags.FLAGS.workdir), flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    run(main)

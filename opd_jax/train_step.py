@@ -1,0 +1,211 @@
+"""One training step, one compiled program: score, release, loss, gradient, update."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from opd_jax import objectives, scoring, segments
+from opd_jax import release as releasing
+from opd_jax.models.config import ModelConfig
+from opd_jax.rollout import Rollouts
+
+POSITION_BINS = 20
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes.
+
+    Attributes:
+      step: int32 scalar, updates of the policy's rollouts done; the next rollout's number.
+      params: the student's parameters, float32 masters.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+
+
+@struct.dataclass
+class Supervision:
+    """What a step decided for each rollout; for the report, never needed to go on."""
+
+    scores: scoring.Scores
+    release: releasing.Release
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """AdamW with clipping by global norm and a warm-up to a constant, linear or cosine schedule.
+
+    Args:
+      config: the whole config; reads optimizer.* and train.steps, train.updates_per_rollout.
+    """
+    o = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        optax.adamw(
+            learning_rate(config),
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            mu_dtype=o.mu_dtype or None,
+        ),
+    )
+
+
+def learning_rate(config) -> optax.Schedule:
+    """Learning rate by update number, as optimizer.* says."""
+    o = config.optimizer
+    total = config.train.steps * config.train.updates_per_rollout
+    after = max(total - o.warmup_steps, 1)
+    tail = {
+        "constant": lambda: optax.constant_schedule(o.learning_rate),
+        "linear": lambda: optax.linear_schedule(o.learning_rate, 0.0, after),
+        "cosine": lambda: optax.cosine_decay_schedule(o.learning_rate, after),
+    }[o.schedule]()
+    if not o.warmup_steps:
+        return tail
+    rise = optax.linear_schedule(o.learning_rate / o.warmup_steps, o.learning_rate, o.warmup_steps)
+    return optax.join_schedules([rise, tail], [o.warmup_steps])
+
+
+def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimizer):
+    """Builds train_step(state, teacher_params, rollouts, table) -> (state, metrics, Supervision).
+
+    Args:
+      student, teacher: the models' configs.
+      config: the whole config; reads scoring.*, release.*, train.*.
+      optimizer: what `make_optimizer` returned, or any optax transformation.
+
+    Returns:
+      A pure function; jit it with the state donated. `table` is the SegmentTable; metrics is a dict of
+      float32 scalars and [20] lists, summed or averaged over response tokens of the whole batch.
+    """
+    train, scoring_ = config.train, config.scoring
+    micro_batches = config.rollout.batch // train.micro_batch
+    clip_ratio = train.clip_ratio if train.updates_per_rollout > 1 else None
+    schedule = learning_rate(config)
+
+    def gradient(params, rollouts, supervision, tokens):
+        """(loss, gradient) of the mean over response tokens, accumulated over micro-batches."""
+
+        def loss(params, piece):
+            rollouts, advantage_BT, weight_BT = piece
+            total = objectives.policy_gradient_sum(
+                student,
+                params,
+                rollouts,
+                advantage_BT,
+                weight_BT,
+                chunk=scoring_.chunk,
+                clip_ratio=clip_ratio,
+                remat=train.remat,
+            )
+            return total / tokens
+
+        batch = rollouts, supervision.scores.advantage_BT, supervision.release.weight_BT
+        if micro_batches == 1:
+            return jax.value_and_grad(loss)(params, batch)
+
+        def accumulate(total, piece):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece)), None
+
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(accumulate, zero, scoring.split(batch, micro_batches))[0]
+
+    def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table):
+        with jax.named_scope("score"):
+            recompute = scoring_.student == "recompute"
+            scores = scoring.score(
+                teacher,
+                teacher_params,
+                rollouts,
+                chunk=scoring_.chunk,
+                micro_batches=micro_batches,
+                student=(student, state.params) if recompute else None,
+            )
+        with jax.named_scope("release"):
+            segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
+            released = releasing.release(scores, segment_BT, rollouts.mask_BT, config.release)
+        supervision = Supervision(scores=scores, release=released)
+        tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
+        rollouts_ = rollouts.replace(logp_BT=scores.student_logp_BT)
+
+        def update(carry, _):
+            params, opt_state = carry
+            with jax.named_scope("gradient"):
+                loss, grads = gradient(params, rollouts_, supervision, tokens)
+            with jax.named_scope("update"):
+                changes, opt_state = optimizer.update(grads, opt_state, params)
+                params = optax.apply_updates(params, changes)
+            return (params, opt_state), (loss, optax.global_norm(grads))
+
+        carry = state.params, state.opt_state
+        if train.updates_per_rollout == 1:
+            carry, (loss, norm) = update(carry, None)
+        else:
+            carry, (loss, norm) = jax.lax.scan(update, carry, length=train.updates_per_rollout)
+            loss, norm = loss[0], norm[0]
+        metrics = measure(rollouts, supervision) | {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
+        }
+        params, opt_state = carry
+        return TrainState(state.step + 1, params, opt_state), metrics, supervision
+
+    return train_step
+
+
+def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
+    """The step's numbers, all on device: means over response tokens or rollouts, and binned sums.
+
+    Bins are 20 equal parts of each response's own length; release_histogram counts accepted cuts by the
+    share of the response that stays supervised.
+    """
+    scores, released, mask_BT = supervision.scores, supervision.release, rollouts.mask_BT
+    tokens = jnp.maximum(mask_BT.sum(), 1).astype(jnp.float32)
+    length_B = mask_BT.sum(axis=1)
+    accepted_B = released.accepted_B
+    accepted = accepted_B.sum()
+    kept_share_B = released.kept_B / jnp.maximum(length_B, 1)
+
+    def mean(x_BT):
+        return jnp.where(mask_BT, x_BT, 0).sum() / tokens
+
+    place_BT = jnp.arange(mask_BT.shape[1])[None] * POSITION_BINS // jnp.maximum(length_B, 1)[:, None]
+    bin_BT = jnp.where(mask_BT, place_BT, POSITION_BINS)  # one past the end is dropped
+
+    def by_position(x_BT):
+        return jnp.zeros(POSITION_BINS, jnp.float32).at[bin_BT].add(x_BT, mode="drop")
+
+    cut_bin_B = jnp.minimum((kept_share_B * POSITION_BINS).astype(jnp.int32), POSITION_BINS - 1)
+    advantage_mean = mean(scores.advantage_BT)
+    variance = mean((scores.advantage_BT - advantage_mean) ** 2)
+    per_accepted = jnp.where(accepted > 0, 1.0 / jnp.maximum(accepted, 1), jnp.nan)
+    supervised = released.mask_BT.sum()
+    return {
+        "kl": -advantage_mean,
+        "advantage_std": jnp.sqrt(variance),
+        "contrast": mean(scores.contrast_BT),
+        "stop_probability": mean(rollouts.stop_BT),
+        "response_tokens": mask_BT.sum(),
+        "supervised_tokens": supervised,
+        "kept_share": supervised / tokens,
+        "accepted_share": accepted_B.mean(),
+        "release_position": jnp.where(accepted_B, kept_share_B, 0).sum() * per_accepted,
+        "gain": jnp.where(accepted_B, released.gain_B, 0).sum() * per_accepted,
+        "response_length": length_B.mean(),
+        "finished_share": rollouts.finished_B.mean(),
+        "position_tokens": by_position(mask_BT.astype(jnp.float32)),
+        "position_kept_tokens": by_position(released.mask_BT.astype(jnp.float32)),
+        "position_contrast_sum": by_position(scores.contrast_BT),
+        "position_advantage_sum": by_position(scores.advantage_BT),
+        "position_advantage_sq_sum": by_position(scores.advantage_BT**2),
+        "release_histogram": jnp.zeros(POSITION_BINS, jnp.float32)
+        .at[cut_bin_B]
+        .add(accepted_B.astype(jnp.float32)),
+    }

