@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from opd_jax.errors import UserError
@@ -109,15 +109,14 @@ def load(path: str, **overrides) -> ConfigDict:
     return config
 
 
-def run(main, *, config: bool = True):
+def run(main, *, config: str | None = None):
     """Parses the command line and runs main(argv); a user's mistake ends in one line and status 2.
 
     Args:
       main: called with the remaining arguments once flags are parsed.
-      config: also define --config=FILE, with --config.key=value for each of its fields.
+      config: default of --config=FILE, whose fields --config.key=value replaces.
     """
-    if config:
-        config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    config_flags.DEFINE_config_file("config", config, "A file of configs/.", lock_config=True)
 
     def parse(argv):
         try:
@@ -128,6 +127,8 @@ def run(main, *, config: bool = True):
             fail(error)
 
     def guarded(argv):
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # orbax and absl tell every step of a save
         try:
             main(argv)
         except UserError as error:

@@ -31,7 +31,8 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     Returns:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
       student's own responses, with a 95% bootstrap interval over prompts; response_length, tokens;
-      finished_share; prompts, tokens; seconds; and rows, a list of one dict a prompt.
+      finished_share; prompts, tokens; seconds; and rows, one dict a prompt: prompt (its number), text,
+      response, kl, tokens, finished.
     """
     started = time.perf_counter()
     c = job.config
@@ -50,8 +51,12 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
         rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
         sums = job.divergence(params, teacher_params, rollouts)
-        index_B, valid_B = sharding.gather(job.mesh, (batch.index_B, batch.valid_B))
-        out.append(jax.device_get(sums) | {"index_B": index_B, "valid_B": valid_B})
+        index_B, valid_B, response_BT, mask_BT = sharding.gather(
+            job.mesh, (batch.index_B, batch.valid_B, rollouts.response_BT, rollouts.mask_BT)
+        )
+        responses = [job.tokenizer.decode(row_T[on_T]) for row_T, on_T in zip(response_BT, mask_BT)]
+        columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
+        out.append(jax.device_get(sums) | columns)
     columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
     columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
     kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
@@ -66,9 +71,21 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         "tokens": int(tokens_B.sum()),
         "seconds": time.perf_counter() - started,
         "rows": [
-            {"prompt": int(i), "kl": float(k / n), "tokens": int(n), "finished": bool(f)}
-            for i, k, n, f in zip(
-                columns["index_B"], kl_B, tokens_B, columns["finished_B"], strict=True
+            {
+                "prompt": int(index),
+                "text": job.prompts.heldout[index].text,
+                "response": response,
+                "kl": float(kl / tokens),
+                "tokens": int(tokens),
+                "finished": bool(finished),
+            }
+            for index, response, kl, tokens, finished in zip(
+                columns["index_B"],
+                columns["response_B"],
+                kl_B,
+                tokens_B,
+                columns["finished_B"],
+                strict=True,
             )
         ],
     }

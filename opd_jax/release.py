@@ -1,8 +1,8 @@
 """Where the teacher still teaches: the change point of local contrast and the mask it gives.
 
-Segments are never gathered into a compact array: what belongs to a segment sits at the position of its
-last token, and every reduction is a scan over positions. So the static bound on the number of segments
-is the number of positions, there is no scatter, and rows stay independent of each other.
+Segments are never gathered into a compact array: what belongs to a segment sits at the position of
+its last token, and every reduction is a scan over positions. So the static bound on the number of
+segments is the number of positions, there is no scatter, and rows stay independent of each other.
 
 Source: paper.md, "The release rule", steps 3 to 7.
 """
@@ -26,7 +26,8 @@ class ChangePoint:
     accepted_B: bool, the drop is accepted.
     cut_B: int32, number of kept segments; all valid ones where nothing is accepted.
     bic0_B: float32, nats, the fit of one mean (0 for an empty row).
-    bic1_B: float32, nats, the fit of the best drop; where no split is a drop, that of a drop by nothing.
+    bic1_B: float32, nats, the fit of the best drop; where no split is a drop, that of a drop by
+    nothing.
     gain_B: float32, nats, bic0 - bic1 before either is rounded: the one to compare with 0.
     """
 
@@ -91,8 +92,9 @@ class Release:
     gain_B: jax.Array
 
 
-# A rule: (scores, segments, config, key) -> Proposal. `config` is the `release` sub-config; `key` is a PRNG
-# key for rules that draw, else None. A rule sees the whole batch, so it may move cuts between rollouts.
+# A rule: (scores, segments, config, key) -> Proposal. `config` is the `release` sub-config; `key`
+# is a PRNG key for rules that draw, else None. A rule sees the whole batch, so it may move cuts
+# between rollouts.
 Rule = Callable[..., Proposal]
 RULES: dict[str, Rule] = {}
 
@@ -108,7 +110,7 @@ def rule(name: str) -> Callable[[Rule], Rule]:
 
 
 def _merge_moments(left, right):
-    """Chan, Golub and LeVeque (1979): (count, mean, sum of squared deviations) of two joined samples."""
+    """(count, mean, sum of squared deviations) of two joined samples: Chan et al. (1979)."""
     n_a, mean_a, squares_a = left
     n_b, mean_b, squares_b = right
     n = n_a + n_b
@@ -117,18 +119,11 @@ def _merge_moments(left, right):
     return n, mean_a + delta * share_b, squares_a + squares_b + delta * delta * n_a * share_b
 
 
-def _first_valid(score_BN, valid_BN) -> jax.Array:
-    """The first valid score of each row, [B, 1]; that of an empty row is of no use."""
-    first_B1 = jnp.argmax(valid_BN, axis=1, keepdims=True)
-    return jnp.take_along_axis(score_BN, first_B1, axis=1)
-
-
-def _moments(score_BN, valid_BN, origin_B1, *, reverse: bool):
-    """Moments of score - origin over the valid entries up to each position, or from it on."""
-    count_BN = valid_BN.astype(jnp.float32)
-    centred_BN = jnp.where(valid_BN, score_BN - origin_B1, 0)
-    moments = (count_BN, centred_BN, jnp.zeros_like(centred_BN))
-    return lax.associative_scan(_merge_moments, moments, axis=1, reverse=reverse)
+def _moments(score, valid, origin):
+    """Moments of score - origin over the valid entries up to each position of the last axis."""
+    centred = jnp.where(valid, score - origin, 0)
+    moments = (valid.astype(jnp.float32), centred, jnp.zeros_like(centred))
+    return lax.associative_scan(_merge_moments, moments, axis=-1)
 
 
 def _shift_left(x_BT: jax.Array, fill) -> jax.Array:
@@ -146,16 +141,18 @@ def change_point(
 ) -> ChangePoint:
     """Finds the one downward step that BIC prefers over no step, per row.
 
-    BIC0 = n log((RSS0 + eps) / n) + log n about one mean; BIC1(t) = n log((RSS1(t) + eps) / n) + 3 log n
-    about a mean on each side of t, only where the first mean is larger; accepted if min BIC1 < BIC0.
-    In float32 nothing may be a small difference of large sums. So residuals are merged from non-negative
-    terms, those before t about the row's first score and those after t about its last (where a split
-    explains nearly all, each side is close to its own), and with D = n1 n2 / n (mean1 - mean2)^2,
-    BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, exact also where D is next to nothing.
+    One mean has BIC0 = n log((RSS0 + eps) / n) + log n; a mean on each side of t, the first one
+    larger, has BIC1(t) = n log((RSS1(t) + eps) / n) + 3 log n; accepted if min BIC1 < BIC0.
+
+    In float32 nothing may be a small difference of large sums. So residuals are merged from
+    non-negative terms, those before t about the row's first score and those after t about its last
+    (where a split explains nearly all, each side is close to its own). With
+    D = n1 n2 / n (mean1 - mean2)^2, BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, which
+    keeps its digits also where D is next to nothing.
 
     Args:
       score_BN: segment scores in nats (log scale). Entries outside valid_BN are ignored.
-      valid_BN: bool, which entries are segments. Any subset of a row; the order of positions counts.
+      valid_BN: bool, which entries are segments: any subset of a row, in the order of positions.
       min_segments: rows with fewer valid segments accept nothing (with 2, any drop would).
       eps: added to both residual sums, so that a perfect fit has a finite BIC.
 
@@ -163,15 +160,18 @@ def change_point(
     """
     valid_BN = valid_BN.astype(bool)
     score_BN = jnp.where(valid_BN, score_BN, 0).astype(jnp.float32)
-    first_B1 = _first_valid(score_BN, valid_BN)
-    final_B1 = _first_valid(score_BN[:, ::-1], valid_BN[:, ::-1])
-    n1_BN, mean1_BN, squares1_BN = _moments(score_BN, valid_BN, first_B1, reverse=False)
-    suffix = _moments(score_BN, valid_BN, final_B1, reverse=True)
-    n2_BN, mean2_BN, squares2_BN = (_shift_left(x_BN, 0) for x_BN in suffix)
+    # Both directions in one scan, the second reversed, stacked on an axis that is never sharded.
+    score_2BN = jnp.stack([score_BN, score_BN[:, ::-1]])
+    valid_2BN = jnp.stack([valid_BN, valid_BN[:, ::-1]])
+    first_2B1 = jnp.argmax(valid_2BN, axis=2, keepdims=True)
+    origin_2B1 = jnp.take_along_axis(score_2BN, first_2B1, axis=2)
+    moments = _moments(score_2BN, valid_2BN, origin_2B1)
+    n1_BN, mean1_BN, squares1_BN = (x_2BN[0] for x_2BN in moments)
+    n2_BN, mean2_BN, squares2_BN = (_shift_left(x_2BN[1, :, ::-1], 0) for x_2BN in moments)
 
     n_B, total_squares_B = n1_BN[:, -1], squares1_BN[:, -1]
     n_B1 = jnp.maximum(n_B, 1)[:, None]
-    step_BN = (mean1_BN - mean2_BN) + (first_B1 - final_B1)
+    step_BN = (mean1_BN - mean2_BN) + (origin_2B1[0] - origin_2B1[1])
     between_BN = step_BN * step_BN * n1_BN * (n2_BN / n_B1)
     is_drop_BN = valid_BN & (n2_BN > 0) & (step_BN > 0)
     ratio_BN = jnp.where(is_drop_BN, between_BN / (squares1_BN + squares2_BN + eps), 0.0)

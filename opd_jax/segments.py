@@ -1,9 +1,9 @@
 """Sentences of responses, on device: token ids in, sentence numbers out.
 
-The sentences are those that NLTK's Punkt, with its pretrained English parameters, finds in the decoded
-response. A token belongs to the sentence of its first character that is not white space; white space
-between two sentences belongs to the one before it. Only gathers, shifts, and scans over positions: no
-text and no host. `punkt.py` says what a token's row holds.
+The sentences are those that NLTK's Punkt, with its pretrained English parameters, finds in the
+decoded response. A token belongs to the sentence of its first character that is not white space;
+white space between two sentences belongs to the one before it. Only gathers, shifts, and scans over
+positions: no text and no host. `punkt.py` says what a token's row holds.
 """
 
 import flax.struct
@@ -67,7 +67,8 @@ def segment(table: SegmentTable, tokens_BT: jax.Array, mask_BT: jax.Array) -> ja
       mask_BT: response tokens; others read as white space.
 
     Returns:
-      int32 [B, T]: 0, 1, 2, ... along the response, each number with at least one token; -1 outside it.
+      int32 [B, T]: 0, 1, 2, ... along the response, -1 outside it. Each number has at least one
+      token where mask_BT is a prefix of the row.
     """
     with jax.named_scope("segment"):
         mask_BT = mask_BT.astype(bool)
@@ -93,7 +94,7 @@ def _previous(x_BT, fill):
 
 
 class _Text:
-    """How tokens join into chunks (between white space) and words: bool [B, T] each, and positions."""
+    """How tokens join into chunks (between white space) and words; arrays are [B, T]."""
 
     def __init__(self, row_BTC):
         self.flags_BT = flags_BT = row_BTC[:, :, punkt.FLAGS]
@@ -106,7 +107,8 @@ class _Text:
         self.next_flags_BT = jnp.where(self.joins_next_BT, after_BT, 0)
         self.dot_before_BT = joins_BT & (before_BT & punkt.LAST_DOT != 0)
 
-        # A comma inside 1,000 is part of the word; one before a closing quote or the chunk's end is not.
+        # A comma inside 1,000 is part of the word; one before a closing quote or the chunk's end is
+        # not.
         comma_BT = self.has(punkt.LONE_COMMA)
         comma_BT &= ~self.joins_next_BT | (self.next_flags_BT & punkt.FIRST_NON_WORD != 0)
         starts_BT = self.chunk_start_BT | self.has(punkt.SPLIT_BEFORE) | comma_BT
@@ -137,7 +139,7 @@ def _join_traits(before, after):
 
 
 def _join_tails(left, right):
-    """Joins (hash, power, restarts after a hyphen, traits, restarts) of what stands before a position."""
+    """Joins (hash, power, hash restarts, traits, word restarts) of what ends at a position."""
     hash_a, power_a, hyphen_a, traits_a, restart_a = left
     hash_b, power_b, hyphen_b, traits_b, restart_b = right
     return (
@@ -150,7 +152,7 @@ def _join_tails(left, right):
 
 
 def _join_heads(later, earlier):
-    """Joins (hash, power, closed) of what stands from a position on; a scan in reverse passes later first."""
+    """Joins (hash, power, closed) of what starts at a position; reverse scans pass later first."""
     hash_b, power_b, closed_b = later
     hash_a, power_a, closed_a = earlier
     return (
@@ -165,7 +167,7 @@ def _look_up(table: SegmentTable, hash_BT):
     bits = table.word_HW.shape[0].bit_length() - 1
     width = table.word_HW.shape[1] // 2
     bucket_BT = (hash_BT * np.uint32(punkt.BUCKET_MULTIPLIER)) >> np.uint32(32 - bits)
-    row_BTW = jnp.take(table.word_HW, bucket_BT.astype(jnp.int32), axis=0)
+    row_BTW = jnp.take(table.word_HW, bucket_BT.astype(jnp.int32), axis=0, mode="clip")
     found_BTW = row_BTW[:, :, :width] == hash_BT[:, :, None]
     known_BT = jnp.sum(jnp.where(found_BTW, row_BTW[:, :, width:], 0), axis=2, dtype=jnp.uint32)
     return jnp.where(jnp.any(found_BTW, axis=2), known_BT, punkt.UNKNOWN_WORD)
@@ -243,8 +245,8 @@ def _ends_sentence(word, traits_BT, ellipsis_BT, number_first, following):
 def _sentence_breaks(table: SegmentTable, row_BTC, text: _Text):
     """Tokens in which a sentence ends, and whether their mark has more of the core behind it.
 
-    Punkt looks at the last mark of a chunk; it ends a sentence if it, or a mark before it in the chunk, does.
-    A mark is followed by a NON_WORD character or by white space and another chunk.
+    Punkt looks at the last mark of a chunk; it ends a sentence if it, or a mark before it in the
+    chunk, does. A mark is followed by a NON_WORD character or by white space and another chunk.
     """
     end = text.flags_BT.shape[1]
     mark_BT, inside_BT = text.has(punkt.MARK), text.has(punkt.MARK_INSIDE)
@@ -258,12 +260,16 @@ def _sentence_breaks(table: SegmentTable, row_BTC, text: _Text):
 
     hash_BT, traits_BT = _word_before(row_BTC, text)
     word_BT = _look_up(table, hash_BT)
-    dot_first_BT = (row_BTC[:, :, punkt.TRAITS] >> punkt.STEM_SHIFT == 0) & ~text.has(punkt.MARK_SPLIT)
+    dot_first_BT = (row_BTC[:, :, punkt.TRAITS] >> punkt.STEM_SHIFT == 0) & ~text.has(
+        punkt.MARK_SPLIT
+    )
     ellipsis_BT = text.has(punkt.MARK_ELLIPSIS) | (text.dot_before_BT & dot_first_BT)
     always_BT = ~text.has(punkt.MARK_IN_DOUBT) | earlier_BT
 
     punctuation_BT = jnp.where(
-        inside_BT, text.has(punkt.MARK_PUNCTUATION), text.next_flags_BT & punkt.FIRST_PUNCTUATION != 0
+        inside_BT,
+        text.has(punkt.MARK_PUNCTUATION),
+        text.next_flags_BT & punkt.FIRST_PUNCTUATION != 0,
     )
     no_case_BT = jnp.zeros_like(mark_BT)
     sign = (jnp.where(punctuation_BT, punkt.IS_PUNCTUATION, np.uint32(0)), no_case_BT, no_case_BT)
@@ -272,6 +278,7 @@ def _sentence_breaks(table: SegmentTable, row_BTC, text: _Text):
     # The "!" of "!..." is no match, yet a word of its own that ends a sentence.
     run_next_BT = text.next_flags_BT & (punkt.DASHES | punkt.DOTS) != 0
     ends_inner_BT |= mark_BT & ~inside_BT & always_BT & run_next_BT
+    ends_inner_BT |= text.has(punkt.MARK_EARLIER)
 
     # What a mark before white space needs to know of the next chunk is packed there and gathered.
     known_BT = _word_at_start(table, row_BTC, text)
@@ -307,7 +314,8 @@ def _first_tokens(text: _Text, break_BT, inside_BT):
     )
     next_closes_BT = ~text.joins_next_BT | _next(closing_BT, False)
     next_closes_BT |= text.next_flags_BT & punkt.DASHES != 0
-    # The next sentence starts behind the mark in the same token, so the token after it is its first.
+    # The next sentence starts behind the mark in the same token, so the token after it is its
+    # first.
     within_BT = break_BT & inside_BT & ~(text.has(punkt.REST_CLOSERS) & next_closes_BT)
 
     written_BT = text.core_BT & ~closing_BT

@@ -77,8 +77,9 @@ def train(job: Job, workdir):
             if not c.eval.every or (step % c.eval.every and step != c.train.steps):
                 return None
             result = evaluate(job, state.params, teacher_params)
-            result.pop("rows")
+            rows = result.pop("rows")
             writer.write({"kind": "eval", "step": step} | result)
+            writer.write_evaluations([{"step": step} | row for row in rows])
             read.restart()
             return result["kl"]
 

@@ -1,4 +1,4 @@
-"""The release rule against float64 NumPy written from paper.md, ruptures, and numbers worked by hand."""
+"""The release rule against float64 NumPy, ruptures, and numbers worked by hand."""
 
 import functools
 import itertools
@@ -18,9 +18,7 @@ from opd_jax import release as rel
 from opd_jax.errors import UserError
 
 EPS = 1e-12
-change_point = jax.jit(
-    functools.partial(rel.change_point, eps=EPS), static_argnames="min_segments"
-)
+change_point = jax.jit(functools.partial(rel.change_point, eps=EPS), static_argnames="min_segments")
 
 
 def config(rule="paper", min_segments=4, rescale="sequence"):
@@ -45,7 +43,9 @@ def run_release(contrast_BT, segment_BT, mask_BT, **fields):
         np.pad(np.asarray(segment_BT, np.int32), room, constant_values=-1),
         np.pad(np.asarray(mask_BT, bool), room),
     )
-    return jax.tree.map(lambda x: np.asarray(x)[:rows] if x.ndim == 1 else np.asarray(x)[:rows, :positions], out)
+    return jax.tree.map(
+        lambda x: np.asarray(x)[:rows] if x.ndim == 1 else np.asarray(x)[:rows, :positions], out
+    )
 
 
 def reference_bics(score_N):
@@ -206,8 +206,8 @@ def test_min_segments_guards_short_rows():
     assert change_point(*rows, min_segments=4).accepted_B.tolist() == [False, False, True]
 
 
-# Two sentences of 2 tokens with mean margin e^2 - 1, then three with mean margin e - 1: S = 2 2 1 1 1.
-# n = 5, RSS0 = 6/5, RSS1(2) = 0: gain = 5 log((1.2 + 1e-12) / 1e-12) - 2 log 5.
+# Two sentences of 2 tokens with mean margin e^2 - 1, then three with mean margin e - 1: S = 2 2 1 1
+# 1. n = 5, RSS0 = 6/5, RSS1(2) = 0: gain = 5 log((1.2 + 1e-12) / 1e-12) - 2 log 5.
 HIGH, LOW = np.expm1(2.0), np.expm1(1.0)
 CONTRAST = [HIGH - 1, HIGH + 1, HIGH, HIGH, LOW, LOW + 0.5, LOW - 0.5, LOW, LOW, 0, 0, 0]
 SEGMENT = [0, 0, 1, 1, 2, 3, 3, 4, 4, -1, -1, -1]
@@ -364,7 +364,9 @@ def test_a_new_rule_is_one_function(monkeypatch):
         config(rule="halve"),
         key=jax.random.key(0),
     )
-    np.testing.assert_allclose(out.weight_BT[0, :4], np.array([1, 1, 0.5, 0.5]) * 9 / 5.5, rtol=1e-6)
+    np.testing.assert_allclose(
+        out.weight_BT[0, :4], np.array([1, 1, 0.5, 0.5]) * 9 / 5.5, rtol=1e-6
+    )
     np.testing.assert_allclose(out.weight_BT.sum(), 9, rtol=1e-6)
 
 

