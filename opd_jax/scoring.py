@@ -105,12 +105,27 @@ def _teacher_chunk(config, head_VD, chunk):
     return token_logp(logits_BcV, token_Bc), best_BcK[..., 0] - best_BcK[..., 1]
 
 
+@jax.custom_vjp
 def token_logp(logits_BTV, token_BT):
-    """log softmax(logits) at the given ids, [B, T]."""
+    """log softmax(logits) at the given ids, [B, T]; its gradient is one pass over the logits."""
+    return _token_logp(logits_BTV, token_BT)[0]
+
+
+def _token_logp(logits_BTV, token_BT):
     logit_BT = jnp.take_along_axis(logits_BTV, token_BT[..., None], axis=-1)[..., 0]
-    return logit_BT - vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BTV))).reshape(
-        token_BT.shape
-    )
+    normaliser_BT = vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BTV)))
+    normaliser_BT = normaliser_BT.reshape(token_BT.shape)
+    return logit_BT - normaliser_BT, (logits_BTV, token_BT, normaliser_BT)
+
+
+def _token_logp_gradient(residuals, grad_BT):
+    logits_BTV, token_BT, normaliser_BT = residuals
+    chosen = jnp.arange(logits_BTV.shape[-1])[None, None] == token_BT[..., None]
+    softmax_BTV = jnp.exp(logits_BTV - normaliser_BT[..., None])
+    return grad_BT[..., None] * (chosen - softmax_BTV), None
+
+
+token_logp.defvjp(_token_logp, _token_logp_gradient)
 
 
 def _rows(logits_BTV):

@@ -4,6 +4,8 @@ Parameters are a plain nested dict ("params") with every block's weights stacked
 axis; the forward pass is a pure function that scans over it, so compile time does not grow with depth.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -104,7 +106,8 @@ def rms_norm(x, scale, eps: float):
     """x / sqrt(mean(x²) + eps) · scale over the last axis; statistics in float32."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * inverse).astype(x.dtype) * scale
 
 
 def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
@@ -117,21 +120,31 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
     p = {name: value.astype(dtype) for name, value in p.items()}
     with jax.named_scope("attention"):
         h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
-        q = jnp.einsum("bld,dhc->blhc", h_BLD, p["query"])
-        k = jnp.einsum("bld,dkc->blkc", h_BLD, p["key"])
-        v = jnp.einsum("bld,dkc->blkc", h_BLD, p["value"])
+        q, k, v = (project(h_BLD, p[name]) for name in ("query", "key", "value"))
         if config.attention_bias:
-            q, k, v = q + p["query_bias"][None, None], k + p["key_bias"][None, None], v + p["value_bias"][None, None]
+            bias = (p[name][None, None] for name in ("query_bias", "key_bias", "value_bias"))
+            q, k, v = (x + b for x, b in zip((q, k, v), bias, strict=True))
         if config.qk_norm:
             q = rms_norm(q, p["query_norm"], config.norm_eps)
             k = rms_norm(k, p["key_norm"], config.norm_eps)
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
         out_BLHC, kept = attend(q, k, v)
-        x_BLD = x_BLD + jnp.einsum("blhc,hcd->bld", out_BLHC, p["output"])
+        x_BLD = x_BLD + project(out_BLHC, p["output"], inputs=2)
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
-        gated = jax.nn.silu(h_BLD @ p["gate"]) * (h_BLD @ p["up"])
-        return x_BLD + gated @ p["down"], kept
+        gated_BLF = jax.nn.silu(project(h_BLD, p["gate"])) * project(h_BLD, p["up"])
+        return x_BLD + project(gated_BLF, p["down"]), kept
+
+
+def project(x, weight, inputs: int = 1):
+    """x times a weight matrix: the last `inputs` axes of x against the first ones of weight.
+
+    Both are flattened to two axes first, so that the product and both its gradients are plain matrix
+    products; with more axes a compiler may put a transposed copy before each weight gradient.
+    """
+    lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+    rows = math.prod(weight.shape[:inputs])
+    return (x.reshape(-1, rows) @ weight.reshape(rows, -1)).reshape(*lead, *out)
 
 
 def embed(config: ModelConfig, params: dict, tokens):
@@ -178,8 +191,10 @@ def head(config: ModelConfig, params: dict):
 
 def logits(config: ModelConfig, head_VD, hidden):
     """float32 logits [..., V] of hidden [..., D]; ids past the tokenizer's length are -inf."""
-    out = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
-    return mask_vocabulary(config, out)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    dims = (((1,), (1,)), ((), ()))
+    out = jax.lax.dot_general(rows, head_VD, dims, preferred_element_type=jnp.float32)
+    return mask_vocabulary(config, out.reshape(*hidden.shape[:-1], -1))
 
 
 def mask_vocabulary(config: ModelConfig, logits_V):
