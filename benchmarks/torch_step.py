@@ -1,4 +1,4 @@
-"""One on-policy distillation step in PyTorch and transformers, timed as opd_jax.bench times its own.
+"""One on-policy distillation step in PyTorch and transformers, timed as opd_jax.bench does its own.
 
     python benchmarks/torch_step.py LAYERS WIDTH FFN HEADS KV_HEADS HEAD_SIZE VOCABULARY \\
         BATCH PROMPT RESPONSE [--teacher_layers=N] [--sample_only]
