@@ -4,7 +4,7 @@ A recipe is a file beside this one whose get_config() starts from this and chang
 can be changed on the command line: --config.release.rule=none. Unknown fields and values are refused.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     c.rollout.top_p = 1.0
 
     c.scoring = ConfigDict()
-    # K, the student's top tokens within which the teacher's margin is taken, 2 or more. The paper's best is 4.
+    # K, the student's top tokens within which the teacher's margin is taken; at least 2, the paper's best is 4.
     c.scoring.candidates = 4
     # Whose logits give the candidates and log p_S of the advantage: sampler (free), or recompute (one more
     # student forward pass; the same numbers up to rounding).
@@ -116,8 +116,8 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1
 
     c.eval = ConfigDict()
-    # Steps between evaluations on the held-out prompts, rollout.batch at a time; the first is before training, the last after it.
-    # 0 never evaluates.
+    # Steps between evaluations on the held-out prompts, rollout.batch at a time; the first is before
+    # training, the last after it. 0 never evaluates.
     c.eval.every = 10
 
     c.checkpoint = ConfigDict()

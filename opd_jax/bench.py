@@ -22,7 +22,10 @@ from opd_jax.errors import UserError
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 
-NAMES = "layers width ffn heads kv_heads head_size vocabulary batch prompt response".split()
+NAMES = (
+    *("layers", "width", "ffn", "heads", "kv_heads", "head_size"),
+    *("vocabulary", "batch", "prompt", "response"),
+)
 MATMUL = 2048  # side of the square product that stands for the machine
 
 

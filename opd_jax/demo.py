@@ -13,8 +13,8 @@ from absl import flags
 from opd_jax import report
 from opd_jax.config import run
 from opd_jax.job import prepare
-from opd_jax.run_record import column, phase_seconds, read_run
 from opd_jax.metrics import EVALUATIONS_FILE
+from opd_jax.run_record import column, phase_seconds, read_run
 from opd_jax.train import train
 
 ARMS = {"full": "none", "release": "paper"}
@@ -22,8 +22,8 @@ ARMS = {"full": "none", "release": "paper"}
 INTRODUCTION = """
 Teacher: {teacher} ({teacher_layers} layers, {teacher_size:.0f}M parameters).
 Student: {student} without layers {dropped} ({student_size:.0f}M parameters).
-The student answers {batch} prompts a step; the teacher scores every token it wrote; the student learns,
-{steps} steps with full supervision, then {steps} with the release rule, from the same start, prompts and seeds.
+The student answers {batch} prompts a step; the teacher scores every token it wrote; the student learns.
+{steps} steps with full supervision, then {steps} with the release rule: same start, prompts and seeds.
 """
 
 

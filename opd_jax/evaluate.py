@@ -116,9 +116,10 @@ def main(_):
             raise UserError(f"--workdir={workdir} holds no run (no config.json)")
         job = prepare(ConfigDict(json.loads(path.read_text())))
         with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
-            step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(flags.FLAGS.step, flags.FLAGS.step)
+            wanted = flags.FLAGS.step
+            step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(wanted, wanted)
             if step is None or not str(step).isdigit():
-                raise UserError(f"--step={flags.FLAGS.step}: {workdir} has no such checkpoint")
+                raise UserError(f"--step={wanted}: {workdir} has no such checkpoint")
             params = checkpoints.restore(int(step), job.abstract_state())[0].params
     result = evaluate(job, params, job.teacher_params())
     rows = result.pop("rows")

@@ -52,7 +52,7 @@ class PhaseClock:
             try:
                 array.block_until_ready()
                 ready = time.perf_counter()
-            except Exception:  # noqa: BLE001  timing never ends a run, whatever became of the array
+            except Exception:
                 ready = None
             del array, item  # do not keep a buffer alive while waiting for the next
             with self._changed:

@@ -192,8 +192,10 @@ def reverse_kl(
 ):
     """KL(student || teacher) over the whole vocabulary at each response position: [B, T] nats, 0 outside.
 
-    Both models must share ids; ids that either tokenizer lacks carry no mass in the student.
+    Both models must share ids; ids that either tokenizer lacks carry no mass in the student. The models
+    may have different numbers of vocabulary rows.
     """
+    shared = min(student.vocab_size, teacher.vocab_size)
     hidden = (
         response_hidden(student, student_params, rollouts),
         response_hidden(teacher, teacher_params, rollouts),
@@ -201,8 +203,8 @@ def reverse_kl(
     heads = transformer.head(student, student_params), transformer.head(teacher, teacher_params)
 
     def one(heads, hidden):
-        logp_BcV = jax.nn.log_softmax(transformer.logits(student, heads[0], hidden[0]))
-        logq_BcV = jax.nn.log_softmax(transformer.logits(teacher, heads[1], hidden[1]))
+        logp_BcV = jax.nn.log_softmax(transformer.logits(student, heads[0], hidden[0]))[..., :shared]
+        logq_BcV = jax.nn.log_softmax(transformer.logits(teacher, heads[1], hidden[1]))[..., :shared]
         return jnp.where(
             jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)
         ).sum(axis=-1)

@@ -10,7 +10,6 @@ import contextlib
 import time
 
 import jax
-import numpy as np
 from absl import flags
 
 from opd_jax import data, metrics, sharding

@@ -20,7 +20,7 @@ def fold(logits_BV):
 
 
 def log_normaliser(logits_BRW):
-    """log-sum-exp over each row, [B], float32; a sum of W lane sums, so 150k entries keep float32's digits."""
+    """log-sum-exp over each row, [B], float32; a sum of lane sums, so 150k entries keep float32's digits."""
     peak_B = logits_BRW.max(axis=(1, 2))
     lane_BW = jnp.exp(logits_BRW - peak_B[:, None, None]).sum(axis=1)
     return peak_B + jnp.log(lane_BW.sum(axis=1))

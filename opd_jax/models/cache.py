@@ -28,7 +28,7 @@ class KVCache:
 
 
 def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
-    """The blocks' weights, layer by layer, in the compute dtype; a step's matrices are its operands as they lie."""
+    """The blocks' weights, layer by layer, in the compute dtype."""
     blocks = jax.tree.map(lambda w: w.astype(config.dtype), params["blocks"])
     return tuple(jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(config.layers))
 

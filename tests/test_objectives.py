@@ -1,0 +1,283 @@
+"""The chunked policy gradient against direct unchunked ones, finite differences, and its memory."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import objectives, scoring
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.rollout import Rollouts
+
+B, P, T, V = 4, 5, 11, 96
+TIED = ModelConfig(
+    family="qwen3",
+    vocab_size=V,
+    valid_vocab=V - 6,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    ffn=48,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    qk_norm=True,
+    attention_bias=False,
+    max_positions=64,
+)
+UNTIED = TIED.replace(tie_embeddings=False)
+CLIP = 0.2
+
+
+def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantage_BT, weight_BT):
+    def total(params):
+        return objectives.policy_gradient_sum(
+            config,
+            params,
+            rollouts,
+            advantage_BT,
+            weight_BT,
+            chunk=chunk,
+            clip_ratio=clip_ratio,
+            remat=remat,
+        )
+
+    return jax.value_and_grad(total)(params)
+
+
+value_and_grad = jax.jit(_value_and_grad, static_argnums=(0, 1, 2, 3))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def direct_value_and_grad(config, clip_ratio, params, rollouts, advantage_BT, weight_BT):
+    """The same objective written straight down: whole logits, log_softmax, automatic gradient."""
+
+    def total(params):
+        mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
+        hidden_BLD = transformer.forward(config, params, rollouts.tokens_BL, mask_BL)
+        table_VD = params["embedding"] if config.tie_embeddings else params["head"]
+        logits_BTV = (hidden_BLD @ table_VD.T)[:, P - 1 : -1, : config.valid_vocab]
+        logp_BTV = jax.nn.log_softmax(logits_BTV)
+        logp_BT = jnp.take_along_axis(logp_BTV, rollouts.response_BT[..., None], axis=-1)[..., 0]
+        target_BT = advantage_BT * weight_BT
+        if clip_ratio is None:
+            return -(target_BT * logp_BT).sum()
+        ratio_BT = jnp.exp(logp_BT - rollouts.logp_BT)
+        clipped_BT = jnp.where(
+            target_BT > 0,
+            jnp.minimum(ratio_BT, 1 + clip_ratio),
+            jnp.maximum(ratio_BT, 1 - clip_ratio),
+        )
+        return -(target_BT * clipped_BT).sum()
+
+    return jax.value_and_grad(total)(params)
+
+
+@functools.cache
+def params_of(config, seed=0):
+    draw = np.random.default_rng(seed).normal
+
+    def weight(path, like):
+        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
+        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(weight, transformer.abstract(config))
+
+
+@functools.cache
+def batch():
+    """(rollouts, advantage_BT, weight_BT): ragged, weights 0 outside the response and after a cut."""
+    rng = np.random.default_rng(3)
+    mask_BT = np.arange(T)[None] < np.array([[T], [7], [1], [4]])
+    kept_BT = np.arange(T)[None] < np.array([[6], [7], [1], [2]])
+    zeros_BT = np.zeros((B, T), np.float32)
+    r = Rollouts(
+        tokens_BL=rng.integers(0, TIED.valid_vocab, (B, P + T)).astype(np.int32),
+        prompt_mask_BP=np.arange(P)[None] >= np.array([[0], [2], [4], [1]]),
+        mask_BT=mask_BT,
+        logp_BT=zeros_BT,
+        behaviour_logp_BT=zeros_BT,
+        topk_BTK=np.zeros((B, T, 4), np.int32),
+        stop_BT=zeros_BT,
+        finished_B=np.zeros(B, bool),
+    )
+    advantage_BT = np.where(mask_BT, rng.normal(size=(B, T)), 0).astype(np.float32)
+    weight_BT = np.where(kept_BT, rng.uniform(0.5, 2, (B, T)), 0).astype(np.float32)
+    return r, advantage_BT, weight_BT
+
+
+@functools.cache
+def student_logp():
+    """The student's own logp_BT, 0 outside the response: p_old of the clipped form at ratio 1."""
+    r = batch()[0]
+    score = jax.jit(lambda params, r: scoring.score(TIED, params, r, chunk=T).teacher_logp_BT)
+    return np.asarray(score(params_of(TIED), r))
+
+
+def assert_trees_close(got, want, relative):
+    """Every leaf within `relative` of its own largest entry."""
+
+    def close(path, a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(
+            a, b, atol=relative * np.abs(b).max(), rtol=0, err_msg=jax.tree_util.keystr(path)
+        )
+
+    jax.tree_util.tree_map_with_path(close, got, want)
+
+
+@pytest.mark.parametrize(
+    "config, chunk", [(TIED, 4), (UNTIED, 4), (TIED, 64)], ids=["tied", "untied", "one chunk"]
+)
+def test_chunked_gradient_equals_the_direct_one_for_every_parameter(config, chunk):
+    params = params_of(config)
+    value, grads = value_and_grad(config, chunk, None, "none", params, *batch())
+    want_value, want_grads = direct_value_and_grad(config, None, params, *batch())
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want_grads))
+    assert_trees_close(grads, want_grads, 1e-5)
+
+
+def test_rematerialising_changes_no_gradient():
+    want = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
+    assert_trees_close(value_and_grad(TIED, 4, None, "full", params_of(TIED), *batch()), want, 1e-5)
+
+
+def test_the_value_without_differentiation_is_the_same():
+    plain = jax.jit(
+        lambda params: objectives.policy_gradient_sum(
+            TIED, params, *batch(), chunk=4, clip_ratio=None, remat="none"
+        )
+    )
+    want, _ = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
+    np.testing.assert_allclose(plain(params_of(TIED)), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip_ratio", [None, CLIP])
+def test_zero_advantage_gives_exactly_zero_loss_and_gradient(clip_ratio):
+    r, advantage_BT, weight_BT = batch()
+    zero_BT = np.zeros_like(advantage_BT)
+    out = value_and_grad(TIED, 4, clip_ratio, "none", params_of(TIED), r, zero_BT, weight_BT)
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(out))
+
+
+def test_tokens_outside_the_response_have_no_influence():
+    r, advantage_BT, weight_BT = batch()
+    other_BT = np.where(r.mask_BT, r.response_BT, 7).astype(np.int32)
+    other = r.replace(tokens_BL=np.concatenate([r.tokens_BL[:, :P], other_BT], axis=1))
+    want = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
+    got = value_and_grad(TIED, 4, None, "none", params_of(TIED), other, advantage_BT, weight_BT)
+    assert_trees_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_agrees_with_central_differences_along_random_directions(seed):
+    params = params_of(TIED)
+    direction = params_of(TIED, seed + 10)
+    _, grads = value_and_grad(TIED, 4, None, "none", params, *batch())
+    step = 2e-3
+
+    def value(sign):
+        moved = jax.tree.map(lambda w, d: w + sign * step * d, params, direction)
+        return float(value_and_grad(TIED, 4, None, "none", moved, *batch())[0])
+
+    difference = (value(1) - value(-1)) / (2 * step)
+    products = jax.tree.map(lambda g, d: np.vdot(np.asarray(g, np.float64), d), grads, direction)
+    np.testing.assert_allclose(difference, sum(jax.tree.leaves(products)), rtol=1e-2, atol=1e-2)
+
+
+def test_clipped_form_has_the_plain_forms_gradient_at_ratio_one():
+    r, advantage_BT, weight_BT = batch()
+    r = r.replace(logp_BT=student_logp())
+    _, plain = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
+    _, clipped = value_and_grad(
+        TIED, 4, CLIP, "none", params_of(TIED), r, advantage_BT, weight_BT
+    )
+    assert_trees_close(clipped, plain, 1e-4)
+
+
+def test_clipped_gradient_equals_the_direct_one_away_from_ratio_one():
+    r, advantage_BT, weight_BT = batch()
+    shift_BT = np.random.default_rng(5).uniform(-0.5, 0.5, (B, T)).astype(np.float32)
+    r = r.replace(logp_BT=np.where(r.mask_BT, student_logp() + shift_BT, 0).astype(np.float32))
+    args = params_of(TIED), r, advantage_BT, weight_BT
+    got, want = value_and_grad(TIED, 4, CLIP, "none", *args), direct_value_and_grad(TIED, CLIP, *args)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    assert_trees_close(got[1], want[1], 2e-5)
+
+
+def test_tokens_past_the_clip_on_their_own_side_give_zero_gradient():
+    # the ratio is e, and it moved where its advantage points; then e^-1 likewise
+    for sign in (1, -1):
+        r, advantage_BT, weight_BT = batch()
+        r = r.replace(logp_BT=student_logp() - np.float32(sign))
+        args = params_of(TIED), r, sign * np.abs(advantage_BT), weight_BT
+        _, grads = value_and_grad(TIED, 4, CLIP, "none", *args)
+        assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+
+
+def test_per_token_clipped_loss_matches_ppo_by_hand():
+    ratio = np.array([0.5, 0.9, 1.0, 1.1, 2.0] * 2, np.float32)
+    advantage = np.array([1.0] * 5 + [-1.0] * 5, np.float32)
+    want = -np.array([0.5, 0.9, 1.0, 1.1, 1.2, -0.8, -0.9, -1.0, -1.1, -2.0])
+    zero = np.zeros(10, np.float32)
+    got = objectives.policy_gradient(jnp.log(ratio), zero, advantage, zero + 1, CLIP)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_no_gradient_flows_through_the_advantage_or_the_weight():
+    def total(advantage_T, weight_T):
+        return objectives.policy_gradient(
+            -jnp.ones(3), jnp.zeros(3), advantage_T, weight_T, None
+        ).sum()
+
+    grads = jax.grad(total, argnums=(0, 1))(jnp.arange(3.0), jnp.ones(3))
+    assert all(not leaf.any() for leaf in grads)
+
+
+def test_micro_batches_of_unequal_lengths_add_up_to_the_whole_batch():
+    params, (r, advantage_BT, weight_BT) = params_of(TIED), batch()
+    value, grads = value_and_grad(TIED, 4, None, "none", params, r, advantage_BT, weight_BT)
+    pieces = scoring.split((r, advantage_BT, weight_BT), 2)
+    halves = [jax.tree.map(lambda x, i=i: x[i], pieces) for i in range(2)]
+    tokens = [half[0].mask_BT.sum() for half in halves]
+    assert tokens[0] != tokens[1] and sum(tokens) == r.mask_BT.sum()
+    parts = [value_and_grad(TIED, 4, None, "none", params, *half) for half in halves]
+    summed = jax.tree.map(jnp.add, *parts)
+    np.testing.assert_allclose(summed[0] / sum(tokens), value / r.mask_BT.sum(), rtol=1e-5)
+    assert_trees_close(summed[1], grads, 1e-5)
+
+
+def test_the_gradient_never_holds_logits_of_the_whole_response():
+    b, p, t, v, chunk = 4, 4, 128, 8192, 8
+    config = TIED.replace(vocab_size=v, valid_vocab=v, width=16)
+
+    def shaped(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    r = Rollouts(
+        tokens_BL=shaped(b, p + t, dtype=jnp.int32),
+        prompt_mask_BP=shaped(b, p, dtype=bool),
+        mask_BT=shaped(b, t, dtype=bool),
+        logp_BT=shaped(b, t),
+        behaviour_logp_BT=shaped(b, t),
+        topk_BTK=shaped(b, t, 4, dtype=jnp.int32),
+        stop_BT=shaped(b, t),
+        finished_B=shaped(b, dtype=bool),
+    )
+    args = transformer.abstract(config), r, shaped(b, t), shaped(b, t)
+    compiled = value_and_grad.lower(config, chunk, CLIP, "full", *args).compile()
+    largest = max(
+        math.prod(map(int, dims.split(",")))
+        for dims in re.findall(r"\b[a-z]+[0-9]*\[([0-9,]+)\]", compiled.as_text())
+    )
+    assert b * chunk * v <= largest < b * t * v
+    # attention's own buffers, free of V, are most of what is left
+    assert compiled.memory_analysis().temp_size_in_bytes < b * t * v * 4

@@ -1,0 +1,244 @@
+"""The sampler against full forward passes, on ragged prompts, on meshes, and past each row's end."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from opd_jax import rollout, sharding
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+
+B, P, T = 8, 6, 10
+MODEL = ModelConfig(
+    family="qwen3",
+    vocab_size=72,
+    valid_vocab=66,  # the six rows after it must never be seen
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    ffn=48,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    qk_norm=True,
+    attention_bias=False,
+    max_positions=64,
+    eos_ids=(5, 17, 30, 41),
+    pad_id=1,
+)
+PLAIN = rollout.Sampling(max_tokens=T)
+SHAPED = rollout.Sampling(max_tokens=T, temperature=0.7, top_k=40, top_p=0.8)
+GREEDY = rollout.Sampling(max_tokens=T, temperature=0)
+LENGTHS = np.array([6, 1, 3, 5, 2, 6, 4, 3])
+
+sample_jit = jax.jit(rollout.sample, static_argnums=(0, 5))
+
+
+@functools.cache
+def params():
+    """Random weights; the padding rows of the vocabulary are the likeliest, were they not masked."""
+    draw = np.random.default_rng(0).normal
+
+    def weight(path, like):
+        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
+        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
+
+    out = jax.tree_util.tree_map_with_path(weight, transformer.abstract(MODEL))
+    table = out["embedding"]
+    return out | {"embedding": table.at[MODEL.valid_vocab :].multiply(8.0)}
+
+
+def prompts():
+    """Ragged prompts, left-padded: (tokens_BP, mask_BP)."""
+    ids = np.random.default_rng(1).integers(6, 16, (B, P)).astype(np.int32)
+    mask_BP = np.arange(P)[None] >= P - LENGTHS[:, None]
+    return np.where(mask_BP, ids, MODEL.pad_id).astype(np.int32), mask_BP
+
+
+@functools.cache
+def sampled(sampling, seed=0):
+    tokens_BP, mask_BP = prompts()
+    out = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(seed), sampling)
+    return jax.tree.map(np.asarray, out)
+
+
+@jax.jit
+def _full_logits(tokens_BL, mask_BL):
+    hidden_BLD = transformer.forward(MODEL, params(), tokens_BL, mask_BL)
+    return transformer.logits(MODEL, transformer.head(MODEL, params()), hidden_BLD)
+
+
+@functools.cache
+def reference_logits(sampling):
+    """float64 logits_BTV that predict each response token, by one full forward pass."""
+    r = sampled(sampling)
+    mask_BL = np.concatenate([r.prompt_mask_BP, r.mask_BT], axis=1)
+    return np.asarray(_full_logits(r.tokens_BL, mask_BL))[:, P - 1 : -1].astype(np.float64)
+
+
+def at_tokens(logp_BTV, r):
+    return np.take_along_axis(logp_BTV, r.response_BT[..., None], axis=-1)[..., 0]
+
+
+EVERY_SAMPLING = pytest.mark.parametrize(
+    "sampling", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"]
+)
+
+
+@EVERY_SAMPLING
+def test_logp_is_the_full_forwards_log_softmax_at_temperature_one(sampling):
+    r = sampled(sampling)
+    want_BT = at_tokens(special.log_softmax(reference_logits(sampling), axis=-1), r)
+    np.testing.assert_allclose(r.logp_BT[r.mask_BT], want_BT[r.mask_BT], atol=1e-4)
+
+
+@EVERY_SAMPLING
+def test_topk_is_the_full_forwards_four_best_ids_in_order(sampling):
+    r = sampled(sampling)
+    want_BTK = np.argsort(-reference_logits(sampling), axis=-1)[..., :4]
+    np.testing.assert_array_equal(r.topk_BTK[r.mask_BT], want_BTK[r.mask_BT])
+
+
+@EVERY_SAMPLING
+def test_stop_probability_sums_the_end_tokens(sampling):
+    r = sampled(sampling)
+    mass_BTV = special.softmax(reference_logits(sampling), axis=-1)
+    want_BT = mass_BTV[..., list(MODEL.eos_ids)].sum(axis=-1)
+    np.testing.assert_allclose(r.stop_BT[r.mask_BT], want_BT[r.mask_BT], atol=1e-5)
+
+
+def test_behaviour_logp_without_shaping_is_logp():
+    r = sampled(PLAIN)
+    np.testing.assert_allclose(r.behaviour_logp_BT, r.logp_BT, atol=1e-5)
+
+
+def test_behaviour_logp_is_that_of_the_tempered_and_truncated_distribution():
+    r = sampled(SHAPED)
+    shaped_BTV = reference_logits(SHAPED) / 0.7
+    order_BTV = np.argsort(-shaped_BTV, axis=-1)
+    ranked_BTV = np.take_along_axis(shaped_BTV, order_BTV, axis=-1)
+    ranked_BTV[..., 40:] = -np.inf
+    mass_BTV = special.softmax(ranked_BTV, axis=-1)
+    before_BTV = np.cumsum(mass_BTV, axis=-1) - mass_BTV
+    ranked_BTV[before_BTV >= 0.8] = -np.inf
+    kept_BTV = np.empty_like(ranked_BTV)
+    np.put_along_axis(kept_BTV, order_BTV, ranked_BTV, axis=-1)
+    want_BT = at_tokens(special.log_softmax(kept_BTV, axis=-1), r)
+    np.testing.assert_allclose(r.behaviour_logp_BT[r.mask_BT], want_BT[r.mask_BT], atol=1e-4)
+    assert (r.behaviour_logp_BT[r.mask_BT] > r.logp_BT[r.mask_BT]).any()
+
+
+def test_temperature_zero_takes_the_likeliest_token_with_certainty():
+    r = sampled(GREEDY)
+    want_BT = reference_logits(GREEDY).argmax(axis=-1)
+    np.testing.assert_array_equal(r.response_BT[r.mask_BT], want_BT[r.mask_BT])
+    assert not r.behaviour_logp_BT.any()
+
+
+@EVERY_SAMPLING
+def test_ids_beyond_the_tokenizer_are_never_drawn_and_never_candidates(sampling):
+    r = sampled(sampling)
+    assert r.response_BT.max() < MODEL.valid_vocab
+    assert r.topk_BTK.max() < MODEL.valid_vocab
+
+
+def test_past_a_rows_end_every_field_is_pad_false_or_zero():
+    r = sampled(PLAIN)
+    assert 0 < r.mask_BT.sum() < r.mask_BT.size
+    past_BT = ~r.mask_BT
+    assert (r.response_BT[past_BT] == MODEL.pad_id).all()
+    for field_BT in (r.logp_BT, r.behaviour_logp_BT, r.stop_BT, r.topk_BTK):
+        assert not field_BT[past_BT].any()
+
+
+def test_a_row_is_finished_if_and_only_if_its_last_token_ends_it():
+    r = sampled(PLAIN)
+    assert set(r.finished_B.tolist()) == {True, False}
+    for tokens_T, mask_T, finished in zip(r.response_BT, r.mask_BT, r.finished_B):
+        response = tokens_T[mask_T]
+        ends = np.isin(response, MODEL.eos_ids)
+        assert not ends[:-1].any()
+        assert ends[-1] == finished
+        assert finished or len(response) == T
+
+
+def test_an_end_token_counts_as_response_and_carries_its_logp():
+    r = sampled(PLAIN)
+    row = int(np.flatnonzero(r.finished_B)[0])
+    last = int(r.mask_BT[row].sum()) - 1
+    assert r.response_BT[row, last] in MODEL.eos_ids
+    assert r.logp_BT[row, last] < 0
+
+
+def test_nothing_more_is_written_once_every_row_has_ended():
+    tokens_BP, mask_BP = prompts()
+    always = MODEL.replace(eos_ids=tuple(range(MODEL.valid_vocab)))
+    r = sample_jit(always, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
+    np.testing.assert_array_equal(r.mask_BT, np.tile(np.arange(T) == 0, (B, 1)))
+    assert r.finished_B.all()
+    assert not np.asarray(r.logp_BT)[:, 1:].any()
+
+
+def test_a_model_without_end_tokens_writes_to_the_limit():
+    tokens_BP, mask_BP = prompts()
+    endless = MODEL.replace(eos_ids=())
+    r = sample_jit(endless, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
+    assert r.mask_BT.all() and not r.finished_B.any() and not r.stop_BT.any()
+
+
+def test_a_ragged_prompt_gives_what_it_gives_alone_and_unpadded():
+    row, r = 3, sampled(PLAIN)
+    tokens_BP, _ = prompts()
+    alone_BP = tokens_BP[row : row + 1, P - LENGTHS[row] :]
+    alone = sample_jit(
+        MODEL,
+        params(),
+        alone_BP,
+        np.ones_like(alone_BP, bool),
+        jax.random.key(0),
+        PLAIN,
+        np.array([row]),
+    )
+    np.testing.assert_array_equal(alone.response_BT[0], r.response_BT[row])
+    np.testing.assert_array_equal(alone.topk_BTK[0], r.topk_BTK[row])
+    np.testing.assert_allclose(alone.logp_BT[0], r.logp_BT[row], atol=1e-5)
+
+
+def test_rows_with_the_same_prompt_and_different_keys_write_different_responses():
+    tokens_BP, mask_BP = prompts()
+    tokens_BP, mask_BP = (np.tile(x[:1], (B, 1)) for x in (tokens_BP, mask_BP))
+    r = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
+    assert len({tuple(row) for row in np.asarray(r.response_BT)}) > B // 2
+
+
+def test_another_seed_gives_other_tokens_and_the_same_seed_the_same():
+    tokens_BP, mask_BP = prompts()
+    again = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
+    np.testing.assert_array_equal(again.tokens_BL, sampled(PLAIN).tokens_BL)
+    assert (sampled(PLAIN, seed=1).response_BT != sampled(PLAIN).response_BT).any()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_the_same_seed_gives_the_same_tokens_on_any_mesh(shape):
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)))
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    weights = sharding.param_shardings(
+        mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL)
+    )
+
+    def sample(params, tokens_BP, mask_BP, key):
+        return rollout.sample(MODEL, params, tokens_BP, mask_BP, key, PLAIN)
+
+    on_mesh = jax.jit(sample, in_shardings=(weights, rows, rows, whole), out_shardings=rows)
+    r = on_mesh(params(), *prompts(), jax.random.key(0))
+    want = sampled(PLAIN)
+    np.testing.assert_array_equal(r.tokens_BL, want.tokens_BL)
+    np.testing.assert_array_equal(r.mask_BT, want.mask_BT)
+    np.testing.assert_array_equal(r.topk_BTK, want.topk_BTK)
+    np.testing.assert_allclose(r.logp_BT, want.logp_BT, atol=1e-5)

@@ -1,0 +1,254 @@
+"""Teacher scores and the exact divergence against full [B, T, V] float64 softmaxes, and their memory."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from opd_jax import scoring
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.rollout import Rollouts
+
+B, P, T, V, K = 4, 5, 11, 64, 4
+STUDENT = ModelConfig(
+    family="llama",
+    vocab_size=V,
+    valid_vocab=V - 3,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    ffn=48,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    qk_norm=False,
+    attention_bias=False,
+    max_positions=64,
+)
+# As in a real pair: other width and depth, more vocabulary rows, the same ids.
+TEACHER = STUDENT.replace(vocab_size=V + 16, width=48, layers=1, tie_embeddings=False)
+
+score = jax.jit(
+    lambda teacher, teacher_params, rollouts, chunk, micro_batches=1: scoring.score(
+        teacher, teacher_params, rollouts, chunk=chunk, micro_batches=micro_batches
+    ),
+    static_argnums=(0, 3, 4),
+)
+reverse_kl = jax.jit(
+    lambda student, student_params, teacher, teacher_params, rollouts, chunk: scoring.reverse_kl(
+        student, student_params, teacher, teacher_params, rollouts, chunk=chunk
+    ),
+    static_argnums=(0, 2, 5),
+)
+forward_logits = jax.jit(
+    lambda config, params, tokens_BL, mask_BL: transformer.logits(
+        config,
+        transformer.head(config, params),
+        transformer.forward(config, params, tokens_BL, mask_BL),
+    ),
+    static_argnums=0,
+)
+
+
+@functools.cache
+def params_of(config, seed=0):
+    draw = np.random.default_rng(seed).normal
+
+    def weight(path, like):
+        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
+        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(weight, transformer.abstract(config))
+
+
+def logits_of(config, params, tokens_BL, prompt_mask_BP, mask_BT):
+    """float64 logits_BTV that predict the response, the whole vocabulary at once."""
+    mask_BL = np.concatenate([prompt_mask_BP, mask_BT], axis=1)
+    logits_BLV = forward_logits(config, params, tokens_BL, mask_BL)
+    return np.asarray(logits_BLV)[:, P - 1 : -1].astype(np.float64)
+
+
+def at(x_BTV, ids_BT):
+    return np.take_along_axis(x_BTV, ids_BT[..., None], axis=-1)[..., 0]
+
+
+@functools.cache
+def rollouts():
+    """Ragged rollouts of random tokens, with the student's true log-probabilities and candidates."""
+    rng = np.random.default_rng(2)
+    tokens_BL = rng.integers(0, STUDENT.valid_vocab, (B, P + T)).astype(np.int32)
+    prompt_mask_BP = np.arange(P)[None] >= np.array([[0], [2], [4], [1]])
+    mask_BT = np.arange(T)[None] < np.array([[T], [7], [1], [4]])
+    logits_BTV = logits_of(STUDENT, params_of(STUDENT), tokens_BL, prompt_mask_BP, mask_BT)
+    logp_BT = at(special.log_softmax(logits_BTV, axis=-1), tokens_BL[:, P:])
+    logp_BT = np.where(mask_BT, logp_BT, 0).astype(np.float32)
+    topk_BTK = np.argsort(-logits_BTV, axis=-1)[..., :K].astype(np.int32)
+    return Rollouts(
+        tokens_BL=tokens_BL,
+        prompt_mask_BP=prompt_mask_BP,
+        mask_BT=mask_BT,
+        logp_BT=logp_BT,
+        behaviour_logp_BT=logp_BT,
+        topk_BTK=np.where(mask_BT[..., None], topk_BTK, 0),
+        stop_BT=np.zeros((B, T), np.float32),
+        finished_B=np.zeros(B, bool),
+    )
+
+
+def whole_logits(config, params):
+    r = rollouts()
+    return logits_of(config, params, r.tokens_BL, r.prompt_mask_BP, r.mask_BT)
+
+
+@functools.cache
+def scored(chunk, micro_batches=1):
+    return score(TEACHER, params_of(TEACHER, 1), rollouts(), chunk, micro_batches)
+
+
+def assert_scores_close(got, want, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), got, want)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_teacher_logp_is_its_log_softmax_over_the_whole_vocabulary(chunk):
+    r = rollouts()
+    logp_BTV = special.log_softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)
+    want_BT = np.where(r.mask_BT, at(logp_BTV, r.response_BT), 0)
+    np.testing.assert_allclose(scored(chunk).teacher_logp_BT, want_BT, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_advantage_is_the_teachers_minus_the_students_logp(chunk):
+    r = rollouts()
+    logp_BTV = special.log_softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)
+    want_BT = np.where(r.mask_BT, at(logp_BTV, r.response_BT) - r.logp_BT, 0)
+    np.testing.assert_allclose(scored(chunk).advantage_BT, want_BT, atol=2e-5)
+    np.testing.assert_array_equal(scored(chunk).student_logp_BT, r.logp_BT)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_contrast_is_the_teachers_margin_between_its_best_two_candidates(chunk):
+    r = rollouts()
+    logp_BTV = special.log_softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)
+    ranked_BTK = np.sort(np.take_along_axis(logp_BTV, r.topk_BTK, axis=-1), axis=-1)
+    want_BT = np.where(r.mask_BT, ranked_BTK[..., -1] - ranked_BTK[..., -2], 0)
+    np.testing.assert_allclose(scored(chunk).contrast_BT, want_BT, atol=2e-5)
+    assert (want_BT[r.mask_BT] > 0).all()
+
+
+def test_outside_the_response_every_score_is_zero():
+    past_BT = ~rollouts().mask_BT
+    for x_BT in jax.tree.leaves(scored(4)):
+        assert not np.asarray(x_BT)[past_BT].any()
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_do_not_change_the_scores(micro_batches):
+    assert_scores_close(scored(4, micro_batches), scored(4), atol=2e-6)
+
+
+def test_join_undoes_split_and_each_piece_has_rows_of_every_shard():
+    x_BN = np.arange(24).reshape(8, 3)
+    pieces = scoring.split(x_BN, 2)
+    np.testing.assert_array_equal(scoring.join(pieces), x_BN)
+    # batch rows 0-3 and 4-7 lie on two shards; both pieces hold two rows of each
+    assert ((pieces[:, :, 0] // 3 < 4).sum(axis=1) == 2).all()
+
+
+def test_recomputing_the_student_gives_the_samplers_scores():
+    r = rollouts()
+    blank = r.replace(logp_BT=np.full_like(r.logp_BT, 9), topk_BTK=np.zeros_like(r.topk_BTK))
+    recompute = jax.jit(
+        lambda teacher_params, student_params, rollouts: scoring.score(
+            TEACHER, teacher_params, rollouts, chunk=4, student=(STUDENT, student_params)
+        )
+    )
+    got = recompute(params_of(TEACHER, 1), params_of(STUDENT), blank)
+    assert_scores_close(got, scored(4), atol=1e-4)
+
+
+def test_student_equal_to_teacher_gives_zero_advantage():
+    same = score(STUDENT, params_of(STUDENT), rollouts(), 4)
+    np.testing.assert_allclose(same.advantage_BT, 0, atol=2e-5)
+
+
+def test_a_padded_teacher_vocabulary_changes_nothing():
+    table_VD = params_of(TEACHER, 1)
+    rows = {n: table_VD[n][: STUDENT.vocab_size] for n in ("embedding", "head")}
+    narrow = score(TEACHER.replace(vocab_size=V), table_VD | rows, rollouts(), 4)
+    assert_scores_close(narrow, scored(4), atol=2e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_reverse_kl_is_the_float64_sum_over_the_vocabulary(chunk):
+    r = rollouts()
+    p_BTV = special.softmax(whole_logits(STUDENT, params_of(STUDENT)), axis=-1)
+    q_BTV = special.softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)[..., :V]
+    want_BT = np.where(r.mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
+    got_BT = reverse_kl(STUDENT, params_of(STUDENT), TEACHER, params_of(TEACHER, 1), r, chunk)
+    np.testing.assert_allclose(got_BT, want_BT, atol=2e-5)
+
+
+def test_reverse_kl_runs_with_a_student_of_more_rows_than_the_teacher():
+    forth = reverse_kl(TEACHER, params_of(TEACHER, 1), STUDENT, params_of(STUDENT), rollouts(), 4)
+    q_BTV = special.softmax(whole_logits(STUDENT, params_of(STUDENT)), axis=-1)
+    p_BTV = special.softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)[..., :V]
+    want_BT = np.where(rollouts().mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
+    np.testing.assert_allclose(forth, want_BT, atol=2e-5)
+
+
+def test_reverse_kl_of_equal_models_is_zero():
+    same = params_of(STUDENT)
+    got_BT = reverse_kl(STUDENT, same, STUDENT, same, rollouts(), 4)
+    np.testing.assert_array_equal(got_BT, 0)
+
+
+def test_token_logp_and_its_gradient_equal_those_of_log_softmax_with_absent_ids():
+    rng = np.random.default_rng(0)
+    logits_BTV = rng.normal(scale=3, size=(2, 3, 200)).astype(np.float32)
+    logits_BTV[..., 190:] = -np.inf
+    token_BT = rng.integers(0, 190, (2, 3))
+    weight_BT = rng.normal(size=(2, 3)).astype(np.float32)
+
+    def total(x_BTV):
+        return (weight_BT * scoring.token_logp(x_BTV, token_BT)).sum()
+
+    value, grad_BTV = jax.value_and_grad(total)(jnp.asarray(logits_BTV))
+    logp_BTV = special.log_softmax(logits_BTV.astype(np.float64), axis=-1)
+    np.testing.assert_allclose(value, (weight_BT * at(logp_BTV, token_BT)).sum(), rtol=1e-5)
+    want_BTV = weight_BT[..., None] * (np.eye(200)[token_BT] - np.exp(logp_BTV))
+    np.testing.assert_allclose(grad_BTV, want_BTV, atol=1e-6)
+
+
+def test_scoring_never_holds_logits_of_the_whole_response():
+    b, p, t, v = 4, 4, 128, 2048
+    config = STUDENT.replace(vocab_size=v, valid_vocab=v, width=16)
+
+    def shaped(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    abstract = Rollouts(
+        tokens_BL=shaped((b, p + t), jnp.int32),
+        prompt_mask_BP=shaped((b, p), bool),
+        mask_BT=shaped((b, t), bool),
+        logp_BT=shaped((b, t), jnp.float32),
+        behaviour_logp_BT=shaped((b, t), jnp.float32),
+        topk_BTK=shaped((b, t, K), jnp.int32),
+        stop_BT=shaped((b, t), jnp.float32),
+        finished_B=shaped((b,), bool),
+    )
+    compiled = score.lower(config, transformer.abstract(config), abstract, 8).compile()
+    largest = max(
+        math.prod(map(int, dims.split(",")))
+        for dims in re.findall(r"\b[a-z]+[0-9]*\[([0-9,]+)\]", compiled.as_text())
+    )
+    assert b * 8 * v <= largest < b * t * v
+    assert compiled.memory_analysis().temp_size_in_bytes < b * t * v * 4

@@ -1,0 +1,190 @@
+"""Meshes, placement rules, and gradients that do not depend on where arrays live."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from opd_jax import objectives, sharding
+from opd_jax.errors import UserError
+from opd_jax.models import transformer
+from opd_jax.models.config import ModelConfig
+from opd_jax.rollout import Rollouts
+
+MODEL = ModelConfig(
+    family="qwen2",
+    vocab_size=66,
+    valid_vocab=66,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=1,  # does not divide over mesh.tensor=2
+    head_size=8,
+    ffn=48,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    qk_norm=False,
+    attention_bias=True,
+    max_positions=64,
+)
+
+
+def sizes(data, fsdp, tensor):
+    return {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def cube():
+    return sharding.make_mesh(sizes(2, 2, 2))
+
+
+def weight_shardings(mesh):
+    return sharding.param_shardings(
+        mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL)
+    )
+
+
+@pytest.mark.parametrize(
+    "asked, shape",
+    [((8, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, -1, 1), (1, 8, 1)), ((2, 4, -1), (2, 4, 1))],
+)
+def test_one_size_of_minus_one_takes_the_devices_that_are_left(asked, shape):
+    mesh = sharding.make_mesh(sizes(*asked))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape))
+
+
+def test_a_mesh_of_given_devices_uses_those_alone():
+    devices = jax.devices()[2:4]
+    mesh = sharding.make_mesh(sizes(1, -1, 1), devices)
+    assert list(mesh.devices.flat) == devices
+
+
+@pytest.mark.parametrize(
+    "asked, problem",
+    [
+        ((3, 1, 1), "does not fit 8 devices"),
+        ((3, -1, 1), "does not fit 8 devices"),
+        ((16, -1, 1), "does not fit 8 devices"),
+        ((-1, -1, 1), "one may be -1"),
+        ((0, -1, 1), "1 or more"),
+        ((-2, 2, 2), "1 or more"),
+        ((-2, -2, 2), "1 or more"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_line_that_names_the_keys(asked, problem):
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(sizes(*asked))
+    message = str(error.value)
+    assert problem in message and "\n" not in message
+    assert "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*asked) in message
+
+
+def test_a_batch_that_the_mesh_cannot_cut_is_refused_with_its_config_key():
+    sharding.check_batch(cube(), "train.micro_batch", 8)
+    with pytest.raises(UserError, match=r"train\.micro_batch=6 .* 4 devices .* multiple of 4"):
+        sharding.check_batch(cube(), "train.micro_batch", 6)
+
+
+def test_spec_follows_the_rules_and_leaves_axes_whole_that_do_not_divide():
+    mesh = cube()
+    assert sharding.spec((64, 32), ("vocab", "embed"), mesh) == P("tensor", "fsdp")
+    assert sharding.spec((65, 32), ("vocab", "embed"), mesh) == P(None, "fsdp")
+    assert sharding.spec((2, 32, 1, 8), ("layers", "embed", "kv_heads", "head_size"), mesh) == P(
+        None, "fsdp", None, None
+    )
+
+
+def test_spec_takes_other_rules_than_the_table():
+    assert sharding.spec((4, 6), ("embed", "ffn"), cube(), {"ffn": "data"}) == P(None, "data")
+
+
+def test_every_parameter_gets_a_sharding_that_cuts_it_evenly():
+    mesh, abstract = cube(), transformer.abstract(MODEL)
+    shardings = weight_shardings(mesh)
+    pieces = jax.tree.map(lambda a, s: s.shard_shape(a.shape), abstract, shardings)
+    assert pieces["embedding"] == (33, 16)
+    assert pieces["blocks"]["query"] == (2, 16, 2, 8)
+    assert pieces["blocks"]["key"] == (2, 16, 1, 8)
+    assert pieces["blocks"]["down"] == (2, 24, 16)
+
+
+def test_optimizer_moments_lie_like_the_parameters_and_counters_everywhere():
+    mesh = cube()
+    params = transformer.abstract(MODEL)
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    shardings = sharding.like_params(mesh, state, weight_shardings(mesh))
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    assert shardings[0].mu == weight_shardings(mesh)
+    assert shardings[0].nu == weight_shardings(mesh)
+    assert shardings[0].count == sharding.replicated(mesh)
+
+
+def test_put_batch_cuts_rows_over_data_and_fsdp_and_gather_brings_them_back():
+    mesh = cube()
+    local = {"a_BT": np.arange(24).reshape(8, 3), "b_B": np.arange(8) > 3}
+    placed = sharding.put_batch(mesh, local)
+    assert placed["a_BT"].sharding == NamedSharding(mesh, P(("data", "fsdp")))
+    assert {s.data.shape for s in placed["a_BT"].addressable_shards} == {(2, 3)}
+    back = sharding.gather(mesh, placed)
+    assert all(isinstance(x, np.ndarray) for x in back.values())
+    jax.tree.map(np.testing.assert_array_equal, back, local)
+
+
+def test_first_rows_are_replicated_and_in_order():
+    mesh = cube()
+    x_BT = np.arange(24).reshape(8, 3)
+    first = sharding.first_rows(mesh, sharding.put_batch(mesh, {"x": x_BT}), 5)["x"]
+    assert first.sharding.is_fully_replicated
+    np.testing.assert_array_equal(first, x_BT[:5])
+
+
+def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
+    b, p, t = 8, 4, 9
+    rng = np.random.default_rng(0)
+
+    def weight(path, like):
+        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
+        return np.float32(shift + scale * rng.normal(size=like.shape))
+
+    params = jax.tree_util.tree_map_with_path(weight, transformer.abstract(MODEL))
+    mask_BT = np.arange(t)[None] < rng.integers(1, t + 1, (b, 1))
+    zeros_BT = np.zeros((b, t), np.float32)
+    rollouts = Rollouts(
+        tokens_BL=rng.integers(0, 66, (b, p + t)).astype(np.int32),
+        prompt_mask_BP=np.arange(p)[None] >= rng.integers(0, p, (b, 1)),
+        mask_BT=mask_BT,
+        logp_BT=zeros_BT,
+        behaviour_logp_BT=zeros_BT,
+        topk_BTK=np.zeros((b, t, 4), np.int32),
+        stop_BT=zeros_BT,
+        finished_B=np.zeros(b, bool),
+    )
+    batch = rollouts, rng.normal(size=(b, t)).astype(np.float32), mask_BT.astype(np.float32)
+
+    def value_and_grad(params, batch):
+        def total(params):
+            return objectives.policy_gradient_sum(
+                MODEL, params, *batch, chunk=4, clip_ratio=None, remat="none"
+            )
+
+        return jax.value_and_grad(total)(params)
+
+    want_value, want = jax.jit(value_and_grad)(jax.tree.map(jnp.asarray, params), batch)
+    mesh = cube()
+    weights = weight_shardings(mesh)
+    on_mesh = jax.jit(
+        value_and_grad,
+        in_shardings=(weights, sharding.batch(mesh)),
+        out_shardings=(sharding.replicated(mesh), weights),
+    )
+    value, grads = on_mesh(params, batch)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    assert grads["embedding"].sharding.shard_shape((66, 32)) == (33, 16)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+    jax.tree.map(close, grads, want)
