@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     c.rollout.top_p = 1.0
 
     c.scoring = ConfigDict()
-    # K, the student's top tokens within which the teacher's margin is taken; 2 or more, the paper's best is 4.
+    # K, the student's top tokens within which the teacher's margin is taken; at least 2, the paper's is 4.
     c.scoring.candidates = 4
     # Whose logits give the candidates and log p_S of the advantage: sampler (free), or recompute (one more
     # student forward pass; the same numbers up to rounding).

@@ -80,7 +80,10 @@ def test_the_default_config_has_every_checked_field():
 )
 def test_the_command_line_ends_a_mistake_in_one_line_and_status_2(argument, message, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "opd_jax.train", "--config=configs/demo.py", f"--workdir={tmp_path}/run", argument],
+        [
+            *(sys.executable, "-m", "opd_jax.train", "--config=configs/demo.py"),
+            *(f"--workdir={tmp_path}/run", argument),
+        ],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
