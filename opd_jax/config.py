@@ -127,7 +127,7 @@ def run(main, *, config: str | None = None):
             fail(error)
 
     def guarded(argv):
-        if flags.FLAGS["verbosity"].using_default_value:
+        if not any(a.startswith(("--verbosity", "-v")) for a in sys.argv):
             logging.set_verbosity(logging.WARNING)  # orbax and absl tell every step of a save
         try:
             main(argv)
