@@ -51,10 +51,13 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
         rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
         sums = job.divergence(params, teacher_params, rollouts)
-        index_B, valid_B, response_BT, mask_BT = sharding.gather(
-            job.mesh, (batch.index_B, batch.valid_B, rollouts.response_BT, rollouts.mask_BT)
+        index_B, valid_B, written = sharding.gather(
+            job.mesh, (batch.index_B, batch.valid_B, rollouts)
         )
-        responses = [job.tokenizer.decode(row_T[on_T]) for row_T, on_T in zip(response_BT, mask_BT)]
+        responses = [
+            job.tokenizer.decode(row_T[on_T])
+            for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
+        ]
         columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
         out.append(jax.device_get(sums) | columns)
     columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
