@@ -68,7 +68,8 @@ def learning_rate(config) -> optax.Schedule:
     }[o.schedule]()
     if not o.warmup_steps:
         return tail
-    rise = optax.linear_schedule(o.learning_rate / o.warmup_steps, o.learning_rate, o.warmup_steps)
+    first = o.learning_rate / o.warmup_steps  # so that update n of w has n / w of the rate
+    rise = optax.linear_schedule(first, o.learning_rate, max(o.warmup_steps - 1, 1))
     return optax.join_schedules([rise, tail], [o.warmup_steps])
 
 
