@@ -2,6 +2,8 @@
 
 import difflib
 import importlib.util
+import itertools
+import os
 import pathlib
 import sys
 
@@ -116,13 +118,17 @@ def run(main, *, config: str | None = None):
       main: called with the remaining arguments once flags are parsed.
       config: default of --config=FILE, whose fields --config.key=value replaces.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
     config_flags.DEFINE_config_file("config", config, "A file of configs/.", lock_config=True)
 
     def parse(argv):
+        path = _config_path(argv) or config
+        if path is not None and not pathlib.Path(path).is_file():
+            fail(f"--config={path}: no such file; give a file of configs/, such as configs/demo.py")
         try:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError) as error:
-            fail(_unknown_field(argv, error))
+            fail(_unknown_field(argv, path) or error)
         except (flags.Error, OSError, ValueError, TypeError) as error:
             fail(error)
 
@@ -139,25 +145,26 @@ def run(main, *, config: str | None = None):
 
 def fail(error):
     """Prints one line and exits with status 2."""
-    sys.exit(_print_line(error))
-
-
-def _print_line(error) -> int:
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
-def _unknown_field(argv, error) -> str:
-    """One line for a --config.key that no config has, with the nearest key there is."""
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    keys = [a.split("=", 1)[0][len("--config.") :] for a in argv if a.startswith("--config.")]
-    if path is None or not pathlib.Path(path.split(":")[0]).exists():
-        return str(error)
-    known = list(load(path.split(":")[0]).to_dict()) and _flat(load(path.split(":")[0]))
-    for key in keys:
+def _config_path(argv) -> str | None:
+    """The file that --config=FILE or --config FILE names, without the argument after its colon."""
+    for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return (value if equals else following).split(":")[0]
+    return None
+
+
+def _unknown_field(argv, path) -> str | None:
+    """One line for the first --config.KEY that the config of `path` has not; None where all exist."""
+    known = _flat(load(path)) if path else []
+    for key in (a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a):
         if key not in known:
             return f"--config.{key}: no such field{nearest(key, known)}; see configs/default.py"
-    return str(error)
+    return None
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -112,12 +112,14 @@ def main(_):
         raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
     if workdir is None:
         job = prepare(flags.FLAGS.config)
+        _check_heldout(job)
         params = job.start().params
     else:
         path = Path(workdir) / "config.json"
         if not path.is_file():
             raise UserError(f"--workdir={workdir} holds no run (no config.json)")
         job = prepare(ConfigDict(json.loads(path.read_text())))
+        _check_heldout(job)
         with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
             wanted = flags.FLAGS.step
             step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(wanted, wanted)
@@ -131,6 +133,11 @@ def main(_):
     if workdir is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(workdir) / f"evaluation_{step}.jsonl").write_text(lines)
+
+
+def _check_heldout(job):
+    if not job.prompts.heldout:
+        raise UserError("data.heldout=0 leaves no prompt to evaluate on; set it to 1 or more")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def prepare(config, workdir=None) -> Job:
     optimizer = steps.make_optimizer(config)
     params = _param_shardings(mesh, student)
     opt_state = _abstract_state(student, optimizer).opt_state
+    prompts = data.load(config.data, tokenizer)
     table = segments.SegmentTable.from_tokenizer(tokenizer)
     return Job(
         config=config,
@@ -203,7 +204,7 @@ def prepare(config, workdir=None) -> Job:
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
-        prompts=data.load(config.data, tokenizer),
+        prompts=prompts,
         table=jax.device_put(table, sharding.replicated(mesh)),
         optimizer=optimizer,
         state_shardings=steps.TrainState(
@@ -221,17 +222,17 @@ def check_workdir(workdir, config):
     Raises:
       UserError: names the folder and the remedy.
     """
-    conflict = metrics.config_conflict(workdir, config)
-    if conflict:
-        raise UserError(conflict)
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
+        above = (Path(workdir), *Path(workdir).absolute().parents)
+        with tempfile.TemporaryFile(dir=next(path for path in above if path.exists())):
             pass
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror}); choose another folder"
         ) from error
+    conflict = metrics.config_conflict(workdir, config)
+    if conflict:
+        raise UserError(conflict)
 
 
 def _model(config, key: str, dtype: str) -> ModelConfig:

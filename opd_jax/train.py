@@ -157,7 +157,7 @@ class Reader:
 
 
 def main(_):
-    if flags.FLAGS.workdir is None:
+    if not flags.FLAGS.workdir:
         raise UserError("--workdir is not set; give a folder for the run, such as runs/first")
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/demo.py")

@@ -1,96 +1,176 @@
-"""A mistake in a config is refused in one line that names the key, before anything is loaded."""
+"""Every mistake a user can make ends in one line that names the key, the value and the remedy."""
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 
+import jax
 import pytest
+from ml_collections import ConfigDict
 
-from configs import default, demo
-from opd_jax import config as configs
+from opd_jax import config, job
 from opd_jax.errors import UserError
-from opd_jax.job import check_workdir, prepare
+from tests import tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
+DEMO = "--config=configs/demo.py"
 
 
-def demo_with(**changes):
-    config = demo.get_config()
-    config.update_from_flattened_dict(
-        {key.replace("__", "."): value for key, value in changes.items()}
-    )
-    return config
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_pair(folder)
+    return folder
+
+
+COMPILES = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILES.append(event) if "backend_compile" in event else None
+)
+
+
+@pytest.fixture
+def no_compiling():
+    """Fails a test in which XLA compiled something."""
+    COMPILES.clear()
+    yield
+    assert not COMPILES
+
+
+def test_compiling_is_noticed():
+    COMPILES.clear()
+    jax.jit(lambda x: x + 17)(3)
+    assert COMPILES
+
+
+def refusal(settings, workdir=None) -> str:
+    with pytest.raises(UserError) as error:
+        job.prepare(settings, workdir)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "key, value, said",
     [
-        ({"release__rule": "papr"}, "release.rule=papr is not known (did you mean paper?)"),
-        ({"release__min_segments": 1}, "release.min_segments=1"),
-        ({"scoring__candidates": 1}, "scoring.candidates=1"),
-        ({"train__micro_batch": 3}, "train.micro_batch=3"),
-        ({"student__path": ""}, "student.path is not set"),
-        ({"data__heldout": 0}, "eval.every"),
+        ("release.rule", "papr", "did you mean paper?"),
+        ("scoring.student", "sample", "did you mean sampler?"),
+        ("optimizer.schedule", "zigzag", "constant, linear, cosine"),
+        ("data.over_long", "cut", "error, drop"),
+        ("scoring.candidates", 1, "between 2 and 128"),
+        ("rollout.temperature", -1.0, "at least 0"),
+        ("rollout.top_p", 0.0, "between"),
+        ("train.steps", 0, "at least 1"),
+        ("train.micro_batch", 3, "rollout.batch=8"),
+        ("data.heldout", 0, "eval.every=0"),
+        ("student.path", "", "model folder"),
+        ("teacher.path", "/nowhere/at/all", "no folder"),
+        ("student.path", "pkg:no_such_package", "pip install"),
+        ("student.drop_layers", (2,), "0 to 1"),
+        ("student.drop_layers", (0, 1), "at least one"),
+        ("mesh.data", 3, "8 devices"),
+        ("mesh.tensor", 0, "1 or more"),
+        ("data.prompt_tokens", 20, "data.over_long=drop"),
+        ("data.path", "/nowhere/prompts.jsonl", "/nowhere/prompts.jsonl"),
+        ("rollout.max_tokens", 1000, "256 positions"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused_by_its_key(changes, message):
-    with pytest.raises(UserError) as error:
-        configs.validate(demo_with(**changes))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(
+    models, no_compiling, key, value, said
+):
+    said_instead = refusal(tiny.config(models, **{key: value}))
+    assert key in said_instead
+    assert said in said_instead
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mesh__data": 3}, "mesh.data=3"),
-        ({"mesh__fsdp": 5}, "mesh.fsdp=5"),
-        ({"teacher__path": "/nowhere/model"}, "teacher.path"),
-        ({"student__drop_layers": (30,)}, "student.drop_layers=(30,)"),
-        ({"rollout__max_tokens": 100_000}, "rollout.max_tokens"),
-        ({"data__prompt_tokens": 16}, "data.prompt_tokens"),
-    ],
-)
-def test_a_config_that_does_not_fit_machine_or_models_is_refused(changes, message):
-    with pytest.raises(UserError) as error:
-        prepare(demo_with(**changes))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+def test_a_micro_batch_that_the_mesh_cannot_cut_is_refused(models):
+    message = refusal(tiny.config(models, **{"train.micro_batch": 4}))
+    assert "train.micro_batch=4" in message
+    assert "multiple of 8" in message
 
 
-def test_a_workdir_below_a_file_is_refused(tmp_path):
+def test_a_micro_batch_of_zero_is_the_whole_batch(models):
+    settings = config.validate(tiny.config(models))
+    assert settings.train.micro_batch == 8
+
+
+def test_a_model_of_another_architecture_is_refused(models, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    message = refusal(tiny.config(models, **{"student.path": str(tmp_path)}))
+    assert "student.path" in message
+    assert "'gpt2'" in message
+    assert "llama" in message
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
+    for file in (models / "teacher").iterdir():
+        text = file.read_bytes()
+        if file.name == "tokenizer.json":
+            vocab = json.loads(text)
+            table = vocab["model"]["vocab"]
+            table["a"], table["b"] = table["b"], table["a"]
+            text = json.dumps(vocab).encode()
+        (tmp_path / file.name).write_bytes(text)
+    message = refusal(tiny.config(models, **{"teacher.path": str(tmp_path)}))
+    assert "teacher.path" in message
+    assert "do not share a tokenizer" in message
+
+
+def test_a_workdir_below_a_file_is_refused(models, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        check_workdir(tmp_path / "file" / "run", demo.get_config())
+    message = refusal(tiny.config(models), tmp_path / "file" / "run")
+    assert f"--workdir={tmp_path / 'file' / 'run'}" in message
+    assert "another folder" in message
 
 
-def test_the_default_config_has_every_checked_field():
-    config = default.get_config()
-    for key in [*configs.ALLOWED, *configs.RANGES]:
-        configs.get(config, key)
+def test_a_workdir_with_a_run_of_another_config_is_refused(models, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config(models).to_dict()))
+    other = tiny.config(models, **{"optimizer.learning_rate": 0.5, "train.micro_batch": 8})
+    message = refusal(other, tmp_path)
+    assert "another --workdir" in message
+    assert "0.5" in message
+
+
+def test_more_steps_are_no_other_config(models, tmp_path):
+    first = config.validate(tiny.config(models))
+    (tmp_path / "config.json").write_text(json.dumps(first.to_dict()))
+    job.prepare(tiny.config(models, **{"train.steps": 9}), tmp_path)
+
+
+def test_a_config_read_back_from_json_is_the_same_job(models):
+    settings = tiny.config(models, **{"student.drop_layers": (0,)})
+    first = job.prepare(settings)
+    again = job.prepare(ConfigDict(json.loads(json.dumps(settings.to_dict()))))
+    assert again.student == first.student
+    assert again.student.layers == 1
+
+
+def test_every_recipe_has_the_fields_of_the_default():
+    recipes = sorted((ROOT / "configs").rglob("[a-z]*.py"))
+    fields = {path: config.load(str(path)).to_dict() for path in recipes}
+    default = fields.pop(ROOT / "configs" / "default.py")
+    assert fields
+    for path, recipe in fields.items():
+        assert recipe.keys() == default.keys(), path
+        for section in ("release", "train", "optimizer", "data", "rollout"):
+            assert recipe[section].keys() == default[section].keys(), path
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    "arguments, said",
     [
-        ("--config.release.rul=none", "did you mean release.rule"),
-        ("--config.release.rule=papr", "did you mean paper"),
+        ([DEMO, "--config.release.rul=none"], "did you mean release.rule?"),
+        ([DEMO, "--config.release.rule=papr"], "did you mean paper?"),
+        (["--config=configs/dem.py"], "configs/dem.py: no such file"),
+        ([], "--config is not set"),
+        ([DEMO, "--workdir="], "--workdir is not set"),
     ],
 )
-def test_the_command_line_ends_a_mistake_in_one_line_and_status_2(argument, message, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "opd_jax.train", "--config=configs/demo.py"),
-            *(f"--workdir={tmp_path}/run", argument),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_the_command_line_ends_in_one_line_and_status_2(tmp_path, arguments, said):
+    workdir = tmp_path / "run"
+    done = tiny.entry("opd_jax.train", f"--workdir={workdir}", *arguments)
+    assert done.returncode == 2, done.stderr
+    line, end = done.stderr.split("\n")
+    assert (line.startswith("error: "), end) == (True, "")
+    assert said in line
+    assert done.stdout == ""
+    assert not workdir.exists()

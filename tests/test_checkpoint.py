@@ -1,0 +1,91 @@
+"""Checkpoints: what is kept, that it comes back bit for bit, and onto another mesh."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.errors import UserError
+from opd_jax.job import prepare
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(models):
+    return prepare(tiny.config(models, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+
+
+@pytest.fixture(scope="module")
+def state(job):
+    """A state whose every array differs from what a fresh one would hold."""
+
+    def fill(path, leaf):
+        numbers = np.arange(leaf.size).reshape(leaf.shape) + len(jax.tree_util.keystr(path))
+        return jax.device_put(numbers.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, job.start())
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_state_comes_back_bit_for_bit_onto_another_mesh(models, job, state, tmp_path):
+    position = {"step": 3, "seed": 0}
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(3, state, position, None)
+    other = prepare(tiny.config(models, **{"mesh.fsdp": 8}))
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        restored, at = checkpoints.restore(3, other.abstract_state())
+    assert_same(restored, state)
+    assert at == position
+    assert jax.tree.map(lambda x: x.sharding, restored) == other.state_shardings
+    assert restored.params["embedding"].sharding != state.params["embedding"].sharding
+
+
+def test_the_newest_and_the_best_are_kept(job, state, tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step, kl in enumerate([0.5, 0.1, None, 0.3, None, 0.2], start=1):
+            checkpoints.save(step, dataclasses.replace(state), {"step": step}, kl)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest == 6
+        assert checkpoints.best == 2
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {"2", "5", "6"}
+
+
+def test_without_evaluations_there_is_no_best(job, state, tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest is None
+        checkpoints.save(1, state, {"step": 1}, None)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.best is None
+        assert checkpoints.latest == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_named_beside_those_that_are(job, state, tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        with pytest.raises(UserError, match="no checkpoint of step 4; there: none"):
+            checkpoints.restore(4, job.abstract_state())
+        checkpoints.save(2, state, {"step": 2}, None)
+        with pytest.raises(UserError, match="no checkpoint of step 4; there: 2"):
+            checkpoints.restore(4, job.abstract_state())
+
+
+def test_what_a_kill_left_half_written_is_no_checkpoint(job, state, tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(2, state, {"step": 2}, None)
+    half = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest == 2

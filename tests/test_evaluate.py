@@ -1,0 +1,127 @@
+"""Held-out evaluation: the distance to the teacher, its interval, and the entry point."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from opd_jax import metrics
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.evaluate import bootstrap_ratio, evaluate
+from opd_jax.job import prepare
+from tests import tiny
+
+NONE_HELD_OUT = ("--config.data.heldout=0", "--config.eval.every=0")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(models):
+    """A pair whose teacher is a folder of the student's shape, so that either can stand for it."""
+    return prepare(tiny.config(models, **{"teacher.path": str(models / "student"), "data.heldout": 11}))
+
+
+@pytest.fixture(scope="module")
+def equal(job):
+    return evaluate(job, job.start().params, job.teacher_params())
+
+
+def test_a_student_equal_to_its_teacher_is_at_no_distance(equal):
+    assert 0 <= equal["kl"] < 1e-6
+    assert equal["kl_high"] < 1e-6
+
+
+def test_every_held_out_prompt_is_answered_once(equal, job):
+    assert equal["prompts"] == len(equal["rows"]) == 11
+    assert [row["prompt"] for row in equal["rows"]] == list(range(11))
+    assert [row["text"] for row in equal["rows"]] == [p.text for p in job.prompts.heldout]
+    assert equal["tokens"] == sum(row["tokens"] for row in equal["rows"])
+    assert equal["response_length"] == equal["tokens"] / 11
+    assert equal["finished_share"] == np.mean([row["finished"] for row in equal["rows"]])
+
+
+def test_evaluations_differ_by_the_student_alone(job, equal):
+    params = job.start().params
+    other = evaluate(job, params | {"final_norm": 0.9 * params["final_norm"]}, job.teacher_params())
+    again = evaluate(job, params, job.teacher_params())
+    assert other["kl"] > 1e-4
+    assert other["kl_low"] < other["kl"] < other["kl_high"]
+    per_token = sum(row["kl"] * row["tokens"] for row in other["rows"]) / other["tokens"]
+    assert other["kl"] == pytest.approx(per_token, rel=1e-6)
+    assert [row["response"] for row in again["rows"]] == [row["response"] for row in equal["rows"]]
+
+
+def test_the_interval_is_that_of_scipys_bootstrap():
+    rng = np.random.default_rng(3)
+    count_B = rng.integers(5, 200, 60)
+    total_B = count_B * rng.gamma(4, 0.1, 60)
+    ours = bootstrap_ratio(total_B, count_B)
+    theirs = stats.bootstrap(
+        (total_B, count_B),
+        lambda t, c, axis: t.sum(axis=axis) / c.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=20000,
+        rng=1,
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    np.testing.assert_allclose(ours, theirs, atol=0.08 * width)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(4)
+    covered = 0
+    for _ in range(200):
+        count_B = rng.integers(5, 50, 60)
+        total_B = count_B * rng.normal(0.7, 0.2, 60)
+        low, high = bootstrap_ratio(total_B, count_B)
+        covered += low <= 0.7 <= high
+    # 95% of 200 is 190; the percentile interval is a little narrow at 60 prompts.
+    assert 176 <= covered <= 199
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    """A workdir as a run leaves it, with one checkpoint: the student's start, after 3 steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    job = prepare(tiny.config(models))
+    metrics.write_run_files(workdir, job.config)
+    with Checkpoints(workdir, 1) as checkpoints:
+        checkpoints.save(3, job.start(), {"step": 3}, None)
+    return workdir
+
+
+def test_the_entry_evaluates_the_newest_checkpoint_of_a_run(run, models):
+    done = tiny.entry("opd_jax.evaluate", f"--workdir={run}")
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split() for line in done.stdout.splitlines())
+    assert float(said["kl"]) > 0.01
+    assert said["prompts"] == "6"
+    rows = [json.loads(line) for line in (run / "evaluation_3.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--workdir=DIR"),
+        (["--workdir=/nowhere"], "--workdir=/nowhere holds no run"),
+        (["--workdir={run}", "--step=4"], "no checkpoint of step 4; there: 3"),
+        (["--workdir={run}", "--step=best"], "--step=best"),
+        (["--config=configs/demo.py", *NONE_HELD_OUT], "data.heldout=0"),
+    ],
+)
+def test_a_run_or_checkpoint_that_is_not_there_ends_in_one_line(run, arguments, said):
+    done = tiny.entry("opd_jax.evaluate", *(a.format(run=run) for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr

@@ -1,0 +1,159 @@
+"""The loop: what a run leaves behind, that a kill changes nothing, and that no transfer hides in it."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.job import prepare
+from opd_jax.train import train
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(models):
+    return prepare(tiny.config(models, **{"train.steps": 5}))
+
+
+@pytest.fixture(scope="module")
+def finished(job, tmp_path_factory):
+    """(workdir, final state) of an uninterrupted run of 5 steps."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train(job, workdir)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_step_is_recorded_once_and_evaluations_at_start_interval_and_end(finished):
+    records = lines(finished[0] / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, 2, 4, 5]
+
+
+def test_a_training_line_has_what_the_report_reads(finished):
+    last = lines(finished[0] / "metrics.jsonl")[-2]
+    assert last["kind"] == "train"
+    assert np.isfinite([last[k] for k in ("loss", "kl", "grad_norm", "tokens_per_second")]).all()
+    assert {"seconds_sample", "seconds_train", "seconds_data", "seconds_step"} <= last.keys()
+    assert sum(last["position_tokens"]) == last["response_tokens"]
+
+
+def test_a_run_leaves_its_rollouts_answers_config_and_versions(finished, job):
+    workdir = finished[0]
+    assert {r["step"] for r in lines(workdir / "rollouts.jsonl")} == {1, 2, 4, 5}
+    answers = lines(workdir / "evaluations.jsonl")
+    assert {a["step"] for a in answers} == {0, 2, 4, 5}
+    assert len(answers) == 4 * job.config.data.heldout
+    assert json.loads((workdir / "config.json").read_text())["train"]["micro_batch"] == 8
+    assert json.loads((workdir / "versions.json").read_text())["jax"] == jax.__version__
+
+
+def test_training_moves_the_student_towards_its_teacher(finished):
+    kl = [r["kl"] for r in lines(finished[0] / "metrics.jsonl") if r["kind"] == "eval"]
+    assert kl[-1] < kl[0]
+
+
+def test_the_final_checkpoint_is_the_final_state(finished, job):
+    workdir, state = finished
+    with Checkpoints(workdir, 2) as checkpoints:
+        assert checkpoints.latest == 5
+        saved, _ = checkpoints.restore(5, job.abstract_state())
+    jax.tree.map(np.testing.assert_array_equal, saved, state)
+
+
+def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
+    planted = dataclasses.replace(job)
+
+    def sample(params, tokens_BP, mask_BP, key, step):
+        return job.sample(params, tokens_BP, np.ones(mask_BP.shape, bool), key, step)
+
+    # The compiled programs of the job, one of them handed a NumPy array.
+    planted.__dict__.update(job.__dict__ | {"sample": sample})
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train(planted, tmp_path)
+
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def recipe(models, tmp_path_factory):
+    """A config file of 40 steps with a checkpoint every 5."""
+    path = tmp_path_factory.mktemp("recipe") / "recipe.py"
+    path.write_text(
+        "from pathlib import Path\nfrom tests import tiny\n\n\ndef get_config():\n"
+        f"    c = tiny.config(Path({str(models)!r}))\n"
+        f"    c.train.steps = {STEPS}\n    c.checkpoint.every = 5\n    c.eval.every = 20\n"
+        "    return c\n"
+    )
+    return path
+
+
+def test_a_run_killed_and_started_again_ends_as_if_nothing_had_happened(
+    recipe, models, tmp_path
+):
+    # The three processes compile the same programs: the later ones read them back.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(name, **options):
+        arguments = f"--config={recipe}", f"--workdir={tmp_path / name}"
+        return tiny.entry("opd_jax.train", *arguments, env=cache, **options)
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = run("killed", start=subprocess.Popen, **quiet)
+    killed = tmp_path / "killed"
+    wait_for_steps_past_a_checkpoint(killed, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    reached = losses(killed)
+    assert 5 < len(reached) < STEPS
+    again = run("killed")
+    assert again.returncode == 0, again.stderr
+    assert "step 1/" not in again.stderr, "it began anew"
+
+    assert losses(killed) == losses(tmp_path / "whole")
+    job = prepare(tiny.config(models, **{"train.steps": STEPS}))
+    states = []
+    for name in ("whole", "killed"):
+        with Checkpoints(tmp_path / name, 2) as checkpoints:
+            states.append(checkpoints.restore(STEPS, job.abstract_state())[0])
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def wait_for_steps_past_a_checkpoint(workdir, process):
+    """Returns once a checkpoint is whole and a step after it is recorded."""
+    for _ in range(20_000):
+        saved = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+        if saved and len(losses(workdir)) > min(saved):
+            return
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    raise AssertionError("no checkpoint appeared")
+
+
+def losses(workdir):
+    """(step, loss, kl) of every whole training line."""
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    records = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+    return [(r["step"], r["loss"], r["kl"]) for r in records if r["kind"] == "train"]

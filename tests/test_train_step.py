@@ -1,0 +1,316 @@
+"""One training step: what it does to the parameters, on any mesh and however the batch is cut."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opd_jax import scoring, segments, sharding
+from opd_jax.job import prepare
+from opd_jax.release import Release
+from opd_jax.train_step import (
+    Supervision,
+    TrainState,
+    learning_rate,
+    make_optimizer,
+    make_train_step,
+    measure,
+)
+from tests import tiny
+
+WIDTH = 96
+TEXTS = (
+    "I see a cat. It is red. The sun is hot. You are old. We go now. Be well. Yes we do.",
+    "One and one is two. Two and two is four. So it is. All is well. Nine is odd. Ten is not.",
+    "Go up. Go down. Stop. Turn left. Turn right. Run fast. Walk slow. Sit still. Rest.",
+    "No dots here at all just a line of words",
+    "It is so. It is not so. Why is it so? Who can say. I can not! We may try. They will.",
+    "A b c. D e f. G h i. J k l. M n o. P q r. S t u. V w x. Y z. Then again from the top.",
+    "Short.",
+    "We add 2 and 3. That is 5. We take 1. Now 4 is left. So say 4. The end is here. Bye.",
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_pair(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table():
+    return segments.SegmentTable.from_tokenizer(tiny.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny.student_params()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return tiny.teacher_params()
+
+
+@pytest.fixture(scope="module")
+def rollouts(student):
+    return tiny.written(TEXTS, tiny.STUDENT, student, width=WIDTH)
+
+
+def settings(folder=Path("."), **overrides):
+    """A config; for steps alone its folder is never read."""
+    flat = {key.replace("__", "."): value for key, value in overrides.items()}
+    base = {"scoring.chunk": 40, "train.micro_batch": 8, "optimizer.clip_norm": 0.0}
+    return tiny.config(folder, **base | flat)
+
+
+SGD, ADAM = optax.sgd(1.0), make_optimizer(settings())
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def compiled(optimizer, teacher=tiny.TEACHER, **overrides):
+    """A jitted train_step on one device; the same arguments share one program."""
+    step = make_train_step(tiny.STUDENT, teacher, settings(**overrides), optimizer)
+    return jax.jit(step, compiler_options=QUICK_COMPILE)
+
+
+def start(params, optimizer):
+    return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
+def moments(state):
+    """Adam's part of an optimizer state."""
+    return optax.tree.get(state.opt_state, "ScaleByAdamState")
+
+
+def gradient(state):
+    """The gradient of the first update, which Adam's first moment is a tenth of."""
+    return jax.tree.map(lambda mu: 10 * mu, moments(state).mu)
+
+
+def assert_close(ours, theirs, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
+
+
+def largest_difference(ours, theirs) -> float:
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), ours, theirs)))
+
+
+@pytest.fixture(scope="module")
+def plain(student, teacher, rollouts, table):
+    """(state, metrics, supervision) of one step with the paper's rule on one device."""
+    return compiled(ADAM)(start(student, ADAM), teacher, rollouts, table)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(student, rollouts, table):
+    step = compiled(SGD, tiny.STUDENT, release__rule="none")
+    state, measured, _ = step(start(student, SGD), student, rollouts, table)
+    assert abs(measured["loss"]) < 1e-5
+    assert abs(measured["kl"]) < 1e-6
+    assert measured["grad_norm"] < 1e-5
+    assert_close(state.params, student, 1e-6)
+    assert int(state.step) == 1
+
+
+def test_the_gradient_is_that_of_the_loss_written_over_whole_logits(student, rollouts, plain):
+    state, measured, supervision = plain
+    assert 0 < measured["accepted_share"] < 1, "the texts no longer exercise the release"
+    weight_BT = supervision.scores.advantage_BT * supervision.release.weight_BT
+    naive = jax.jit(
+        jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
+        compiler_options=QUICK_COMPILE,
+    )
+    loss, grads = naive(student, rollouts, weight_BT)
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(measured["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    assert measured["grad_norm"] > 1e-2
+    assert_close(gradient(state), grads, 2e-6)
+
+
+def test_without_a_rule_every_response_token_weighs_one(student, rollouts, table):
+    step = compiled(SGD, tiny.STUDENT, release__rule="none")
+    other = jax.tree.map(lambda p: 1.1 * p, student)
+    _, measured, supervision = step(start(student, SGD), other, rollouts, table)
+    assert abs(measured["loss"]) > 1e-3
+    np.testing.assert_array_equal(supervision.release.weight_BT, rollouts.mask_BT)
+    np.testing.assert_array_equal(supervision.release.mask_BT, rollouts.mask_BT)
+    assert measured["kept_share"] == 1
+    assert measured["accepted_share"] == 0
+    assert np.isnan(measured["release_position"])
+
+
+def test_the_rule_keeps_a_prefix_that_weighs_as_much_as_the_whole_response(plain, rollouts):
+    release = plain[2].release
+    kept_BT = np.arange(WIDTH) < np.asarray(release.kept_B)[:, None]
+    np.testing.assert_array_equal(release.mask_BT, kept_BT)
+    np.testing.assert_allclose(release.weight_BT.sum(axis=1), rollouts.mask_BT.sum(axis=1), rtol=1e-6)
+    assert (release.kept_B < rollouts.mask_BT.sum(axis=1)).tolist() == release.accepted_B.tolist()
+
+
+def test_micro_batches_do_not_change_the_step(student, teacher, rollouts, table, plain):
+    step = compiled(ADAM, train__micro_batch=2)
+    state, measured, _ = step(start(student, ADAM), teacher, rollouts, table)
+    np.testing.assert_allclose(measured["loss"], plain[1]["loss"], rtol=1e-6)
+    assert_close(gradient(state), gradient(plain[0]), 1e-6)
+
+
+def test_a_second_update_on_the_same_rollouts_is_another_step_from_where_the_first_ended(
+    student, teacher, rollouts, table, plain
+):
+    step = compiled(ADAM, train__updates_per_rollout=2)
+    twice, measured, _ = step(start(student, ADAM), teacher, rollouts, table)
+    once, first, _ = plain
+    assert int(twice.step) == 1
+    assert int(moments(twice).count) == 2
+    assert largest_difference(twice.params, once.params) > 1e-4
+    # At a ratio of 1 the clipped form has the gradient of the plain one, not its value.
+    np.testing.assert_allclose(measured["grad_norm"], first["grad_norm"], rtol=1e-5)
+
+
+def test_recomputing_the_students_side_gives_the_same_step(
+    student, teacher, rollouts, table, plain
+):
+    blank = rollouts.replace(
+        logp_BT=np.zeros_like(rollouts.logp_BT), topk_BTK=np.zeros_like(rollouts.topk_BTK)
+    )
+    step = compiled(ADAM, scoring__student="recompute")
+    state, measured, supervision = step(start(student, ADAM), teacher, blank, table)
+    np.testing.assert_allclose(
+        supervision.scores.contrast_BT, plain[2].scores.contrast_BT, atol=1e-5
+    )
+    np.testing.assert_allclose(measured["loss"], plain[1]["loss"], rtol=1e-5)
+    assert_close(gradient(state), gradient(plain[0]), 5e-6)
+
+
+@pytest.fixture(scope="module")
+def sharded(models, rollouts):
+    """(job, its step compiled, state, teacher) on a mesh of 2 x 2 x 2 devices."""
+    job = prepare(settings(models, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    state, teacher_params = job.start(), job.teacher_params()
+    lowered = job.train_step.lower(state, teacher_params, rollouts, job.table)
+    return job, lowered.compile(QUICK_COMPILE), state, teacher_params
+
+
+def test_a_mesh_of_eight_devices_computes_what_one_does(sharded, rollouts, plain):
+    job, step, state, teacher_params = sharded
+    placed = sharding.put_batch(job.mesh, rollouts)
+    eight, many, released = step(jax.tree.map(jnp.copy, state), teacher_params, placed, job.table)
+    one, alone, supervision = plain
+    np.testing.assert_allclose(many["loss"], alone["loss"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(many["grad_norm"], alone["grad_norm"], rtol=1e-5)
+    np.testing.assert_array_equal(released.release.cut_B, supervision.release.cut_B)
+    assert_close(gradient(eight), gradient(one), 1e-5)
+
+
+def test_the_step_never_calls_the_host_and_reuses_the_states_memory(sharded):
+    _, step, state, _ = sharded
+    text = step.as_text().lower()
+    for word in ("callback", "infeed", "outfeed", " send(", " recv("):
+        assert word not in text, word
+    shards = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)]
+    assert step.memory_analysis().alias_size_in_bytes >= sum(shards)
+
+
+def by_hand(accepted):
+    """Two rollouts of 4 and 20 tokens; the first is cut after 1 token if accepted."""
+    mask_BT = np.arange(20) < np.array([[4], [20]])
+    kept_BT = np.arange(20) < np.array([[1 if accepted else 4], [20]])
+    advantage_BT = np.where(mask_BT, np.array([[-1.0], [-0.5]]), 0).astype(np.float32)
+    zero_BT = np.zeros(mask_BT.shape, np.float32)
+    rollouts = tiny.Rollouts(
+        tokens_BL=np.zeros((2, 22), np.int32),
+        prompt_mask_BP=np.ones((2, 2), bool),
+        mask_BT=mask_BT,
+        logp_BT=zero_BT,
+        behaviour_logp_BT=zero_BT,
+        topk_BTK=np.zeros((2, 20, 4), np.int32),
+        stop_BT=np.where(mask_BT, 0.25, 0).astype(np.float32),
+        finished_B=np.array([True, False]),
+    )
+    release = Release(
+        weight_BT=kept_BT.astype(np.float32),
+        mask_BT=kept_BT,
+        segment_BT=np.where(mask_BT, 0, -1),
+        kept_B=kept_BT.sum(axis=1),
+        cut_B=np.array([1, 1]),
+        segments_B=np.array([1, 1]),
+        accepted_B=np.array([accepted, False]),
+        gain_B=np.array([3.0, -7.0], np.float32),
+    )
+    scores = scoring.Scores(
+        advantage_BT=advantage_BT,
+        contrast_BT=2 * mask_BT.astype(np.float32),
+        teacher_logp_BT=zero_BT,
+        student_logp_BT=zero_BT,
+    )
+    return jax.tree.map(jnp.asarray, (rollouts, Supervision(scores=scores, release=release)))
+
+
+def test_the_numbers_of_a_case_worked_by_hand():
+    measured = jax.device_get(measure(*by_hand(accepted=True)))
+    expected = {
+        "kl": (4 * 1.0 + 20 * 0.5) / 24,
+        "advantage_std": np.std([-1.0] * 4 + [-0.5] * 20),
+        "contrast": 2,
+        "stop_probability": 0.25,
+        "response_tokens": 24,
+        "supervised_tokens": 21,
+        "kept_share": 21 / 24,
+        "accepted_share": 0.5,
+        "release_position": 0.25,
+        "gain": 3,
+        "response_length": 12,
+        "finished_share": 0.5,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value, rtol=1e-6, err_msg=name)
+    # Four tokens fall into bins 0, 5, 10 and 15 of the first rollout; the second has one a bin.
+    ours = np.isin(np.arange(20), [0, 5, 10, 15])
+    np.testing.assert_array_equal(measured["position_tokens"], 1 + ours)
+    np.testing.assert_array_equal(measured["position_kept_tokens"], 1 + (np.arange(20) == 0))
+    np.testing.assert_allclose(measured["position_contrast_sum"], 2 + 2 * ours)
+    np.testing.assert_allclose(measured["position_advantage_sum"], -0.5 - ours)
+    np.testing.assert_allclose(measured["position_advantage_sq_sum"], 0.25 + ours)
+    np.testing.assert_array_equal(measured["release_histogram"], np.arange(20) == 5)
+
+
+def test_a_batch_in_which_nothing_is_released_has_no_release_position():
+    measured = jax.device_get(measure(*by_hand(accepted=False)))
+    assert np.isnan(measured["release_position"])
+    assert np.isnan(measured["gain"])
+    assert measured["release_histogram"].sum() == 0
+
+
+def test_the_bins_of_a_step_sum_to_its_totals(plain):
+    _, measured, supervision = plain
+    tokens = measured["response_tokens"]
+    assert measured["position_tokens"].sum() == tokens
+    assert measured["position_kept_tokens"].sum() == measured["supervised_tokens"]
+    assert measured["release_histogram"].sum() == supervision.release.accepted_B.sum()
+    for bins, mean in (("position_contrast_sum", "contrast"), ("position_advantage_sum", "kl")):
+        np.testing.assert_allclose(
+            abs(measured[bins].sum() / tokens), abs(measured[mean]), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "schedule, last",
+    [("constant", 1.0), ("linear", 1 / 8), ("cosine", 0.5 + 0.5 * np.cos(7 / 8 * np.pi))],
+)
+def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule, last):
+    config = settings(
+        optimizer__schedule=schedule,
+        optimizer__learning_rate=1.0,
+        optimizer__warmup_steps=2,
+        train__steps=5,
+        train__updates_per_rollout=2,
+    )
+    rate = learning_rate(config)
+    np.testing.assert_allclose([rate(n) for n in (0, 1, 2)], [0.5, 1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(rate(9), last, rtol=1e-5)
