@@ -3,20 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import UserError
 from opd_jax.job import prepare
+from opd_jax.train_step import TrainState
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save_pair(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +46,24 @@ def test_a_state_comes_back_bit_for_bit_onto_another_mesh(models, job, state, tm
     assert at == position
     assert jax.tree.map(lambda x: x.sharding, restored) == other.state_shardings
     assert restored.params["embedding"].sharding != state.params["embedding"].sharding
+
+
+def test_a_save_holds_what_was_saved_though_the_arrays_are_donated_at_once(tmp_path):
+    """Large enough that writing is still going on while later steps reuse the buffers."""
+    state = TrainState(jnp.int32(1), {"w": jnp.ones(8_000_000)}, {"m": jnp.ones(8_000_000)})
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state, {"step": 1}, None)
+        for _ in range(20):
+            state = step(state)
+        jax.block_until_ready(state)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        restored, _ = checkpoints.restore(1, shapes)
+    for array in jax.tree.leaves(restored):
+        np.testing.assert_array_equal(array, np.ones_like(array))
 
 
 def test_the_newest_and_the_best_are_kept(job, state, tmp_path):

@@ -15,13 +15,6 @@ ROOT = Path(__file__).parents[1]
 DEMO = "--config=configs/demo.py"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save_pair(folder)
-    return folder
-
-
 COMPILES = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: COMPILES.append(event) if "backend_compile" in event else None

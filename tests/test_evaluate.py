@@ -16,13 +16,6 @@ NONE_HELD_OUT = ("--config.data.heldout=0", "--config.eval.every=0")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save_pair(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def job(models):
     """A pair whose teacher is a folder of the student's shape, so that either can stand for it."""
     return prepare(tiny.config(models, **{"teacher.path": str(models / "student"), "data.heldout": 11}))

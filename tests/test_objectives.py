@@ -11,26 +11,17 @@ import pytest
 
 from opd_jax import objectives, scoring
 from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
+from tests import tiny
 
 B, P, T, V = 4, 5, 11, 96
-TIED = ModelConfig(
+TIED = tiny.STUDENT.replace(
     family="qwen3",
+    qk_norm=True,
     vocab_size=V,
     valid_vocab=V - 6,
-    width=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=8,
-    ffn=48,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-    qk_norm=True,
-    attention_bias=False,
-    max_positions=64,
+    eos_ids=(),
+    pad_id=0,
 )
 UNTIED = TIED.replace(tie_embeddings=False)
 CLIP = 0.2
@@ -81,17 +72,6 @@ def direct_value_and_grad(config, clip_ratio, params, rollouts, advantage_BT, we
 
 
 @functools.cache
-def params_of(config, seed=0):
-    draw = np.random.default_rng(seed).normal
-
-    def weight(path, like):
-        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
-        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(weight, transformer.abstract(config))
-
-
-@functools.cache
 def batch():
     """(rollouts, advantage_BT, weight_BT): ragged, weights 0 outside the response and after a cut."""
     rng = np.random.default_rng(3)
@@ -118,7 +98,7 @@ def student_logp():
     """The student's own logp_BT, 0 outside the response: p_old of the clipped form at ratio 1."""
     r = batch()[0]
     score = jax.jit(lambda params, r: scoring.score(TIED, params, r, chunk=T).teacher_logp_BT)
-    return np.asarray(score(params_of(TIED), r))
+    return np.asarray(score(tiny.weights(TIED), r))
 
 
 def assert_trees_close(got, want, relative):
@@ -137,7 +117,7 @@ def assert_trees_close(got, want, relative):
     "config, chunk", [(TIED, 4), (UNTIED, 4), (TIED, 64)], ids=["tied", "untied", "one chunk"]
 )
 def test_chunked_gradient_equals_the_direct_one_for_every_parameter(config, chunk):
-    params = params_of(config)
+    params = tiny.weights(config)
     value, grads = value_and_grad(config, chunk, None, "none", params, *batch())
     want_value, want_grads = direct_value_and_grad(config, None, params, *batch())
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
@@ -146,8 +126,8 @@ def test_chunked_gradient_equals_the_direct_one_for_every_parameter(config, chun
 
 
 def test_rematerialising_changes_no_gradient():
-    want = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
-    assert_trees_close(value_and_grad(TIED, 4, None, "full", params_of(TIED), *batch()), want, 1e-5)
+    want = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
+    assert_trees_close(value_and_grad(TIED, 4, None, "full", tiny.weights(TIED), *batch()), want, 1e-5)
 
 
 def test_the_value_without_differentiation_is_the_same():
@@ -156,15 +136,15 @@ def test_the_value_without_differentiation_is_the_same():
             TIED, params, *batch(), chunk=4, clip_ratio=None, remat="none"
         )
     )
-    want, _ = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
-    np.testing.assert_allclose(plain(params_of(TIED)), want, rtol=1e-6)
+    want, _ = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
+    np.testing.assert_allclose(plain(tiny.weights(TIED)), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip_ratio", [None, CLIP])
 def test_zero_advantage_gives_exactly_zero_loss_and_gradient(clip_ratio):
     r, advantage_BT, weight_BT = batch()
     zero_BT = np.zeros_like(advantage_BT)
-    out = value_and_grad(TIED, 4, clip_ratio, "none", params_of(TIED), r, zero_BT, weight_BT)
+    out = value_and_grad(TIED, 4, clip_ratio, "none", tiny.weights(TIED), r, zero_BT, weight_BT)
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(out))
 
 
@@ -172,15 +152,15 @@ def test_tokens_outside_the_response_have_no_influence():
     r, advantage_BT, weight_BT = batch()
     other_BT = np.where(r.mask_BT, r.response_BT, 7).astype(np.int32)
     other = r.replace(tokens_BL=np.concatenate([r.tokens_BL[:, :P], other_BT], axis=1))
-    want = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
-    got = value_and_grad(TIED, 4, None, "none", params_of(TIED), other, advantage_BT, weight_BT)
+    want = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
+    got = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), other, advantage_BT, weight_BT)
     assert_trees_close(got, want, 1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_agrees_with_central_differences_along_random_directions(seed):
-    params = params_of(TIED)
-    direction = params_of(TIED, seed + 10)
+    params = tiny.weights(TIED)
+    direction = tiny.weights(TIED, seed + 10)
     _, grads = value_and_grad(TIED, 4, None, "none", params, *batch())
     step = 2e-3
 
@@ -196,9 +176,9 @@ def test_gradient_agrees_with_central_differences_along_random_directions(seed):
 def test_clipped_form_has_the_plain_forms_gradient_at_ratio_one():
     r, advantage_BT, weight_BT = batch()
     r = r.replace(logp_BT=student_logp())
-    _, plain = value_and_grad(TIED, 4, None, "none", params_of(TIED), *batch())
+    _, plain = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
     _, clipped = value_and_grad(
-        TIED, 4, CLIP, "none", params_of(TIED), r, advantage_BT, weight_BT
+        TIED, 4, CLIP, "none", tiny.weights(TIED), r, advantage_BT, weight_BT
     )
     assert_trees_close(clipped, plain, 1e-4)
 
@@ -207,7 +187,7 @@ def test_clipped_gradient_equals_the_direct_one_away_from_ratio_one():
     r, advantage_BT, weight_BT = batch()
     shift_BT = np.random.default_rng(5).uniform(-0.5, 0.5, (B, T)).astype(np.float32)
     r = r.replace(logp_BT=np.where(r.mask_BT, student_logp() + shift_BT, 0).astype(np.float32))
-    args = params_of(TIED), r, advantage_BT, weight_BT
+    args = tiny.weights(TIED), r, advantage_BT, weight_BT
     got, want = value_and_grad(TIED, 4, CLIP, "none", *args), direct_value_and_grad(TIED, CLIP, *args)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     assert_trees_close(got[1], want[1], 2e-5)
@@ -218,7 +198,7 @@ def test_tokens_past_the_clip_on_their_own_side_give_zero_gradient():
     for sign in (1, -1):
         r, advantage_BT, weight_BT = batch()
         r = r.replace(logp_BT=student_logp() - np.float32(sign))
-        args = params_of(TIED), r, sign * np.abs(advantage_BT), weight_BT
+        args = tiny.weights(TIED), r, sign * np.abs(advantage_BT), weight_BT
         _, grads = value_and_grad(TIED, 4, CLIP, "none", *args)
         assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
@@ -243,7 +223,7 @@ def test_no_gradient_flows_through_the_advantage_or_the_weight():
 
 
 def test_micro_batches_of_unequal_lengths_add_up_to_the_whole_batch():
-    params, (r, advantage_BT, weight_BT) = params_of(TIED), batch()
+    params, (r, advantage_BT, weight_BT) = tiny.weights(TIED), batch()
     value, grads = value_and_grad(TIED, 4, None, "none", params, r, advantage_BT, weight_BT)
     pieces = scoring.split((r, advantage_BT, weight_BT), 2)
     halves = [jax.tree.map(lambda x, i=i: x[i], pieces) for i in range(2)]

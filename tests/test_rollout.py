@@ -3,32 +3,20 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
 
 from opd_jax import rollout, sharding
 from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
+from tests import tiny
 
 B, P, T = 8, 6, 10
-MODEL = ModelConfig(
+MODEL = tiny.STUDENT.replace(
     family="qwen3",
+    qk_norm=True,
     vocab_size=72,
     valid_vocab=66,  # the six rows after it must never be seen
-    width=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=8,
-    ffn=48,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-    qk_norm=True,
-    attention_bias=False,
-    max_positions=64,
     eos_ids=(5, 17, 30, 41),
     pad_id=1,
 )
@@ -43,13 +31,7 @@ sample_jit = jax.jit(rollout.sample, static_argnums=(0, 5))
 @functools.cache
 def params():
     """Random weights; the padding rows of the vocabulary are the likeliest, were they not masked."""
-    draw = np.random.default_rng(0).normal
-
-    def weight(path, like):
-        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
-        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
-
-    out = jax.tree_util.tree_map_with_path(weight, transformer.abstract(MODEL))
+    out = tiny.weights(MODEL)
     table = out["embedding"]
     return out | {"embedding": table.at[MODEL.valid_vocab :].multiply(8.0)}
 

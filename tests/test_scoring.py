@@ -12,26 +12,15 @@ from scipy import special
 
 from opd_jax import scoring
 from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
+from tests import tiny
 
 B, P, T, V, K = 4, 5, 11, 64, 4
-STUDENT = ModelConfig(
-    family="llama",
+STUDENT = tiny.STUDENT.replace(
     vocab_size=V,
     valid_vocab=V - 3,
-    width=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=8,
-    ffn=48,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-    qk_norm=False,
-    attention_bias=False,
-    max_positions=64,
+    eos_ids=(),
+    pad_id=0,
 )
 # As in a real pair: other width and depth, more vocabulary rows, the same ids.
 TEACHER = STUDENT.replace(vocab_size=V + 16, width=48, layers=1, tie_embeddings=False)
@@ -58,17 +47,6 @@ forward_logits = jax.jit(
 )
 
 
-@functools.cache
-def params_of(config, seed=0):
-    draw = np.random.default_rng(seed).normal
-
-    def weight(path, like):
-        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
-        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(weight, transformer.abstract(config))
-
-
 def logits_of(config, params, tokens_BL, prompt_mask_BP, mask_BT):
     """float64 logits_BTV that predict the response, the whole vocabulary at once."""
     mask_BL = np.concatenate([prompt_mask_BP, mask_BT], axis=1)
@@ -87,7 +65,7 @@ def rollouts():
     tokens_BL = rng.integers(0, STUDENT.valid_vocab, (B, P + T)).astype(np.int32)
     prompt_mask_BP = np.arange(P)[None] >= np.array([[0], [2], [4], [1]])
     mask_BT = np.arange(T)[None] < np.array([[T], [7], [1], [4]])
-    logits_BTV = logits_of(STUDENT, params_of(STUDENT), tokens_BL, prompt_mask_BP, mask_BT)
+    logits_BTV = logits_of(STUDENT, tiny.weights(STUDENT), tokens_BL, prompt_mask_BP, mask_BT)
     logp_BT = at(special.log_softmax(logits_BTV, axis=-1), tokens_BL[:, P:])
     logp_BT = np.where(mask_BT, logp_BT, 0).astype(np.float32)
     topk_BTK = np.argsort(-logits_BTV, axis=-1)[..., :K].astype(np.int32)
@@ -110,7 +88,7 @@ def whole_logits(config, params):
 
 @functools.cache
 def scored(chunk, micro_batches=1):
-    return score(TEACHER, params_of(TEACHER, 1), rollouts(), chunk, micro_batches)
+    return score(TEACHER, tiny.weights(TEACHER, 1), rollouts(), chunk, micro_batches)
 
 
 def assert_scores_close(got, want, atol):
@@ -120,7 +98,7 @@ def assert_scores_close(got, want, atol):
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_teacher_logp_is_its_log_softmax_over_the_whole_vocabulary(chunk):
     r = rollouts()
-    logp_BTV = special.log_softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)
+    logp_BTV = special.log_softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
     want_BT = np.where(r.mask_BT, at(logp_BTV, r.response_BT), 0)
     np.testing.assert_allclose(scored(chunk).teacher_logp_BT, want_BT, atol=2e-5)
 
@@ -128,7 +106,7 @@ def test_teacher_logp_is_its_log_softmax_over_the_whole_vocabulary(chunk):
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_advantage_is_the_teachers_minus_the_students_logp(chunk):
     r = rollouts()
-    logp_BTV = special.log_softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)
+    logp_BTV = special.log_softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
     want_BT = np.where(r.mask_BT, at(logp_BTV, r.response_BT) - r.logp_BT, 0)
     np.testing.assert_allclose(scored(chunk).advantage_BT, want_BT, atol=2e-5)
     np.testing.assert_array_equal(scored(chunk).student_logp_BT, r.logp_BT)
@@ -137,7 +115,7 @@ def test_advantage_is_the_teachers_minus_the_students_logp(chunk):
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_contrast_is_the_teachers_margin_between_its_best_two_candidates(chunk):
     r = rollouts()
-    logp_BTV = special.log_softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)
+    logp_BTV = special.log_softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
     ranked_BTK = np.sort(np.take_along_axis(logp_BTV, r.topk_BTK, axis=-1), axis=-1)
     want_BT = np.where(r.mask_BT, ranked_BTK[..., -1] - ranked_BTK[..., -2], 0)
     np.testing.assert_allclose(scored(chunk).contrast_BT, want_BT, atol=2e-5)
@@ -171,17 +149,17 @@ def test_recomputing_the_student_gives_the_samplers_scores():
             TEACHER, teacher_params, rollouts, chunk=4, student=(STUDENT, student_params)
         )
     )
-    got = recompute(params_of(TEACHER, 1), params_of(STUDENT), blank)
+    got = recompute(tiny.weights(TEACHER, 1), tiny.weights(STUDENT), blank)
     assert_scores_close(got, scored(4), atol=1e-4)
 
 
 def test_student_equal_to_teacher_gives_zero_advantage():
-    same = score(STUDENT, params_of(STUDENT), rollouts(), 4)
+    same = score(STUDENT, tiny.weights(STUDENT), rollouts(), 4)
     np.testing.assert_allclose(same.advantage_BT, 0, atol=2e-5)
 
 
 def test_a_padded_teacher_vocabulary_changes_nothing():
-    table_VD = params_of(TEACHER, 1)
+    table_VD = tiny.weights(TEACHER, 1)
     rows = {n: table_VD[n][: STUDENT.vocab_size] for n in ("embedding", "head")}
     narrow = score(TEACHER.replace(vocab_size=V), table_VD | rows, rollouts(), 4)
     assert_scores_close(narrow, scored(4), atol=2e-6)
@@ -190,23 +168,23 @@ def test_a_padded_teacher_vocabulary_changes_nothing():
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_reverse_kl_is_the_float64_sum_over_the_vocabulary(chunk):
     r = rollouts()
-    p_BTV = special.softmax(whole_logits(STUDENT, params_of(STUDENT)), axis=-1)
-    q_BTV = special.softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)[..., :V]
+    p_BTV = special.softmax(whole_logits(STUDENT, tiny.weights(STUDENT)), axis=-1)
+    q_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :V]
     want_BT = np.where(r.mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
-    got_BT = reverse_kl(STUDENT, params_of(STUDENT), TEACHER, params_of(TEACHER, 1), r, chunk)
+    got_BT = reverse_kl(STUDENT, tiny.weights(STUDENT), TEACHER, tiny.weights(TEACHER, 1), r, chunk)
     np.testing.assert_allclose(got_BT, want_BT, atol=2e-5)
 
 
 def test_reverse_kl_runs_with_a_student_of_more_rows_than_the_teacher():
-    forth = reverse_kl(TEACHER, params_of(TEACHER, 1), STUDENT, params_of(STUDENT), rollouts(), 4)
-    q_BTV = special.softmax(whole_logits(STUDENT, params_of(STUDENT)), axis=-1)
-    p_BTV = special.softmax(whole_logits(TEACHER, params_of(TEACHER, 1)), axis=-1)[..., :V]
+    forth = reverse_kl(TEACHER, tiny.weights(TEACHER, 1), STUDENT, tiny.weights(STUDENT), rollouts(), 4)
+    q_BTV = special.softmax(whole_logits(STUDENT, tiny.weights(STUDENT)), axis=-1)
+    p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :V]
     want_BT = np.where(rollouts().mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
     np.testing.assert_allclose(forth, want_BT, atol=2e-5)
 
 
 def test_reverse_kl_of_equal_models_is_zero():
-    same = params_of(STUDENT)
+    same = tiny.weights(STUDENT)
     got_BT = reverse_kl(STUDENT, same, STUDENT, same, rollouts(), 4)
     np.testing.assert_array_equal(got_BT, 0)
 

@@ -11,25 +11,18 @@ from jax.sharding import PartitionSpec as P
 from opd_jax import objectives, sharding
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
+from tests import tiny
 
-MODEL = ModelConfig(
+MODEL = tiny.STUDENT.replace(
     family="qwen2",
+    attention_bias=True,
     vocab_size=66,
     valid_vocab=66,
-    width=32,
-    layers=2,
-    heads=4,
     kv_heads=1,  # does not divide over mesh.tensor=2
-    head_size=8,
-    ffn=48,
-    rope_theta=10000.0,
-    norm_eps=1e-6,
     tie_embeddings=False,
-    qk_norm=False,
-    attention_bias=True,
-    max_positions=64,
+    eos_ids=(),
+    pad_id=0,
 )
 
 
@@ -145,11 +138,7 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
     b, p, t = 8, 4, 9
     rng = np.random.default_rng(0)
 
-    def weight(path, like):
-        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
-        return np.float32(shift + scale * rng.normal(size=like.shape))
-
-    params = jax.tree_util.tree_map_with_path(weight, transformer.abstract(MODEL))
+    params = tiny.weights(MODEL)
     mask_BT = np.arange(t)[None] < rng.integers(1, t + 1, (b, 1))
     zeros_BT = np.zeros((b, t), np.float32)
     rollouts = Rollouts(

@@ -17,13 +17,6 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save_pair(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def job(models):
     return prepare(tiny.config(models, **{"train.steps": 5}))
 

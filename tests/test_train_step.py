@@ -36,13 +36,6 @@ TEXTS = (
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tiny.save_pair(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def table():
     return segments.SegmentTable.from_tokenizer(tiny.tokenizer())
 

@@ -1,5 +1,6 @@
 """A pair of models small enough for any test, with a real tokenizer: one token a byte."""
 
+import functools
 import json
 import os
 import subprocess
@@ -71,6 +72,18 @@ def student_params() -> dict:
 def teacher_params() -> dict:
     """The teacher's random weights."""
     return transformer.init(TEACHER, jax.random.key(5))
+
+
+@functools.cache
+def weights(config, seed=0) -> dict:
+    """Random weights of any config, drawn by NumPy: no program to compile."""
+    draw = np.random.default_rng(seed).normal
+
+    def weight(path, like):
+        shift, scale = (1, 0.3) if "norm" in path[-1].key else (0, like.shape[-1] ** -0.5)
+        return jnp.asarray(shift + scale * draw(size=like.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(weight, transformer.abstract(config))
 
 
 def save_pair(folder) -> None:
