@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # layers width ffn heads kv_heads head_size vocabulary batch prompt response
 SHAPE ?= 6 384 1024 6 2 64 8192 32 64 192
 ARGS ?=
-# Large arrays on huge pages: on Linux a training step on a CPU spends a tenth less time.
+# Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test lint bench clean

@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 1e-6
     # Updates over which the rate rises from 0.
     c.optimizer.warmup_steps = 0
-    # After the warm-up: constant, linear or cosine (to 0 at the last update).
+    # After the warm-up: constant, or linear or cosine towards 0, which the update after the last would have.
     c.optimizer.schedule = "constant"
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95

@@ -61,7 +61,7 @@ def get(config: ConfigDict, key: str):
 
 
 def nearest(word: str, words) -> str:
-    """" (did you mean X?)" for a misspelt word, or what there is."""
+    """A parenthesis that names the nearest of `words`, or nothing where none is near."""
     close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -101,14 +101,12 @@ def validate(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def load(path: str, **overrides) -> ConfigDict:
-    """get_config() of a Python file, with dotted keys replaced."""
+def load(path: str) -> ConfigDict:
+    """get_config() of a Python file."""
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
-    config.update_from_flattened_dict(overrides)
-    return config
+    return module.get_config()
 
 
 def run(main, *, config: str | None = None):

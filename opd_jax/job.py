@@ -197,7 +197,7 @@ def prepare(config, workdir=None) -> Job:
     params = _param_shardings(mesh, student)
     opt_state = _abstract_state(student, optimizer).opt_state
     prompts = data.load(config.data, tokenizer)
-    table = segments.SegmentTable.from_tokenizer(tokenizer)
+    table = segments.SegmentTable.from_tokenizer(tokenizer, config.segments.kind)
     return Job(
         config=config,
         mesh=mesh,

@@ -106,7 +106,10 @@ class MetricWriter:
         scalars = {
             f"{kind}/{key}": float(value)
             for key, value in record.items()
-            if key not in ("kind", "step") and np.ndim(value) == 0 and _is_number(value)
+            if key not in ("kind", "step")
+            and np.ndim(value) == 0
+            and _is_number(value)
+            and np.isfinite(value)  # such as the release position of a step without a release
         }
         if self._tensorboard is not None:
             for tag, value in scalars.items():

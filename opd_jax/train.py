@@ -33,7 +33,6 @@ def train(job: Job, workdir):
     metrics.write_run_files(workdir, c)
 
     # ---- State: the newest checkpoint, or the start.
-    saving = c.checkpoint.every > 0
     checkpoints = Checkpoints(workdir, c.checkpoint.keep)
     done, position = checkpoints.latest, None
     if done is None:
@@ -41,7 +40,6 @@ def train(job: Job, workdir):
     else:
         state, position = checkpoints.restore(done, job.abstract_state())
     teacher_params = job.teacher_params()
-    first = done or 0
 
     # ---- Prompts and draws.
     prompts = data.batches(
@@ -72,9 +70,10 @@ def train(job: Job, workdir):
         stack.enter_context(jax.transfer_guard("disallow"))
         read = Reader(job, writer, clock)
 
-        def evaluated(step: int, state) -> float | None:
-            if not c.eval.every or (step % c.eval.every and step != c.train.steps):
-                return None
+        def due(every: int, step: int) -> bool:
+            return every > 0 and (step % every == 0 or step == c.train.steps)
+
+        def evaluated(step: int, state) -> float:
             result = evaluate(job, state.params, teacher_params)
             rows = result.pop("rows")
             writer.write({"kind": "eval", "step": step} | result)
@@ -82,9 +81,9 @@ def train(job: Job, workdir):
             read.restart()
             return result["kl"]
 
-        if done is None:
+        if done is None and due(c.eval.every, 0):
             evaluated(0, state)
-        for step in range(first + 1, c.train.steps + 1):
+        for step in range((done or 0) + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
             batch = sharding.put_batch(mesh, local)
@@ -97,12 +96,11 @@ def train(job: Job, workdir):
             clock.watch("train", step, measured["loss"])
             read.finish()
             read.begin(step, measured, data_seconds, rollouts, supervision)
-            evaluating = c.eval.every and (step % c.eval.every == 0 or step == c.train.steps)
-            checkpointing = saving and (step % c.checkpoint.every == 0 or step == c.train.steps)
-            if evaluating or checkpointing:
+            evaluating, saving = due(c.eval.every, step), due(c.checkpoint.every, step)
+            if evaluating or saving:
                 read.finish()
-            kl = evaluated(step, state)
-            if checkpointing:
+            kl = evaluated(step, state) if evaluating else None
+            if saving:
                 checkpoints.save(step, state, prompts.state(), kl)
         read.finish()
     return state
