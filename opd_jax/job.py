@@ -85,7 +85,7 @@ class Job:
             key = jax.random.fold_in(jax.random.key(self.config.seed), purpose)
             return jax.device_put(key, sharding.replicated(self.mesh))
 
-    @functools.cached_property
+    @property
     def sample(self):
         """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
         c = self.config
@@ -95,18 +95,9 @@ class Job:
             temperature=c.rollout.temperature,
             top_k=c.rollout.top_k,
             top_p=c.rollout.top_p,
+            cache_stages=c.rollout.cache_stages,
         )
-
-        def sample(params, tokens_BP, mask_BP, key, step):
-            key = jax.random.fold_in(key, step)
-            return rollout.sample(self.student, params, tokens_BP, mask_BP, key, sampling)
-
-        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
-        return jax.jit(
-            sample,
-            in_shardings=(self.state_shardings.params, rows, rows, whole, whole),
-            out_shardings=rows,
-        )
+        return _sample_program(self.mesh, self.student, sampling)
 
     @functools.cached_property
     def train_step(self):
@@ -120,34 +111,46 @@ class Job:
             donate_argnums=0,
         )
 
-    @functools.cached_property
+    @property
     def divergence(self):
         """Compiled divergence(params, teacher_params, rollouts) -> per rollout sums, on every host.
 
         Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B.
         """
+        return _divergence_program(self.mesh, self.student, self.teacher, self.config.scoring.chunk)
 
-        def divergence(params, teacher_params, rollouts):
-            kl_BT = scoring.reverse_kl(
-                self.student,
-                params,
-                self.teacher,
-                teacher_params,
-                rollouts,
-                chunk=self.config.scoring.chunk,
-            )
-            return {
-                "kl_B": kl_BT.sum(axis=1),
-                "tokens_B": rollouts.mask_BT.sum(axis=1),
-                "finished_B": rollouts.finished_B,
-            }
 
-        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
-        return jax.jit(
-            divergence,
-            in_shardings=(self.state_shardings.params, self.teacher_shardings, rows),
-            out_shardings=whole,
-        )
+# Jobs of one process that differ in their training alone share what is compiled for the rest.
+@functools.lru_cache(maxsize=8)
+def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
+    def sample(params, tokens_BP, mask_BP, key, step):
+        key = jax.random.fold_in(key, step)
+        return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
+
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        sample,
+        in_shardings=(_param_shardings(mesh, student), rows, rows, whole, whole),
+        out_shardings=rows,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int):
+    def divergence(params, teacher_params, rollouts):
+        kl_BT = scoring.reverse_kl(student, params, teacher, teacher_params, rollouts, chunk=chunk)
+        return {
+            "kl_B": kl_BT.sum(axis=1),
+            "tokens_B": rollouts.mask_BT.sum(axis=1),
+            "finished_B": rollouts.finished_B,
+        }
+
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        divergence,
+        in_shardings=(_param_shardings(mesh, student), _param_shardings(mesh, teacher), rows),
+        out_shardings=whole,
+    )
 
 
 def prepare(config, workdir=None) -> Job:

@@ -53,6 +53,8 @@ class Sampling:
       temperature: 0 is greedy.
       top_k: 0 keeps all. Applied before top_p.
       top_p: 1 keeps all.
+      cache_stages: how many sizes the KV cache grows through. Each step reads the whole cache, so n stages
+        read (n + 1) / 2n of the response part of it; each compiles its own copy of the decode step.
     """
 
     max_tokens: int
@@ -60,6 +62,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    cache_stages: int = 1
 
 
 def sample(
@@ -87,7 +90,7 @@ def sample(
     head_VD = transformer.head(config, params)
 
     with jax.named_scope("prefill"):
-        hidden_BD, cache = kv.prefill(config, params, tokens_BP, mask_BP, p + t_max)
+        hidden_BD, cache = kv.prefill(config, params, tokens_BP, mask_BP)
         layers = kv.unstack(config, params)
 
     def emit(out, hidden_BD, done_B, t):
@@ -111,10 +114,6 @@ def sample(
         ended_B = (token_B[:, None] == end_ids[None]).any(axis=1)
         return out, token_B, done_B | ended_B
 
-    def more(state):
-        t, _, _, done_B, _ = state
-        return (t < t_max) & ~done_B.all()
-
     def step(state):
         t, out, token_B, done_B, cache = state
         with jax.named_scope("decode"):
@@ -132,7 +131,12 @@ def sample(
         "topk": jnp.zeros((t_max, b, sampling.candidates), jnp.int32),
     }
     first = emit(out, hidden_BD, jnp.zeros((b,), bool), 0)
-    _, out, _, done_B, _ = jax.lax.while_loop(more, step, (1, *first, cache))
+    state = 1, *first, cache
+    for stage in range(1, sampling.cache_stages + 1):
+        end = t_max * stage // sampling.cache_stages
+        state = *state[:-1], kv.grow(state[-1], p + end)
+        state = jax.lax.while_loop(lambda s, end=end: (s[0] < end) & ~s[3].all(), step, state)
+    _, out, _, done_B, _ = state
     out = {name: x.swapaxes(0, 1) for name, x in out.items()}
     return Rollouts(
         tokens_BL=jnp.concatenate([tokens_BP, out["token"]], axis=1),

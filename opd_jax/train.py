@@ -23,8 +23,12 @@ from opd_jax.transcripts import transcripts
 SAMPLING_KEY = 0
 
 
-def train(job: Job, workdir):
+def train(job: Job, workdir, start_evaluation: dict | None = None):
     """Trains from the start, or from the newest checkpoint in workdir, to train.steps.
+
+    Args:
+      start_evaluation: what `evaluate` returned for this run's start, where several runs share one; it
+        is measured if not given.
 
     Returns:
       The final TrainState.
@@ -73,8 +77,8 @@ def train(job: Job, workdir):
         def due(every: int, step: int) -> bool:
             return every > 0 and (step % every == 0 or step == c.train.steps)
 
-        def evaluated(step: int, state) -> float:
-            result = evaluate(job, state.params, teacher_params)
+        def evaluated(step: int, state, result: dict | None = None) -> float:
+            result = dict(result or evaluate(job, state.params, teacher_params))
             rows = result.pop("rows")
             writer.write({"kind": "eval", "step": step} | result)
             writer.write_evaluations([{"step": step} | row for row in rows])
@@ -82,7 +86,7 @@ def train(job: Job, workdir):
             return result["kl"]
 
         if done is None and due(c.eval.every, 0):
-            evaluated(0, state)
+            evaluated(0, state, start_evaluation)
         for step in range((done or 0) + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)

@@ -142,7 +142,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             with jax.named_scope("update"):
                 changes, opt_state = optimizer.update(grads, opt_state, params)
                 params = optax.apply_updates(params, changes)
-            return (params, opt_state), (loss, optax.global_norm(grads))
+            return (params, opt_state), (loss, optax.tree.norm(grads))
 
         carry = state.params, state.opt_state
         if train.updates_per_rollout == 1:

@@ -77,16 +77,16 @@ def take(iterator, steps: int) -> np.ndarray:
     return np.stack([next(iterator).index_B for _ in range(steps)])
 
 
-def test_demo_train_and_heldout_share_no_text_and_half_are_everyday_requests(tokenizer, demo_cache):
-    prompts = data.load(config(source="demo", cache=demo_cache, heldout=40), tokenizer)
+def test_demo_train_and_heldout_share_no_text_and_a_quarter_are_requests(tokenizer, demo_cache):
+    prompts = data.load(config(source="demo", cache=demo_cache, heldout=80), tokenizer)
     train, heldout = ([p.text for p in part] for part in (prompts.train, prompts.heldout))
-    assert (len(train), len(heldout), prompts.dropped) == (120, 40, 0)
-    assert len(set(train + heldout)) == 160
+    assert (len(train), len(heldout), prompts.dropped) == (240, 80, 0)
+    assert len(set(train + heldout)) == 320
     for part in (prompts.train, prompts.heldout):
-        assert sum(p.answer is None for p in part) == len(part) / 2
+        assert sum(p.answer is None for p in part) == len(part) / 4
         assert all(p.answer is None or float(p.answer) == float(p.answer) for p in part)
     # Any count of held-out prompts keeps the mixture.
-    assert sum(p.answer is None for p in prompts.heldout[:8]) == 4
+    assert sum(p.answer is None for p in prompts.heldout[:8]) == 2
 
 
 def test_demo_is_built_once_and_then_read_without_the_generator(
@@ -126,7 +126,7 @@ def test_two_processes_that_build_the_demo_at_once_both_succeed(tokenizer, tmp_p
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 1
-    assert len(data.load(config(source="demo", cache=str(tmp_path)), tokenizer).train) == 120
+    assert len(data.load(config(source="demo", cache=str(tmp_path)), tokenizer).train) == 240
 
 
 def test_loading_prompts_never_imports_tensorflow(demo_cache):
@@ -209,7 +209,7 @@ def test_bad_line_of_a_file_is_named_in_one_line(tokenizer, tmp_path, line, reas
         ({"over_long": "cut"}, "data.over_long"),
         ({"source": "tfds", "path": "no_such_dataset"}, "data.path"),
         ({"source": "tfds", "path": ""}, "data.path"),
-        ({"source": "demo", "heldout": 41}, "data.heldout"),
+        ({"source": "demo", "heldout": 81}, "data.heldout"),
         ({"source": "demo", "cache": "/proc/no"}, "data.cache"),
     ],
 )

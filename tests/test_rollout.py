@@ -1,5 +1,6 @@
 """The sampler against full forward passes, on ragged prompts, on meshes, and past each row's end."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,7 @@ MODEL = tiny.STUDENT.replace(
     pad_id=1,
 )
 PLAIN = rollout.Sampling(max_tokens=T)
-SHAPED = rollout.Sampling(max_tokens=T, temperature=0.7, top_k=40, top_p=0.8)
+SHAPED = rollout.Sampling(max_tokens=T, temperature=0.7, top_k=40, top_p=0.8, cache_stages=3)
 GREEDY = rollout.Sampling(max_tokens=T, temperature=0)
 LENGTHS = np.array([6, 1, 3, 5, 2, 6, 4, 3])
 
@@ -71,6 +72,13 @@ def at_tokens(logp_BTV, r):
 EVERY_SAMPLING = pytest.mark.parametrize(
     "sampling", [PLAIN, SHAPED, GREEDY], ids=["plain", "shaped", "greedy"]
 )
+
+
+@pytest.mark.parametrize("stages", [3, T])
+def test_a_cache_that_grows_in_stages_changes_nothing(stages):
+    staged = sampled(dataclasses.replace(PLAIN, cache_stages=stages))
+    for name, want in dataclasses.asdict(sampled(PLAIN)).items():
+        np.testing.assert_allclose(getattr(staged, name), want, atol=1e-5, err_msg=name)
 
 
 @EVERY_SAMPLING

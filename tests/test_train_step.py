@@ -307,3 +307,19 @@ def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule, last
     rate = learning_rate(config)
     np.testing.assert_allclose([rate(n) for n in (0, 1, 2)], [0.5, 1.0, 1.0], rtol=1e-6)
     np.testing.assert_allclose(rate(9), last, rtol=1e-5)
+
+
+def test_the_numbers_of_a_whole_step_stay_what_they_were(plain):
+    state, measured, _ = plain
+    pinned = {
+        "kl": -0.188594,
+        "loss": 1.855778,
+        "grad_norm": 2.456572,
+        "contrast": 0.595102,
+        "gain": 8.077982,
+        "supervised_tokens": 456,
+        "parameters": 3441.352,
+    }
+    size = sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(state.params))
+    got = {name: float((measured | {"parameters": size})[name]) for name in pinned}
+    assert got == pytest.approx(pinned, rel=1e-5)

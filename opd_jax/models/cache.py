@@ -33,19 +33,17 @@ def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
     return tuple(jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(config.layers))
 
 
-def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, slots: int):
+def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP):
     """Reads left-padded prompts.
 
     Args:
       tokens_BP, mask_BP: ids and which are real; the last column is real in every row.
-      slots: S, room for the prompt and all that will be decoded.
 
     Returns:
-      (hidden_BD of the last position, normalised; KVCache with the first P slots filled).
+      (hidden_BD of the last position, normalised; KVCache of P slots, to be given room by `grow`).
     """
     rope = attention.rope_tables(config, transformer.positions(mask_BP))
     allowed_BPP = attention.causal_mask(mask_BP)
-    none, room = (0, 0), (0, slots - tokens_BP.shape[1])
 
     def attend(q, k, v):
         k, v = attention.cached(k, v)
@@ -56,12 +54,18 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, slots: int):
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, (k_NBKCP, v_NBKPC) = jax.lax.scan(step, x_BPD, params["blocks"])
-    cache = KVCache(
-        keys=tuple(jnp.pad(k_NBKCP[i], (none, none, none, room)) for i in range(config.layers)),
-        values=tuple(jnp.pad(v_NBKPC[i], (none, none, room, none)) for i in range(config.layers)),
-        filled_BS=jnp.pad(mask_BP, (none, room)),
-    )
+    cache = KVCache(keys=tuple(k_NBKCP), values=tuple(v_NBKPC), filled_BS=mask_BP)
     return transformer.rms_norm(x_BPD[:, -1], params["final_norm"], config.norm_eps), cache
+
+
+def grow(cache: KVCache, slots: int) -> KVCache:
+    """The cache with empty slots added at the end, `slots` in all."""
+    none, room = (0, 0), (0, slots - cache.filled_BS.shape[1])
+    return KVCache(
+        keys=tuple(jnp.pad(k_BKCS, (none, none, none, room)) for k_BKCS in cache.keys),
+        values=tuple(jnp.pad(v_BKSC, (none, none, room, none)) for v_BKSC in cache.values),
+        filled_BS=jnp.pad(cache.filled_BS, (none, room)),
+    )
 
 
 def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache: KVCache, slot):

@@ -1,10 +1,11 @@
 """The demo prompts as a TFDS dataset in array_record files, built once into a cache folder.
 
-Half of each split are everyday requests written for this project (`everyday.json`), half are
+A quarter of each split are everyday requests written for this project (`everyday.json`), the rest are
 grade-school problems with a numeric answer from reasoning-gym's `gsm_symbolic`.
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from opd_jax.errors import UserError
 
 EVERYDAY_FILE = Path(__file__).with_name("everyday.json")
 HELDOUT_EVERY = 4  # requests 3, 7, 11, ... of the file are held out
+PROBLEMS_A_REQUEST = 3
 GSM_SEEDS = {"train": 0, "heldout": 1}
 
 
@@ -48,8 +50,8 @@ def grade_school(split: str, count: int, exclude: set[str]) -> list[tuple[str, s
 class OpdDemo(tfds.core.GeneratorBasedBuilder):
     """Splits "train" and "heldout" of {prompt, answer}; an empty answer means there is none.
 
-    Both splits alternate request and problem, so that any prefix holds as many of the one as of the
-    other. No text is in both splits.
+    Both splits repeat one request and three problems, so that any prefix is mixed alike. No text is in
+    both splits.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -70,7 +72,7 @@ class OpdDemo(tfds.core.GeneratorBasedBuilder):
         splits = {}
         for split in ("heldout", "train"):
             requests = everyday(split)
-            problems = grade_school(split, len(requests), exclude=seen)
+            problems = grade_school(split, PROBLEMS_A_REQUEST * len(requests), exclude=seen)
             seen.update(question for question, _ in problems)
             splits[split] = self._generate_examples(requests, problems)
         return splits
@@ -78,9 +80,11 @@ class OpdDemo(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, requests: list[str], problems: list[tuple[str, str]]
     ) -> Iterator[tuple[int, dict[str, str]]]:
-        for i, (request, (question, answer)) in enumerate(zip(requests, problems, strict=True)):
-            yield 2 * i, {"prompt": request, "answer": ""}
-            yield 2 * i + 1, {"prompt": question, "answer": answer}
+        fresh = iter(problems)
+        for i, request in enumerate(requests):
+            group = [(request, ""), *itertools.islice(fresh, PROBLEMS_A_REQUEST)]
+            for j, (prompt, answer) in enumerate(group):
+                yield i * len(group) + j, {"prompt": prompt, "answer": answer}
 
 
 def prepare(cache: Path) -> Path:
@@ -93,7 +97,7 @@ def prepare(cache: Path) -> Path:
     Raises:
       UserError: the cache cannot be written, or reasoning-gym is missing.
     """
-    sources = [EVERYDAY_FILE.read_text(encoding="utf-8"), HELDOUT_EVERY, GSM_SEEDS]
+    sources = [EVERYDAY_FILE.read_text(encoding="utf-8"), HELDOUT_EVERY, PROBLEMS_A_REQUEST, GSM_SEEDS]
     digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:12]
     final = cache / f"opd_demo-{OpdDemo.VERSION}-{digest}"
     if final.exists():
