@@ -12,9 +12,11 @@ from opd_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter -> mesh axis. An axis whose size the mesh axis does not divide stays whole.
+# Logical axis of a parameter -> mesh axis. An axis whose size the mesh axis does not divide stays whole, and
+# so does one whose mesh axis an earlier axis took: experts are cut before their hidden width.
 RULES = {
     "embed": "fsdp",
+    "experts": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
@@ -64,13 +66,12 @@ def check_batch(mesh: Mesh, name: str, size: int):
 def spec(shape, axes, mesh: Mesh, rules=None) -> P:
     """PartitionSpec of an array from its logical axes."""
     rules = RULES if rules is None else rules
-    names = [rules.get(axis) for axis in axes]
-    return P(
-        *(
-            name if name is not None and size % mesh.shape[name] == 0 else None
-            for name, size in zip(names, shape, strict=True)
-        )
-    )
+    names = []
+    for size, axis in zip(shape, axes, strict=True):
+        name = rules.get(axis)
+        fits = name is not None and name not in names and size % mesh.shape[name] == 0
+        names.append(name if fits else None)
+    return P(*names)
 
 
 def param_shardings(mesh: Mesh, abstract, axes, rules=None):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opd_jax.models import attention
+from opd_jax.models import attention, moe
 from opd_jax.models.config import ModelConfig
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
@@ -50,9 +50,13 @@ class Block(nnx.Module):
             self.query_norm = constant(1, head_size=c)
             self.key_norm = constant(1, head_size=c)
         self.ffn_norm = constant(1, embed=d)
-        self.gate = weight(d, embed=d, ffn=f)
-        self.up = weight(d, embed=d, ffn=f)
-        self.down = weight(f, ffn=f, embed=d)
+        experts = {}
+        if config.experts:
+            experts = {"experts": config.experts}
+            self.router = weight(d, embed=d, router=config.experts)
+        self.gate = weight(d, **experts, embed=d, ffn=f)
+        self.up = weight(d, **experts, embed=d, ffn=f)
+        self.down = weight(f, **experts, ffn=f, embed=d)
 
 
 class Transformer(nnx.Module):
@@ -114,7 +118,7 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
     """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
 
     Returns:
-      (x_BLD, what `attend` returned beside its output).
+      (x_BLD, what `attend` returned beside its output, moe.Routing or None in a dense model).
     """
     dtype = config.dtype
     p = {name: value.astype(dtype) for name, value in p.items()}
@@ -132,8 +136,11 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
         x_BLD = x_BLD + project(out_BLHC, p["output"], inputs=2)
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
+        if config.experts:
+            out_BLD, routing = moe.feed_forward(config, p, h_BLD)
+            return x_BLD + out_BLD, kept, routing
         gated_BLF = jax.nn.silu(project(h_BLD, p["gate"])) * project(h_BLD, p["up"])
-        return x_BLD + project(gated_BLF, p["down"]), kept
+        return x_BLD + project(gated_BLF, p["down"]), kept, None
 
 
 def project(x, weight, inputs: int = 1):
@@ -164,6 +171,11 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
     Returns:
       hidden_BLD in the compute dtype.
     """
+    return forward_with_router(config, params, tokens_BL, mask_BL, remat=remat)[0]
+
+
+def forward_with_router(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
+    """`forward`, and the moe.RouterStatistics of its blocks (None in a dense model): (hidden_BLD, stats)."""
     rope = attention.rope_tables(config, positions(mask_BL))
     allowed_BLL = attention.causal_mask(mask_BL)
 
@@ -171,12 +183,13 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
         return attention.attend(q, *attention.cached(k, v), allowed_BLL), None
 
     def step(x_BLD, p):
-        return block(config, p, x_BLD, rope, attend)[0], None
+        x_BLD, _, routing = block(config, p, x_BLD, rope, attend)
+        return x_BLD, moe.statistics(routing, mask_BL) if config.experts else None
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BLD, _ = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
-    return rms_norm(x_BLD, params["final_norm"], config.norm_eps)
+    x_BLD, router = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), router
 
 
 def positions(mask_BL):

@@ -32,6 +32,7 @@ CONFIGS = {
     "llama": BASE,
     "qwen2": BASE.replace(family="qwen2", attention_bias=True, kv_heads=1),
     "qwen3": BASE.replace(family="qwen3", qk_norm=True, tie_embeddings=False, layers=1),
+    "qwen3_moe": BASE.replace(family="qwen3_moe", qk_norm=True, experts=4, experts_per_token=2, layers=2),
 }
 EVERY_FAMILY = pytest.mark.parametrize("family", CONFIGS)
 
@@ -60,6 +61,7 @@ def test_each_parameter_has_one_logical_axis_a_dimension_of_that_size(family):
     sizes = {"layers": config.layers, "embed": config.width, "vocab": config.vocab_size}
     sizes |= {"heads": config.heads, "kv_heads": config.kv_heads}
     sizes |= {"head_size": config.head_size, "ffn": config.ffn}
+    sizes |= {"experts": config.experts, "router": config.experts}
     shapes = jax.tree.map(lambda leaf: leaf.shape, transformer.abstract(config))
     named = jax.tree.map(
         lambda names: tuple(sizes[name] for name in names),
