@@ -97,6 +97,27 @@ def read_config(folder, key: str = "student.path") -> ModelConfig:
     return config.replace(valid_vocab=length)
 
 
+def read_generation(folder) -> dict:
+    """How a folder's model is meant to be sampled: its generation_config.json, with its bos_token_id."""
+    folder = Path(folder).expanduser()
+    bos = _read_json(folder / "config.json", str(folder)).get("bos_token_id")
+    file = folder / "generation_config.json"
+    fields = _read_json(file, str(folder)) if file.is_file() else {}
+    fields.pop("_from_model_config", None)  # transformers would then take config.json's fields instead
+    return {"bos_token_id": bos} | fields
+
+
+def check_unused(folder):
+    """Refuses a folder to save into that holds something.
+
+    Raises:
+      UserError: names it.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another or remove it")
+
+
 def save(
     folder,
     config: ModelConfig,
@@ -116,16 +137,15 @@ def save(
       folder: must not exist, or be empty. Several hosts give one folder of a shared disk.
       tokenizer: a transformers tokenizer to write beside the weights, with its chat template.
       dtype: of the saved weights: float32, float16 or bfloat16; default: as the parameters are.
-      generation: further fields of generation_config.json, such as temperature; end and padding ids
-        are the config's.
+      generation: further fields of generation_config.json, such as temperature and bos_token_id; end
+        and padding ids are the config's.
       shard_bytes: largest weight file; a single larger tensor gets a file of its own.
 
     Raises:
       UserError: the folder holds something already.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; choose another or remove it")
+    check_unused(folder)
     _meet("opd_jax.save.checked")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     writes = jax.process_index() == 0
@@ -134,9 +154,11 @@ def save(
             partial.mkdir(parents=True)
         saved_dtype = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
         if writes:
-            _write_json(partial / "config.json", hf_config.to_json(config) | {"torch_dtype": saved_dtype})
+            generation = generation or {}
+            others = {"torch_dtype": saved_dtype, "bos_token_id": generation.get("bos_token_id")}
+            _write_json(partial / "config.json", hf_config.to_json(config) | others)
             ends = {"eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
-            _write_json(partial / "generation_config.json", (generation or {}) | ends)
+            _write_json(partial / "generation_config.json", generation | ends)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             os.replace(partial, folder)
