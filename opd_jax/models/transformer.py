@@ -199,7 +199,11 @@ def positions(mask_BL):
 
 def head(config: ModelConfig, params: dict):
     """The output matrix [V, D] in the compute dtype."""
-    return params["embedding" if config.tie_embeddings else "head"].astype(config.dtype)
+    head_VD = params["embedding" if config.tie_embeddings else "head"].astype(config.dtype)
+    if config.exchanged is not None:
+        pair = jnp.array(config.exchanged)
+        head_VD = head_VD.at[pair].set(head_VD[pair[::-1]])
+    return head_VD
 
 
 def logits(config: ModelConfig, head_VD, hidden):

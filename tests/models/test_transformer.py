@@ -174,6 +174,19 @@ def test_ids_past_the_tokenizer_have_no_probability():
     assert (jax.nn.softmax(logits)[..., 50:] == 0).all()
 
 
+def test_exchanged_ids_exchange_their_logits_and_nothing_else():
+    params = params_of(BASE)
+    tokens, mask = random_tokens((1, 3)), jnp.ones((1, 3), bool)
+    config = BASE.replace(exchanged=(3, 60))
+    hidden = forward(config, params, tokens, mask)
+    np.testing.assert_array_equal(hidden, forward(BASE, params, tokens, mask))
+    want = np.array(transformer.logits(BASE, transformer.head(BASE, params), hidden))
+    want[..., [3, 60]] = want[..., [60, 3]]
+    np.testing.assert_array_equal(
+        transformer.logits(config, transformer.head(config, params), hidden), want
+    )
+
+
 def test_bfloat16_compute_stays_near_float32_and_logits_are_float32():
     tokens, mask = random_tokens((2, 8)), jnp.ones((2, 8), bool)
     config = BASE.replace(compute_dtype="bfloat16")
