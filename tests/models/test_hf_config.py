@@ -1,13 +1,14 @@
 """config.json: both spellings, transformers' defaults, and a refusal by name of what is not computed."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import transformers
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf_config, rope
+from opd_jax.models import hf_config, rope, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA3 = {
@@ -16,7 +17,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
 
 
 def raw_config(name="tiny_llama", **changes):
@@ -173,3 +173,40 @@ def test_a_sliding_window_counts_only_where_it_hides_a_token(changes, slides):
 @pytest.mark.parametrize(("pad", "eos", "want"), [(4, 2, 4), (None, [3, 2], 3), (-1, None, 0)])
 def test_padding_falls_back_to_an_end_id_then_to_zero(pad, eos, want):
     assert hf_config.from_json(raw_config(pad_token_id=pad, eos_token_id=eos)).pad_id == want
+
+
+PUBLISHED = {
+    "Llama-3.2-1B": (
+        {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}
+        | {"tie_word_embeddings": True, "vocab_size": 128256}
+        | {"rope_scaling": {"rope_type": "llama3"} | LLAMA3 | {"factor": 32.0}},
+        1_235_814_400,
+    ),
+    "Qwen2.5-7B": (
+        {"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "vocab_size": 152064}
+        | {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944}
+        | {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+        7_615_616_512,
+    ),
+    "Qwen3-8B": (
+        {"model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 12288},
+        8_190_735_360,
+    ),
+    "Qwen3-30B-A3B": (
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936}
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "head_dim": 128}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "mlp_only_layers": []},
+        30_532_122_624,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_large_models_have_as_many_parameters_as_their_publishers_say(name):
+    raw, published = PUBLISHED[name]
+    config = hf_config.from_json(raw)
+    assert config.parameter_count() == published
+    stored = weights.tensors(config, "hf")
+    assert sum(math.prod(tensor.shape) for tensor in stored) == published
