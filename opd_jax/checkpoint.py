@@ -93,7 +93,7 @@ class Checkpoints:
             return int(step)
         there = ", ".join(map(str, self._manager.all_steps())) or "none"
         raise UserError(
-            f"--step={wanted}: {self._manager.directory} has no such checkpoint; steps there: {there}"
+            f"--step={wanted}: {self._manager.directory} has no checkpoint of step {wanted}; there: {there}"
         )
 
     def restore_params(self, step: int, abstract_params: dict, shardings: dict) -> dict:
