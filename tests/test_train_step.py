@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from opd_jax import release as releasing
 from opd_jax import scoring, segments, sharding
 from opd_jax.job import prepare
 from opd_jax.release import Release
@@ -145,6 +146,24 @@ def test_the_rule_keeps_a_prefix_that_weighs_as_much_as_the_whole_response(plain
     np.testing.assert_array_equal(release.mask_BT, kept_BT)
     np.testing.assert_allclose(release.weight_BT.sum(axis=1), rollouts.mask_BT.sum(axis=1), rtol=1e-6)
     assert (release.kept_B < rollouts.mask_BT.sum(axis=1)).tolist() == release.accepted_B.tolist()
+
+
+def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(
+    student, teacher, rollouts, table
+):
+    step = compiled(SGD, release__rule="random")
+    begin = start(student, SGD)
+    states = begin, begin, begin.replace(step=jnp.int32(1)), begin
+    keys = KEY, KEY, KEY, jax.random.key(1)
+    decided = [step(state, teacher, rollouts, table, key)[2] for state, key in zip(states, keys)]
+    first, again, next_step, other_run = (supervision.release.mask_BT for supervision in decided)
+    np.testing.assert_array_equal(first, again)
+    assert (first != next_step).any() and (first != other_run).any()
+    alone = jax.jit(
+        functools.partial(releasing.release, config=settings(release__rule="random").release),
+        compiler_options=QUICK_COMPILE,
+    )(decided[0].scores, decided[0].release.segment_BT, rollouts.mask_BT, key=jax.random.fold_in(KEY, 0))
+    np.testing.assert_array_equal(first, alone.mask_BT)
 
 
 def test_micro_batches_do_not_change_the_step(student, teacher, rollouts, table, plain):
