@@ -75,13 +75,44 @@ def get_config() -> ConfigDict:
     c.segments.kind = "punkt"
 
     c.release = ConfigDict()
-    # Which positions are supervised: none (all of them), or paper (up to the change point).
+    # Which positions are supervised, and how much; docs/rules.md has the formulas and sources.
+    #   none          all of them
+    #   paper         up to the drop of the teacher's margin
+    #   advantage_std up to the drop of the advantage's standard deviation
+    #   suffix        what paper releases, and nothing else
+    #   shuffled      paper's release points, permuted between the rollouts of the batch
+    #   random        a random cut that keeps as many tokens of the batch as paper, expected
+    #   prefix        a fixed length or share
+    #   fopd          a length that grows with the step
+    #   iw_opd        all, weighted by how little the student had drifted
+    #   prune_opd     all, weighted down with each token at which the two models' candidates differ
+    #   ta_opd        the most teachable tokens
+    # All score the whole response: none shortens sampling.
     c.release.rule = "paper"
     # Fewest sentences in which a change point is looked for. At 2 any drop fires, at 3 two equal neighbours
     # do; the paper leaves it open.
     c.release.min_segments = 4
-    # What restores the loss mass that the mask takes away: sequence, batch, or none.
+    # What restores the loss mass that the mask takes away (or weights add): sequence, batch, or none.
     c.release.rescale = "sequence"
+    # prefix: tokens kept of each response; 0 keeps the share prefix_fraction instead.
+    c.release.prefix_tokens = 0
+    # prefix: share of each response kept, above 0 and at most 1; used where prefix_tokens is 0.
+    c.release.prefix_fraction = 0.3
+    # fopd: tokens kept at the first step, and from step number fopd_steps on; linear between.
+    c.release.fopd_start = 128
+    c.release.fopd_end = 1024
+    c.release.fopd_steps = 100
+    # iw_opd: gamma, how much more than 1 the first token weighs.
+    c.release.iw_gamma = 0.5
+    # prune_opd: a token has drifted if a smaller share of the student's scoring.candidates is among the
+    # teacher's as many best, 0 to 1. The authors' runs use 16 to 256 candidates.
+    c.release.prune_overlap = 0.7
+    # prune_opd: weight lost for each drifted token, from 1 down to 0, and what is added to it everywhere.
+    # With a base of 0, tokens after 1 / prune_drop drifted ones are not supervised at all.
+    c.release.prune_drop = 0.01
+    c.release.prune_base = 0.5
+    # ta_opd: share of each response's tokens supervised, above 0 and at most 1.
+    c.release.ta_share = 0.05
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6

@@ -168,9 +168,10 @@ def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table
     step = jax.jit(train_step, donate_argnums=0)
     copy = jax.tree.map(jnp.copy, params)
     state = [steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))]
+    key = jax.random.key(4)
 
     def once():
-        state[0], metrics, _ = step(state[0], teacher_params, rollouts, table)
+        state[0], metrics, _ = step(state[0], teacher_params, rollouts, table, key)
         return metrics
 
     return best_seconds(once)

@@ -10,6 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from opd_jax import rules
 from opd_jax.errors import UserError
 
 ALLOWED = {
@@ -19,7 +20,7 @@ ALLOWED = {
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
     "segments.kind": ("punkt",),
-    "release.rule": ("none", "paper"),
+    "release.rule": rules.RULES,
     "release.rescale": ("sequence", "batch", "none"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
@@ -39,6 +40,16 @@ RANGES = {
     "scoring.candidates": (2, 128),
     "scoring.chunk": (1, None),
     "release.min_segments": (2, None),
+    "release.prefix_tokens": (0, None),
+    "release.prefix_fraction": (1e-6, 1),
+    "release.fopd_start": (1, None),
+    "release.fopd_end": (1, None),
+    "release.fopd_steps": (1, None),
+    "release.iw_gamma": (0, None),
+    "release.prune_overlap": (0, 1),
+    "release.prune_drop": (0, 1),
+    "release.prune_base": (0, None),
+    "release.ta_share": (1e-6, 1),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_steps": (0, None),
     "optimizer.clip_norm": (0, None),
@@ -91,6 +102,11 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise UserError(
             f"rollout.cache_stages={config.rollout.cache_stages} is more than "
             f"rollout.max_tokens={config.rollout.max_tokens}; lower it"
+        )
+    if config.release.fopd_start > config.release.fopd_end:
+        raise UserError(
+            f"release.fopd_start={config.release.fopd_start} is more than "
+            f"release.fopd_end={config.release.fopd_end}; the prefix grows, so give a smaller start"
         )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):

@@ -18,7 +18,7 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
 
-EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0
+EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
 RESAMPLES = 1000
 
 

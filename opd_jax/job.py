@@ -101,12 +101,12 @@ class Job:
 
     @functools.cached_property
     def train_step(self):
-        """Compiled train_step(state, teacher_params, rollouts, table); the state is donated."""
+        """Compiled train_step(state, teacher_params, rollouts, table, key); the state is donated."""
         step = steps.make_train_step(self.student, self.teacher, self.config, self.optimizer)
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return jax.jit(
             step,
-            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole),
+            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole, whole),
             out_shardings=(self.state_shardings, whole, rows),
             donate_argnums=0,
         )

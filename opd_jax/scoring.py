@@ -23,12 +23,17 @@ class Scores:
       advantage_BT: A_t = log p_T(y_t) - log p_S(y_t).
       contrast_BT: M_t >= 0, the teacher's margin between its best two of the student's K candidates.
       teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
+      teacher_topk_logp_BTK, student_topk_logp_BTK: those of the student's K candidates, in its order.
+      overlap_BT: no unit, the share of the student's K candidates that are among the teacher's K best.
     """
 
     advantage_BT: jax.Array
     contrast_BT: jax.Array
     teacher_logp_BT: jax.Array
     student_logp_BT: jax.Array
+    teacher_topk_logp_BTK: jax.Array
+    student_topk_logp_BTK: jax.Array
+    overlap_BT: jax.Array
 
 
 def score(
@@ -57,33 +62,37 @@ def score(
     """
 
     def one(r: Rollouts) -> Scores:
-        candidate_BTK, student_logp_BT = r.topk_BTK, r.logp_BT
+        own = r.topk_BTK, r.topk_logp_BTK, r.logp_BT
         if student is not None:
             config, params = student
             with jax.named_scope("student"):
                 hidden_BTD = response_hidden(config, params, r)
-                candidate_BTK, student_logp_BT = over_chunks(
+                own = over_chunks(
                     functools.partial(_student_chunk, config, r.topk_BTK.shape[-1]),
                     chunk,
                     transformer.head(config, params),
                     (hidden_BTD, r.response_BT),
                 )
+        candidate_BTK, student_topk_logp_BTK, student_logp_BT = own
         with jax.named_scope("teacher"):
             hidden_BTD = response_hidden(teacher, teacher_params, r)
-            teacher_logp_BT, contrast_BT = over_chunks(
+            teacher_topk_logp_BTK, teacher_logp_BT, contrast_BT, overlap_BT = over_chunks(
                 functools.partial(_teacher_chunk, teacher),
                 chunk,
                 transformer.head(teacher, teacher_params),
                 (hidden_BTD, r.response_BT, candidate_BTK),
             )
-        teacher_logp_BT, student_logp_BT, contrast_BT = (
-            jnp.where(r.mask_BT, x, 0) for x in (teacher_logp_BT, student_logp_BT, contrast_BT)
-        )
-        return Scores(
+        scores = Scores(
             advantage_BT=teacher_logp_BT - student_logp_BT,
             contrast_BT=contrast_BT,
             teacher_logp_BT=teacher_logp_BT,
             student_logp_BT=student_logp_BT,
+            teacher_topk_logp_BTK=teacher_topk_logp_BTK,
+            student_topk_logp_BTK=student_topk_logp_BTK,
+            overlap_BT=overlap_BT,
+        )
+        return jax.tree.map(
+            lambda x: jnp.where(r.mask_BT.reshape(r.mask_BT.shape + (1,) * (x.ndim - 2)), x, 0), scores
         )
 
     if micro_batches == 1:
@@ -92,17 +101,35 @@ def score(
 
 
 def _student_chunk(config, candidates, head_VD, chunk):
+    """(candidate_BcK, their logp_BcK, the token's logp_Bc)."""
     hidden_BcD, token_Bc = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
-    top_BcK = vocabulary.top(vocabulary.fold(_rows(logits_BcV)), candidates)
-    return top_BcK.reshape(*token_Bc.shape, candidates), token_logp(logits_BcV, token_Bc)
+    top_BcK = _top(logits_BcV, candidates)
+    return top_BcK, *_logp(logits_BcV, top_BcK, token_Bc)
 
 
 def _teacher_chunk(config, head_VD, chunk):
+    """(candidates' logp_BcK, the token's logp_Bc, margin_Bc, overlap_Bc of the candidates with its top K)."""
     hidden_BcD, token_Bc, candidate_BcK = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
-    best_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
-    return token_logp(logits_BcV, token_Bc), best_BcK[..., 0] - best_BcK[..., 1]
+    ranked_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
+    best_BcK = _top(logits_BcV, candidate_BcK.shape[-1])
+    shared_BcK = (candidate_BcK[..., :, None] == best_BcK[..., None, :]).any(axis=-1)
+    margin_Bc, overlap_Bc = ranked_BcK[..., 0] - ranked_BcK[..., 1], shared_BcK.mean(axis=-1)
+    return *_logp(logits_BcV, candidate_BcK, token_Bc), margin_Bc, overlap_Bc
+
+
+def _top(logits_BcV, count):
+    top_NK = vocabulary.top(vocabulary.fold(_rows(logits_BcV)), count)
+    return top_NK.reshape(*logits_BcV.shape[:-1], count)
+
+
+def _logp(logits_BcV, candidate_BcK, token_Bc):
+    """log softmax at the candidates and at the token."""
+    id_BcN = jnp.concatenate([candidate_BcK, token_Bc[..., None]], axis=-1)
+    normaliser_Bc = vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BcV))).reshape(token_Bc.shape)
+    logp_BcN = jnp.take_along_axis(logits_BcV, id_BcN, axis=-1) - normaliser_Bc[..., None]
+    return logp_BcN[..., :-1], logp_BcN[..., -1]
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
 from opd_jax.transcripts import transcripts
 
-SAMPLING_KEY = 0
+SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1
 
 
 def train(job: Job, workdir, start_evaluation: dict | None = None):
@@ -56,7 +56,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         jax.process_count(),
         start=position,
     )
-    key = job.key(SAMPLING_KEY)
+    key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
 
     # ---- The loop. Metrics of a step are read after the next one is on its way.
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             rollouts = job.sample(state.params, batch.tokens_BP, batch.mask_BP, key, state.step)
             clock.watch("sample", step, rollouts.finished_B)
             state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, job.table
+                state, teacher_params, rollouts, job.table, release_key
             )
             clock.watch("train", step, measured["loss"])
             read.finish()

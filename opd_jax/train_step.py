@@ -74,7 +74,7 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimizer):
-    """Builds train_step(state, teacher_params, rollouts, table) -> (state, metrics, Supervision).
+    """Builds train_step(state, teacher_params, rollouts, table, key) -> (state, metrics, Supervision).
 
     Args:
       student, teacher: the models' configs.
@@ -82,7 +82,8 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
       optimizer: what `make_optimizer` returned, or any optax transformation.
 
     Returns:
-      A pure function; jit it with the state donated. `table` is the SegmentTable; metrics is a dict of
+      A pure function; jit it with the state donated. `table` is the SegmentTable; `key` is a PRNG key of
+      the run, from which release rules that draw do so with the step's number; metrics is a dict of
       float32 scalars and [20] lists, summed or averaged over response tokens of the whole batch.
     """
     train, scoring_ = config.train, config.scoring
@@ -117,7 +118,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(accumulate, zero, scoring.split(batch, micro_batches))[0]
 
-    def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table):
+    def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table, key):
         with jax.named_scope("score"):
             recompute = scoring_.student == "recompute"
             scores = scoring.score(
@@ -130,7 +131,14 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             )
         with jax.named_scope("release"):
             segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
-            released = releasing.release(scores, segment_BT, rollouts.mask_BT, config.release)
+            released = releasing.release(
+                scores,
+                segment_BT,
+                rollouts.mask_BT,
+                config.release,
+                step=state.step,
+                key=jax.random.fold_in(key, state.step),
+            )
         supervision = Supervision(scores=scores, release=released)
         tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
         rollouts_ = rollouts.replace(logp_BT=scores.student_logp_BT)

@@ -85,6 +85,7 @@ def batch():
         logp_BT=zeros_BT,
         behaviour_logp_BT=zeros_BT,
         topk_BTK=np.zeros((B, T, 4), np.int32),
+        topk_logp_BTK=np.zeros((B, T, 4), np.float32),
         stop_BT=zeros_BT,
         finished_B=np.zeros(B, bool),
     )
@@ -249,6 +250,7 @@ def test_the_gradient_never_holds_logits_of_the_whole_response():
         logp_BT=shaped(b, t),
         behaviour_logp_BT=shaped(b, t),
         topk_BTK=shaped(b, t, 4, dtype=jnp.int32),
+        topk_logp_BTK=shaped(b, t, 4),
         stop_BT=shaped(b, t),
         finished_B=shaped(b, dtype=bool),
     )

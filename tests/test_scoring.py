@@ -66,9 +66,11 @@ def rollouts():
     prompt_mask_BP = np.arange(P)[None] >= np.array([[0], [2], [4], [1]])
     mask_BT = np.arange(T)[None] < np.array([[T], [7], [1], [4]])
     logits_BTV = logits_of(STUDENT, tiny.weights(STUDENT), tokens_BL, prompt_mask_BP, mask_BT)
-    logp_BT = at(special.log_softmax(logits_BTV, axis=-1), tokens_BL[:, P:])
+    logp_BTV = special.log_softmax(logits_BTV, axis=-1)
+    logp_BT = at(logp_BTV, tokens_BL[:, P:])
     logp_BT = np.where(mask_BT, logp_BT, 0).astype(np.float32)
     topk_BTK = np.argsort(-logits_BTV, axis=-1)[..., :K].astype(np.int32)
+    topk_logp_BTK = np.take_along_axis(logp_BTV, topk_BTK, axis=-1)
     return Rollouts(
         tokens_BL=tokens_BL,
         prompt_mask_BP=prompt_mask_BP,
@@ -76,6 +78,7 @@ def rollouts():
         logp_BT=logp_BT,
         behaviour_logp_BT=logp_BT,
         topk_BTK=np.where(mask_BT[..., None], topk_BTK, 0),
+        topk_logp_BTK=np.where(mask_BT[..., None], topk_logp_BTK, 0).astype(np.float32),
         stop_BT=np.zeros((B, T), np.float32),
         finished_B=np.zeros(B, bool),
     )
@@ -122,6 +125,29 @@ def test_contrast_is_the_teachers_margin_between_its_best_two_candidates(chunk):
     assert (want_BT[r.mask_BT] > 0).all()
 
 
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_both_models_log_probabilities_of_the_candidates_are_their_log_softmaxes(chunk):
+    r = rollouts()
+    for name, config, params in (
+        ("student_topk_logp_BTK", STUDENT, tiny.weights(STUDENT)),
+        ("teacher_topk_logp_BTK", TEACHER, tiny.weights(TEACHER, 1)),
+    ):
+        logp_BTV = special.log_softmax(whole_logits(config, params), axis=-1)
+        want_BTK = np.take_along_axis(logp_BTV, r.topk_BTK, axis=-1)
+        want_BTK = np.where(r.mask_BT[..., None], want_BTK, 0)
+        np.testing.assert_allclose(getattr(scored(chunk), name), want_BTK, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_overlap_is_the_share_of_candidates_among_the_teachers_best(chunk):
+    r = rollouts()
+    best_BTK = np.argsort(-whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :K]
+    shared = [[len({*a} & {*b}) / K for a, b in zip(*row)] for row in zip(r.topk_BTK, best_BTK)]
+    want_BT = np.where(r.mask_BT, shared, 0)
+    np.testing.assert_array_equal(scored(chunk).overlap_BT, want_BT)
+    assert len(np.unique(want_BT[r.mask_BT])) > 1
+
+
 def test_outside_the_response_every_score_is_zero():
     past_BT = ~rollouts().mask_BT
     for x_BT in jax.tree.leaves(scored(4)):
@@ -143,7 +169,11 @@ def test_join_undoes_split_and_each_piece_has_rows_of_every_shard():
 
 def test_recomputing_the_student_gives_the_samplers_scores():
     r = rollouts()
-    blank = r.replace(logp_BT=np.full_like(r.logp_BT, 9), topk_BTK=np.zeros_like(r.topk_BTK))
+    blank = r.replace(
+        logp_BT=np.full_like(r.logp_BT, 9),
+        topk_BTK=np.zeros_like(r.topk_BTK),
+        topk_logp_BTK=np.zeros_like(r.topk_logp_BTK),
+    )
     recompute = jax.jit(
         lambda teacher_params, student_params, rollouts: scoring.score(
             TEACHER, teacher_params, rollouts, chunk=4, student=(STUDENT, student_params)
@@ -220,6 +250,7 @@ def test_scoring_never_holds_logits_of_the_whole_response():
         logp_BT=shaped((b, t), jnp.float32),
         behaviour_logp_BT=shaped((b, t), jnp.float32),
         topk_BTK=shaped((b, t, K), jnp.int32),
+        topk_logp_BTK=shaped((b, t, K), jnp.float32),
         stop_BT=shaped((b, t), jnp.float32),
         finished_B=shaped((b,), bool),
     )

@@ -148,6 +148,7 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
         logp_BT=zeros_BT,
         behaviour_logp_BT=zeros_BT,
         topk_BTK=np.zeros((b, t, 4), np.int32),
+        topk_logp_BTK=np.zeros((b, t, 4), np.float32),
         stop_BT=zeros_BT,
         finished_B=np.zeros(b, bool),
     )

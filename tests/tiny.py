@@ -149,6 +149,7 @@ def written(texts, model: ModelConfig, tree: dict, *, width: int, candidates: in
     logp_BT = np.take_along_axis(logp_BTV, token_BT[..., None], axis=-1)[..., 0]
     logp_BT = np.where(mask_BT, logp_BT, 0).astype(np.float32)
     topk_BTK = np.argsort(-logp_BTV, axis=-1, kind="stable")[..., :candidates].astype(np.int32)
+    topk_logp_BTK = np.take_along_axis(logp_BTV, topk_BTK, axis=-1)
     return Rollouts(
         tokens_BL=tokens_BL,
         prompt_mask_BP=prompt_mask_BP,
@@ -156,6 +157,7 @@ def written(texts, model: ModelConfig, tree: dict, *, width: int, candidates: in
         logp_BT=logp_BT,
         behaviour_logp_BT=logp_BT,
         topk_BTK=np.where(mask_BT[..., None], topk_BTK, 0),
+        topk_logp_BTK=np.where(mask_BT[..., None], topk_logp_BTK, 0).astype(np.float32),
         stop_BT=np.where(mask_BT, np.exp(logp_BTV[..., END]), 0).astype(np.float32),
         finished_B=np.ones(len(rows), bool),
     )
