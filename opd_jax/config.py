@@ -21,10 +21,22 @@ ALLOWED = {
     "segments.kind": ("punkt",),
     "release.rule": ("none", "paper"),
     "release.rescale": ("sequence", "batch", "none"),
+    "objective.name": (
+        "policy_gradient",
+        "reverse_kl",
+        "forward_kl",
+        "jsd",
+        "sft",
+        "eopd",
+        "aopd",
+    ),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "dots", "full"),
 }
+
+# Objectives that read the advantage, which a clip or a reward can then change.
+WITH_ADVANTAGE = ("policy_gradient", "eopd", "aopd")
 
 # field: (least value, most value or None)
 RANGES = {
@@ -38,6 +50,11 @@ RANGES = {
     "scoring.candidates": (2, 128),
     "scoring.chunk": (1, None),
     "release.min_segments": (2, None),
+    "objective.beta": (0, 1),
+    "objective.top_k": (1, 64),
+    "objective.entropy_threshold": (0, None),
+    "objective.advantage_clip": (0, None),
+    "reward.weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_steps": (0, None),
     "optimizer.clip_norm": (0, None),
@@ -86,6 +103,13 @@ def validate(config: ConfigDict) -> ConfigDict:
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    name = config.objective.name
+    for key in ("objective.advantage_clip", "reward.weight"):
+        if get(config, key) and name not in WITH_ADVANTAGE:
+            raise UserError(
+                f"{key}={get(config, key)} has no effect on objective.name={name}, which reads no "
+                f"advantage; set it to 0, or use one of {', '.join(WITH_ADVANTAGE)}"
+            )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")

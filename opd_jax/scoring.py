@@ -4,15 +4,44 @@ Whatever needs the vocabulary runs over chunks of positions, so [B, T, V] never 
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import vocabulary
+from opd_jax import divergences, vocabulary
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
+
+
+@struct.dataclass
+class TeacherTop:
+    """The teacher's own most likely tokens; finite and without meaning outside the response.
+
+    Attributes:
+      top_BTK: ids, most likely first.
+      logp_BTK: their log-probabilities and, last, that of all other ids together: [B, T, K + 1].
+      entropy_BT: the teacher's entropy over the whole vocabulary, nats.
+    """
+
+    top_BTK: jax.Array
+    logp_BTK: jax.Array
+    entropy_BT: jax.Array
+
+
+@struct.dataclass
+class Targets:
+    """What some objectives need of the teacher beside Scores; all of it from the same forward pass.
+
+    Attributes:
+      hidden_BTD: final hidden states, from which the loss makes the teacher's logits chunk by chunk.
+      top: TeacherTop.
+    """
+
+    hidden_BTD: jax.Array | None = None
+    top: TeacherTop | None = None
 
 
 @struct.dataclass
@@ -23,12 +52,14 @@ class Scores:
       advantage_BT: A_t = log p_T(y_t) - log p_S(y_t).
       contrast_BT: M_t >= 0, the teacher's margin between its best two of the student's K candidates.
       teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
+      targets: what `score` was asked to keep for the objective.
     """
 
     advantage_BT: jax.Array
     contrast_BT: jax.Array
     teacher_logp_BT: jax.Array
     student_logp_BT: jax.Array
+    targets: Targets | None = None
 
 
 def score(
@@ -39,6 +70,8 @@ def score(
     chunk: int,
     micro_batches: int = 1,
     student: tuple[ModelConfig, dict] | None = None,
+    keep: Literal["logits", "top"] | None = None,
+    top_k: int = 0,
 ) -> Scores:
     """Scores rollouts with one teacher forward pass.
 
@@ -49,6 +82,8 @@ def score(
       micro_batches: pieces that the batch is cut into, one after another.
       student: (config, params) to recompute the student's log-probabilities and candidates with, at the
         price of another forward pass; None takes the sampler's, which are the same in exact arithmetic.
+      keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
+        `top_k` most likely tokens and its entropy.
 
     Returns:
       Scores.
@@ -70,8 +105,8 @@ def score(
                 )
         with jax.named_scope("teacher"):
             hidden_BTD = response_hidden(teacher, teacher_params, r)
-            teacher_logp_BT, contrast_BT = over_chunks(
-                functools.partial(_teacher_chunk, teacher),
+            teacher_logp_BT, contrast_BT, top = over_chunks(
+                functools.partial(_teacher_chunk, teacher, top_k if keep == "top" else 0),
                 chunk,
                 transformer.head(teacher, teacher_params),
                 (hidden_BTD, r.response_BT, candidate_BTK),
@@ -84,6 +119,7 @@ def score(
             contrast_BT=contrast_BT,
             teacher_logp_BT=teacher_logp_BT,
             student_logp_BT=student_logp_BT,
+            targets=Targets(hidden_BTD=hidden_BTD if keep == "logits" else None, top=top),
         )
 
     if micro_batches == 1:
@@ -98,11 +134,22 @@ def _student_chunk(config, candidates, head_VD, chunk):
     return top_BcK.reshape(*token_Bc.shape, candidates), token_logp(logits_BcV, token_Bc)
 
 
-def _teacher_chunk(config, head_VD, chunk):
+def _teacher_chunk(config, top_k, head_VD, chunk):
     hidden_BcD, token_Bc, candidate_BcK = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
     best_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
-    return token_logp(logits_BcV, token_Bc), best_BcK[..., 0] - best_BcK[..., 1]
+    top = _teacher_top(logits_BcV, top_k) if top_k else None
+    return token_logp(logits_BcV, token_Bc), best_BcK[..., 0] - best_BcK[..., 1], top
+
+
+def _teacher_top(logits_BcV, top_k: int) -> TeacherTop:
+    top_BcK = vocabulary.top(vocabulary.fold(_rows(logits_BcV)), top_k)
+    top_BcK = top_BcK.reshape(*logits_BcV.shape[:-1], top_k)
+    return TeacherTop(
+        top_BTK=top_BcK,
+        logp_BTK=divergences.grouped(logits_BcV, top_BcK),
+        entropy_BT=divergences.entropy(logits_BcV),
+    )
 
 
 @jax.custom_vjp
