@@ -208,16 +208,53 @@ def loss_sum(
     Args:
       name: a key of OBJECTIVES.
       config, params: the student.
-      advantage_BT: see `Tokens`.
-      weight_BT: release mask times rescale; multiplies the loss of each position; no gradient.
-      targets: what `scoring.score` kept for an objective that needs more of the teacher.
-      teacher: (config, head_VD) of the teacher; read only if the targets hold its hidden states.
+      remat: a name of transformer.REMAT_POLICIES.
+      others: see `head_loss_sum`.
 
     Returns:
       A float32 scalar. Divide by the response tokens of the whole batch, all micro-batches counted.
     """
-    hidden_BTD = scoring.response_hidden(config, params, rollouts, remat)
-    head_VD = params["embedding" if config.tie_embeddings else "head"]
+    return head_loss_sum(
+        name,
+        options,
+        config,
+        params["embedding" if config.tie_embeddings else "head"],
+        scoring.response_hidden(config, params, rollouts, remat),
+        rollouts,
+        advantage_BT,
+        weight_BT,
+        chunk=chunk,
+        targets=targets,
+        teacher=teacher,
+    )
+
+
+def head_loss_sum(
+    name: str,
+    options: Options,
+    config: ModelConfig,
+    head_VD,
+    hidden_BTD,
+    rollouts,
+    advantage_BT,
+    weight_BT,
+    *,
+    chunk: int,
+    targets: scoring.Targets | None = None,
+    teacher: tuple[ModelConfig, jax.Array] | None = None,
+):
+    """The part of `loss_sum` that sees the vocabulary: differentiable in head_VD and hidden_BTD.
+
+    Args:
+      head_VD: the student's output matrix in its stored dtype.
+      hidden_BTD: the student's final hidden states at the response positions.
+      rollouts: response_BT and logp_BT are read, the latter as Tokens.old_logp_BT.
+      advantage_BT: see `Tokens`.
+      weight_BT: release mask times rescale; multiplies the loss of each position; no gradient.
+      chunk: positions whose logits exist at a time.
+      targets: what `scoring.score` kept for an objective that needs more of the teacher.
+      teacher: (config, head_VD) of the teacher; read only if the targets hold its hidden states.
+    """
 
     def loss(head_VD, hidden_BcD, per_token, teacher_head_VD):
         token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets = per_token
