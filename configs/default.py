@@ -114,6 +114,32 @@ def get_config() -> ConfigDict:
     # ta_opd: share of each response's tokens supervised, above 0 and at most 1.
     c.release.ta_share = 0.05
 
+    c.objective = ConfigDict()
+    # What the student minimises at each supervised position (S student, T teacher; docs/objectives.md):
+    # policy_gradient (-A log S(y), A = log T(y) - log S(y)), reverse_kl (KL(S || T)), forward_kl
+    # (KL(T || S)), jsd (between the two), sft (-log S(y), on responses that the teacher writes), eopd
+    # (policy gradient, plus forward KL on the teacher's top tokens where its entropy is high) or aopd
+    # (policy gradient where A > 0, that forward KL elsewhere). The three divergences over the whole
+    # vocabulary apply the teacher's output matrix a second time and keep its final hidden states,
+    # B x T x D_teacher values; sft samples from the teacher, and recomputes the student's scores.
+    c.objective.name = "policy_gradient"
+    # jsd: beta of beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S. 0 is forward_kl, 1 is
+    # reverse_kl. Unused by the others.
+    c.objective.beta = 0.5
+    # eopd, aopd: how many of the teacher's top tokens count singly, 1 to 64; all others form one group.
+    c.objective.top_k = 16
+    # eopd: teacher entropy in nats above which the forward KL is added.
+    c.objective.entropy_threshold = 0.8
+    # Largest |A| of a token, nats, before any reward is mixed in; 0 does not clip. For objectives with A.
+    c.objective.advantage_clip = 0.0
+
+    c.reward = ConfigDict()
+    # Nats of advantage a unit of task reward: adds weight x (reward - its mean over the batch) to A at every
+    # token of a response. The reward is 1 for a right final answer and 0 for a wrong one; prompts without an
+    # `answer` have none. Costs one host round trip a step, in which the device waits: responses are decoded
+    # and graded between sampling and the training step. 0 leaves all of that out.
+    c.reward.weight = 0.0
+
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6
     # Updates over which the rate rises from 0.

@@ -22,10 +22,22 @@ ALLOWED = {
     "segments.kind": ("punkt",),
     "release.rule": rules.RULES,
     "release.rescale": ("sequence", "batch", "none"),
+    "objective.name": (
+        "policy_gradient",
+        "reverse_kl",
+        "forward_kl",
+        "jsd",
+        "sft",
+        "eopd",
+        "aopd",
+    ),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "dots", "full"),
 }
+
+# Objectives that read the advantage, which a clip or a reward can then change.
+WITH_ADVANTAGE = ("policy_gradient", "eopd", "aopd")
 
 # field: (least value, most value or None)
 RANGES = {
@@ -50,6 +62,11 @@ RANGES = {
     "release.prune_drop": (0, 1),
     "release.prune_base": (0, None),
     "release.ta_share": (1e-6, 1),
+    "objective.beta": (0, 1),
+    "objective.top_k": (1, 64),
+    "objective.entropy_threshold": (0, None),
+    "objective.advantage_clip": (0, None),
+    "reward.weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_steps": (0, None),
     "optimizer.clip_norm": (0, None),
@@ -108,6 +125,13 @@ def validate(config: ConfigDict) -> ConfigDict:
             f"release.fopd_start={config.release.fopd_start} is more than "
             f"release.fopd_end={config.release.fopd_end}; the prefix grows, so give a smaller start"
         )
+    name = config.objective.name
+    for key in ("objective.advantage_clip", "reward.weight"):
+        if get(config, key) and name not in WITH_ADVANTAGE:
+            raise UserError(
+                f"{key}={get(config, key)} has no effect on objective.name={name}, which reads no "
+                f"advantage; set it to 0, or use one of {', '.join(WITH_ADVANTAGE)}"
+            )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")

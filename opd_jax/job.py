@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import data, metrics, rollout, scoring, segments, sharding, tokenizers
+from opd_jax import data, metrics, objectives, rewards, rollout, scoring, segments, sharding, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
@@ -86,10 +86,24 @@ class Job:
             return jax.device_put(key, sharding.replicated(self.mesh))
 
     @property
+    def teacher_writes(self) -> bool:
+        """Whether the responses to train on are the teacher's."""
+        return objectives.OBJECTIVES[self.config.objective.name].writer == "teacher"
+
+    @property
     def sample(self):
         """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
+        return _sample_program(self.mesh, self.student, self._sampling)
+
+    @property
+    def sample_teacher(self):
+        """As `sample`, of the teacher's parameters: its Rollouts hold the teacher's probabilities."""
+        return _sample_program(self.mesh, self.teacher, self._sampling)
+
+    @property
+    def _sampling(self) -> rollout.Sampling:
         c = self.config
-        sampling = rollout.Sampling(
+        return rollout.Sampling(
             max_tokens=c.rollout.max_tokens,
             candidates=c.scoring.candidates,
             temperature=c.rollout.temperature,
@@ -97,19 +111,32 @@ class Job:
             top_p=c.rollout.top_p,
             cache_stages=c.rollout.cache_stages,
         )
-        return _sample_program(self.mesh, self.student, sampling)
 
     @functools.cached_property
     def train_step(self):
-        """Compiled train_step(state, teacher_params, rollouts, table, key); the state is donated."""
+        """Compiled train_step(state, teacher_params, rollouts, table, key); the state is donated.
+
+        With a reward.weight it takes one argument more, what `reward` returns.
+        """
         step = steps.make_train_step(self.student, self.teacher, self.config, self.optimizer)
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        reward = (rows,) if self.config.reward.weight else ()
         return jax.jit(
             step,
-            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole, whole),
+            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole, whole, *reward),
             out_shardings=(self.state_shardings, whole, rows),
             donate_argnums=0,
         )
+
+    def reward(self, index_B, rollouts) -> jax.Array:
+        """reward_B of responses to training prompts, graded on the host; waits for the sampler.
+
+        Args:
+          index_B: the numbers of this process's prompts.
+          rollouts: Rollouts on the mesh.
+        """
+        answers = [self.prompts.train[index].answer for index in index_B]
+        return rewards.reward_batch(self.mesh, self.tokenizer, answers, rollouts)
 
     @property
     def divergence(self):
@@ -195,11 +222,18 @@ def prepare(config, workdir=None) -> Job:
             )
     if config.scoring.candidates > valid:
         raise UserError(f"scoring.candidates={config.scoring.candidates} exceeds {valid} token ids")
+    if config.objective.top_k >= valid:
+        raise UserError(f"objective.top_k={config.objective.top_k} must be below the {valid} token ids")
 
     optimizer = steps.make_optimizer(config)
     params = _param_shardings(mesh, student)
     opt_state = _abstract_state(student, optimizer).opt_state
     prompts = data.load(config.data, tokenizer)
+    if config.reward.weight and all(prompt.answer is None for prompt in prompts.train):
+        raise UserError(
+            f"reward.weight={config.reward.weight} needs reference answers, and no training prompt has an "
+            "`answer`; add that field to the data of data.path, or set reward.weight=0"
+        )
     table = segments.SegmentTable.from_tokenizer(tokenizer, config.segments.kind)
     return Job(
         config=config,

@@ -4,15 +4,44 @@ Whatever needs the vocabulary runs over chunks of positions, so [B, T, V] never 
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import vocabulary
+from opd_jax import divergences, vocabulary
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
+
+
+@struct.dataclass
+class TeacherTop:
+    """The teacher's own most likely tokens; finite and without meaning outside the response.
+
+    Attributes:
+      top_BTK: ids, most likely first.
+      logp_BTK: their log-probabilities and, last, that of all other ids together: [B, T, K + 1].
+      entropy_BT: the teacher's entropy over the whole vocabulary, nats.
+    """
+
+    top_BTK: jax.Array
+    logp_BTK: jax.Array
+    entropy_BT: jax.Array
+
+
+@struct.dataclass
+class Targets:
+    """What some objectives need of the teacher beside Scores; all of it from the same forward pass.
+
+    Attributes:
+      hidden_BTD: final hidden states, from which the loss makes the teacher's logits chunk by chunk.
+      top: TeacherTop.
+    """
+
+    hidden_BTD: jax.Array | None = None
+    top: TeacherTop | None = None
 
 
 @struct.dataclass
@@ -25,15 +54,25 @@ class Scores:
       teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
       teacher_topk_logp_BTK, student_topk_logp_BTK: those of the student's K candidates, in its order.
       overlap_BT: no unit, the share of the student's K candidates that are among the teacher's K best.
+      teacher_stop_BT: the teacher's probability of an end token at each position.
+      targets: what `score` was asked to keep for the objective.
     """
 
     advantage_BT: jax.Array
     contrast_BT: jax.Array
     teacher_logp_BT: jax.Array
     student_logp_BT: jax.Array
-    teacher_topk_logp_BTK: jax.Array
-    student_topk_logp_BTK: jax.Array
-    overlap_BT: jax.Array
+    teacher_topk_logp_BTK: jax.Array | None
+    student_topk_logp_BTK: jax.Array | None
+    overlap_BT: jax.Array | None
+    teacher_stop_BT: jax.Array
+    targets: Targets | None = None
+
+    def per_token(self) -> "Scores":
+        """The scores without what only rules and objectives read: nothing of it need leave a program."""
+        return self.replace(
+            teacher_topk_logp_BTK=None, student_topk_logp_BTK=None, overlap_BT=None, targets=None
+        )
 
 
 def score(
@@ -44,6 +83,8 @@ def score(
     chunk: int,
     micro_batches: int = 1,
     student: tuple[ModelConfig, dict] | None = None,
+    keep: Literal["logits", "top"] | None = None,
+    top_k: int = 0,
 ) -> Scores:
     """Scores rollouts with one teacher forward pass.
 
@@ -54,6 +95,8 @@ def score(
       micro_batches: pieces that the batch is cut into, one after another.
       student: (config, params) to recompute the student's log-probabilities and candidates with, at the
         price of another forward pass; None takes the sampler's, which are the same in exact arithmetic.
+      keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
+        `top_k` most likely tokens and its entropy.
 
     Returns:
       Scores.
@@ -76,8 +119,8 @@ def score(
         candidate_BTK, student_topk_logp_BTK, student_logp_BT = own
         with jax.named_scope("teacher"):
             hidden_BTD = response_hidden(teacher, teacher_params, r)
-            teacher_topk_logp_BTK, teacher_logp_BT, contrast_BT, overlap_BT = over_chunks(
-                functools.partial(_teacher_chunk, teacher),
+            teacher_topk_logp_BTK, teacher_logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
+                functools.partial(_teacher_chunk, teacher, top_k if keep == "top" else 0),
                 chunk,
                 transformer.head(teacher, teacher_params),
                 (hidden_BTD, r.response_BT, candidate_BTK),
@@ -90,9 +133,13 @@ def score(
             teacher_topk_logp_BTK=teacher_topk_logp_BTK,
             student_topk_logp_BTK=student_topk_logp_BTK,
             overlap_BT=overlap_BT,
+            teacher_stop_BT=stop_BT,
         )
-        return jax.tree.map(
+        scores = jax.tree.map(
             lambda x: jnp.where(r.mask_BT.reshape(r.mask_BT.shape + (1,) * (x.ndim - 2)), x, 0), scores
+        )
+        return scores.replace(
+            targets=Targets(hidden_BTD=hidden_BTD if keep == "logits" else None, top=top)
         )
 
     if micro_batches == 1:
@@ -105,18 +152,27 @@ def _student_chunk(config, candidates, head_VD, chunk):
     hidden_BcD, token_Bc = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
     top_BcK = _top(logits_BcV, candidates)
-    return top_BcK, *_logp(logits_BcV, top_BcK, token_Bc)
+    logp_BcN = _logp(logits_BcV, top_BcK, token_Bc[..., None])
+    return top_BcK, logp_BcN[..., :-1], logp_BcN[..., -1]
 
 
-def _teacher_chunk(config, head_VD, chunk):
-    """(candidates' logp_BcK, the token's logp_Bc, margin_Bc, overlap_Bc of the candidates with its top K)."""
+def _teacher_chunk(config, top_k, head_VD, chunk):
+    """(candidates' logp_BcK, the token's logp_Bc, stop_Bc, margin_Bc, overlap_Bc, TeacherTop or None)."""
     hidden_BcD, token_Bc, candidate_BcK = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
+    k = candidate_BcK.shape[-1]
+    end_BcE = jnp.broadcast_to(jnp.array(config.eos_ids, jnp.int32), (*token_Bc.shape, len(config.eos_ids)))
+    logp_BcN = _logp(logits_BcV, candidate_BcK, token_Bc[..., None], end_BcE)
     ranked_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
-    best_BcK = _top(logits_BcV, candidate_BcK.shape[-1])
-    shared_BcK = (candidate_BcK[..., :, None] == best_BcK[..., None, :]).any(axis=-1)
-    margin_Bc, overlap_Bc = ranked_BcK[..., 0] - ranked_BcK[..., 1], shared_BcK.mean(axis=-1)
-    return *_logp(logits_BcV, candidate_BcK, token_Bc), margin_Bc, overlap_Bc
+    shared_BcK = (candidate_BcK[..., :, None] == _top(logits_BcV, k)[..., None, :]).any(axis=-1)
+    return (
+        logp_BcN[..., :k],
+        logp_BcN[..., k],
+        jnp.exp(logp_BcN[..., k + 1 :]).sum(axis=-1),
+        ranked_BcK[..., 0] - ranked_BcK[..., 1],
+        shared_BcK.mean(axis=-1),
+        _teacher_top(logits_BcV, top_k) if top_k else None,
+    )
 
 
 def _top(logits_BcV, count):
@@ -124,12 +180,21 @@ def _top(logits_BcV, count):
     return top_NK.reshape(*logits_BcV.shape[:-1], count)
 
 
-def _logp(logits_BcV, candidate_BcK, token_Bc):
-    """log softmax at the candidates and at the token."""
-    id_BcN = jnp.concatenate([candidate_BcK, token_Bc[..., None]], axis=-1)
-    normaliser_Bc = vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BcV))).reshape(token_Bc.shape)
-    logp_BcN = jnp.take_along_axis(logits_BcV, id_BcN, axis=-1) - normaliser_Bc[..., None]
-    return logp_BcN[..., :-1], logp_BcN[..., -1]
+def _logp(logits_BcV, *ids):
+    """log softmax at ids [B, c, n] each, side by side."""
+    id_BcN = jnp.concatenate(ids, axis=-1)
+    normaliser_N = vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BcV)))
+    normaliser_Bc1 = normaliser_N.reshape(*logits_BcV.shape[:-1], 1)
+    return jnp.take_along_axis(logits_BcV, id_BcN, axis=-1) - normaliser_Bc1
+
+
+def _teacher_top(logits_BcV, top_k: int) -> TeacherTop:
+    top_BcK = _top(logits_BcV, top_k)
+    return TeacherTop(
+        top_BTK=top_BcK,
+        logp_BTK=divergences.grouped(logits_BcV, top_BcK),
+        entropy_BT=divergences.entropy(logits_BcV),
+    )
 
 
 @jax.custom_vjp

@@ -121,6 +121,16 @@ def gather(mesh: Mesh, tree):
     return jax.device_get(_everywhere(mesh)(tree))
 
 
+def local_rows(tree):
+    """NumPy copies of this process's rows of batch-sharded arrays, in the order `put_batch` took them."""
+    return jax.tree.map(_local_rows, tree)
+
+
+def _local_rows(x):
+    shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}  # replicas have one start
+    return np.concatenate(jax.device_get([shards[start] for start in sorted(shards)]))
+
+
 def first_rows(mesh: Mesh, tree, rows: int):
     """The first rows of batch-sharded arrays, replicated over the mesh; starts no transfer to the host."""
     return _first_rows(mesh, rows)(tree)

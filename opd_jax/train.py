@@ -92,10 +92,15 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             local = next(prompts)
             batch = sharding.put_batch(mesh, local)
             data_seconds = time.perf_counter() - started
-            rollouts = job.sample(state.params, batch.tokens_BP, batch.mask_BP, key, state.step)
+            drawn = batch.tokens_BP, batch.mask_BP, key, state.step
+            if job.teacher_writes:
+                rollouts = job.sample_teacher(teacher_params, *drawn)
+            else:
+                rollouts = job.sample(state.params, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
+            reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
             state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, job.table, release_key
+                state, teacher_params, rollouts, job.table, release_key, *reward
             )
             clock.watch("train", step, measured["loss"])
             read.finish()

@@ -7,7 +7,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from opd_jax import config, job
+from opd_jax import config, job, objectives
 from opd_jax.errors import UserError
 from tests import tiny
 
@@ -74,6 +74,11 @@ def refusal(settings, workdir=None) -> str:
         ("data.prompt_tokens", 20, "data.over_long=drop"),
         ("data.path", "/nowhere/prompts.jsonl", "/nowhere/prompts.jsonl"),
         ("rollout.max_tokens", 1000, "256 positions"),
+        ("objective.name", "revers_kl", "did you mean reverse_kl?"),
+        ("objective.beta", 1.5, "between 0 and 1"),
+        ("objective.top_k", 0, "between 1 and 64"),
+        ("objective.advantage_clip", -1.0, "at least 0"),
+        ("reward.weight", 1.0, "no training prompt has an `answer`"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(
@@ -88,6 +93,20 @@ def test_a_micro_batch_that_the_mesh_cannot_cut_is_refused(models):
     message = refusal(tiny.config(models, **{"train.micro_batch": 4}))
     assert "train.micro_batch=4" in message
     assert "multiple of 8" in message
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "sft"])
+@pytest.mark.parametrize("key", ["reward.weight", "objective.advantage_clip"])
+def test_what_acts_on_advantages_is_refused_for_an_objective_that_has_none(models, name, key):
+    message = refusal(tiny.config(models, **{key: 0.5, "objective.name": name}))
+    assert f"{key}=0.5 has no effect on objective.name={name}" in message
+    assert "policy_gradient" in message
+
+
+def test_the_names_that_a_config_may_have_are_those_of_the_registry():
+    registry = objectives.OBJECTIVES
+    assert set(config.ALLOWED["objective.name"]) == set(registry)
+    assert set(config.WITH_ADVANTAGE) == {name for name, o in registry.items() if o.advantage}
 
 
 def test_a_micro_batch_of_zero_is_the_whole_batch(models):
@@ -153,7 +172,7 @@ def test_every_recipe_has_the_fields_of_the_default():
     assert fields
     for path, recipe in fields.items():
         assert recipe.keys() == default.keys(), path
-        for section in ("release", "train", "optimizer", "data", "rollout"):
+        for section in ("release", "objective", "reward", "train", "optimizer", "data", "rollout"):
             assert recipe[section].keys() == default[section].keys(), path
 
 

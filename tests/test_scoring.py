@@ -15,11 +15,11 @@ from opd_jax.models import transformer
 from opd_jax.rollout import Rollouts
 from tests import tiny
 
-B, P, T, V, K = 4, 5, 11, 64, 4
+B, P, T, V, K, TOP_K = 4, 5, 11, 64, 4, 6
 STUDENT = tiny.STUDENT.replace(
     vocab_size=V,
     valid_vocab=V - 3,
-    eos_ids=(),
+    eos_ids=(3, 7),
     pad_id=0,
 )
 # As in a real pair: other width and depth, more vocabulary rows, the same ids.
@@ -28,6 +28,18 @@ TEACHER = STUDENT.replace(vocab_size=V + 16, width=48, layers=1, tie_embeddings=
 score = jax.jit(
     lambda teacher, teacher_params, rollouts, chunk, micro_batches=1: scoring.score(
         teacher, teacher_params, rollouts, chunk=chunk, micro_batches=micro_batches
+    ),
+    static_argnums=(0, 3, 4),
+)
+kept = jax.jit(
+    lambda teacher, teacher_params, rollouts, keep, micro_batches: scoring.score(
+        teacher,
+        teacher_params,
+        rollouts,
+        chunk=4,
+        micro_batches=micro_batches,
+        keep=keep,
+        top_k=TOP_K,
     ),
     static_argnums=(0, 3, 4),
 )
@@ -146,6 +158,35 @@ def test_overlap_is_the_share_of_candidates_among_the_teachers_best(chunk):
     want_BT = np.where(r.mask_BT, shared, 0)
     np.testing.assert_array_equal(scored(chunk).overlap_BT, want_BT)
     assert len(np.unique(want_BT[r.mask_BT])) > 1
+def test_the_teachers_stop_probability_is_its_softmax_at_the_end_tokens():
+    r = rollouts()
+    p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
+    want_BT = np.where(r.mask_BT, p_BTV[..., list(TEACHER.eos_ids)].sum(axis=-1), 0)
+    np.testing.assert_allclose(scored(4).teacher_stop_BT, want_BT, rtol=2e-4, atol=1e-9)
+    assert (want_BT[r.mask_BT] > 0).all()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_teachers_top_tokens_groups_and_entropy_come_with_the_scores(micro_batches):
+    scores = kept(TEACHER, tiny.weights(TEACHER, 1), rollouts(), "top", micro_batches)
+    top = scores.targets.top
+    p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
+    ranked_BTV = -np.sort(-p_BTV, axis=-1)
+    want_BTK = np.concatenate([ranked_BTV[..., :TOP_K], ranked_BTV[..., TOP_K:].sum(-1, keepdims=True)], -1)
+    np.testing.assert_array_equal(top.top_BTK, np.argsort(-p_BTV, axis=-1)[..., :TOP_K])
+    np.testing.assert_allclose(np.exp(top.logp_BTK), want_BTK, rtol=2e-4)
+    np.testing.assert_allclose(top.entropy_BT, special.entr(p_BTV).sum(-1), rtol=1e-4)
+    assert scores.targets.hidden_BTD is None
+    assert_scores_close(scores.replace(targets=None), scored(4).replace(targets=None), atol=2e-6)
+
+
+def test_the_kept_hidden_states_give_the_teachers_logits_without_another_forward_pass():
+    scores = kept(TEACHER, tiny.weights(TEACHER, 1), rollouts(), "logits", 2)
+    head_VD = transformer.head(TEACHER, tiny.weights(TEACHER, 1))
+    got_BTV = transformer.logits(TEACHER, head_VD, scores.targets.hidden_BTD)
+    want_BTV = whole_logits(TEACHER, tiny.weights(TEACHER, 1))
+    np.testing.assert_allclose(got_BTV, want_BTV, atol=1e-4)
+    assert scores.targets.top is None
 
 
 def test_outside_the_response_every_score_is_zero():

@@ -156,8 +156,14 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
 
     def value_and_grad(params, batch):
         def total(params):
-            return objectives.policy_gradient_sum(
-                MODEL, params, *batch, chunk=4, clip_ratio=None, remat="none"
+            return objectives.loss_sum(
+                "policy_gradient",
+                objectives.Options(),
+                MODEL,
+                params,
+                *batch,
+                chunk=4,
+                remat="none",
             )
 
         return jax.value_and_grad(total)(params)

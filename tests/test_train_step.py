@@ -173,6 +173,77 @@ def test_micro_batches_do_not_change_the_step(student, teacher, rollouts, table,
     assert_close(gradient(state), gradient(plain[0]), 1e-6)
 
 
+@pytest.mark.parametrize("name", ["jsd", "eopd"])
+def test_micro_batches_do_not_change_the_step_of_objectives_that_see_the_teacher(
+    name, student, teacher, rollouts, table
+):
+    whole, pieces = (
+        compiled(ADAM, objective__name=name, train__micro_batch=size)(
+            start(student, ADAM), teacher, rollouts, table
+        )
+        for size in (8, 2)
+    )
+    assert whole[1]["grad_norm"] > 1e-3
+    np.testing.assert_allclose(pieces[1]["loss"], whole[1]["loss"], rtol=1e-5)
+    assert_close(gradient(pieces[0]), gradient(whole[0]), 1e-6)
+
+
+def test_an_objective_with_weights_of_the_rule_is_its_loss_over_whole_logits(
+    student, teacher, rollouts, table
+):
+    step = compiled(ADAM, objective__name="reverse_kl")
+    state, measured, supervision = step(start(student, ADAM), teacher, rollouts, table, KEY)
+    assert 0 < measured["accepted_share"] < 1
+
+    def naive(params):
+        logp_BTV, logq_BTV = (
+            tiny.whole_logp(model, tree, rollouts)[..., : tiny.STUDENT.valid_vocab]
+            for model, tree in ((tiny.STUDENT, params), (tiny.TEACHER, teacher))
+        )
+        kl_BT = (jnp.exp(logp_BTV) * (logp_BTV - logq_BTV)).sum(axis=-1)
+        return (supervision.release.weight_BT * kl_BT).sum() / rollouts.mask_BT.sum()
+
+    loss, grads = jax.jit(jax.value_and_grad(naive), compiler_options=QUICK_COMPILE)(student)
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    assert_close(gradient(state), grads, 2e-6)
+    assert supervision.scores.targets is None  # no hidden states leave the step
+
+
+def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(
+    student, teacher, table
+):
+    theirs = tiny.written(TEXTS, tiny.TEACHER, teacher, width=WIDTH)
+    step = compiled(ADAM, objective__name="sft", release__rule="none")
+    state, measured, supervision = step(start(student, ADAM), teacher, theirs, table, KEY)
+    loss, grads = jax.jit(
+        jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
+        compiler_options=QUICK_COMPILE,
+    )(student, theirs, jnp.ones((len(TEXTS), WIDTH)))
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    assert_close(gradient(state), grads, 2e-6)
+    ratio_BT = theirs.logp_BT - supervision.scores.student_logp_BT
+    np.testing.assert_allclose(measured["kl"], ratio_BT.sum() / theirs.mask_BT.sum(), rtol=1e-4)
+
+
+def test_a_reward_raises_the_likelihood_of_right_answers_and_lowers_that_of_wrong_ones(
+    student, teacher, rollouts, table
+):
+    step = compiled(ADAM, reward__weight=2.0, objective__advantage_clip=0.5, release__rule="none")
+    reward_B = np.array([1, 0, 0, 1, np.nan, 0, np.nan, 0], np.float32)
+    state, measured, supervision = step(start(student, ADAM), teacher, rollouts, table, KEY, reward_B)
+    np.testing.assert_allclose(measured["reward"], 2 / 6, rtol=1e-6)
+    np.testing.assert_allclose(measured["graded_share"], 6 / 8, rtol=1e-6)
+    mixed_B = 2 * np.array([2, -1, -1, 2, 0, -1, 0, -1]) / 3
+    advantage_BT = np.clip(supervision.scores.advantage_BT, -0.5, 0.5) + mixed_B[:, None]
+    assert (np.abs(supervision.scores.advantage_BT) > 0.5).any(), "the clip no longer acts"
+    loss, grads = jax.jit(
+        jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
+        compiler_options=QUICK_COMPILE,
+    )(student, rollouts, advantage_BT.astype(np.float32))
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    assert_close(gradient(state), grads, 2e-6)
+
+
 def test_a_second_update_on_the_same_rollouts_is_another_step_from_where_the_first_ended(
     student, teacher, rollouts, table, plain
 ):
@@ -268,6 +339,7 @@ def by_hand(accepted):
         teacher_topk_logp_BTK=zero_BTK,
         student_topk_logp_BTK=zero_BTK,
         overlap_BT=zero_BT,
+        teacher_stop_BT=zero_BT,
     )
     return jax.tree.map(jnp.asarray, (rollouts, Supervision(scores=scores, release=release)))
 

@@ -46,6 +46,7 @@ def records():
         teacher_topk_logp_BTK=zero_BTK,
         student_topk_logp_BTK=zero_BTK,
         overlap_BT=zero_BT,
+        teacher_stop_BT=zero_BT,
     )
     release = Release(
         weight_BT=kept_BT.astype(np.float32),

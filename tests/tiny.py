@@ -171,11 +171,16 @@ def _logits(model: ModelConfig):
     return jax.jit(whole)
 
 
-def naive_loss(model: ModelConfig, tree: dict, rollouts: Rollouts, weight_BT):
-    """-sum(weight x log p) / response tokens, from whole logits; differentiable in tree."""
+def whole_logp(model: ModelConfig, tree: dict, rollouts: Rollouts):
+    """log softmax over the whole [B, T, V] logits of the response; -inf at absent ids."""
     mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
     width = rollouts.prompt_mask_BP.shape[1]
     logits_BLV = _logits(model)(tree, rollouts.tokens_BL, mask_BL)
-    logp_BTV = jax.nn.log_softmax(logits_BLV[:, width - 1 : -1])
+    return jax.nn.log_softmax(logits_BLV[:, width - 1 : -1])
+
+
+def naive_loss(model: ModelConfig, tree: dict, rollouts: Rollouts, weight_BT):
+    """-sum(weight x log p) / response tokens, from whole logits; differentiable in tree."""
+    logp_BTV = whole_logp(model, tree, rollouts)
     logp_BT = jnp.take_along_axis(logp_BTV, rollouts.response_BT[..., None], axis=-1)[..., 0]
     return -jnp.where(rollouts.mask_BT, weight_BT * logp_BT, 0).sum() / rollouts.mask_BT.sum()
