@@ -116,8 +116,8 @@ def _progress(runs: Sequence[Run]) -> str:
             _panel(
                 "Loss",
                 _curve(runs, "Loss over the steps", "loss, nats/token", "loss"),
-                "The policy-gradient loss of each step. It follows the advantages that are kept, so"
-                " compare it within a run.",
+                "The objective of each step. A policy-gradient loss follows the advantages that are"
+                " kept, so compare it within a run.",
                 "No loss was recorded.",
             ),
         ),
