@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import data, metrics, rollout, scoring, segments, sharding, tokenizers
+from opd_jax import compile_cache, data, metrics, rollout, scoring, segments, sharding, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
@@ -169,6 +169,7 @@ def prepare(config, workdir=None) -> Job:
     validate(config)
     if workdir is not None:
         check_workdir(workdir, config)
+    compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
     student = _model(config, "student.path", config.student.compute_dtype)
