@@ -31,14 +31,18 @@ call() {
   if [[ -n $DRY_RUN ]]; then quoted "$@"; else "$@"; fi
 }
 
-# read_settings FILE: sources a settings file and refuses names that no script knows.
+# read_settings FILE: sources a settings file; it must name each setting of settings.example.sh, and no other.
 read_settings() {
   [[ -f $1 ]] || fail "no settings file $1; copy launch/settings.example.sh there and fill it in"
-  local known name
-  known=$(grep -oE '^#? ?[A-Z_]+=' "$(dirname "${BASH_SOURCE[0]}")/settings.example.sh" | tr -d '#= ')
-  while read -r name; do
+  local known given name
+  known=$(grep -oE '^[A-Z_]+=' "$(dirname "${BASH_SOURCE[0]}")/settings.example.sh" | tr -d '=')
+  given=$(grep -oE '^[A-Z_]+=' "$1" | tr -d '=')
+  for name in $given; do
     grep -qx "$name" <<<"$known" || fail "$1: $name is no setting; see launch/settings.example.sh"
-  done < <(grep -oE '^[A-Z_]+=' "$1" | tr -d '=')
+  done
+  for name in $known; do
+    grep -qx "$name" <<<"$given" || fail "$1: $name is missing; copy its line from launch/settings.example.sh"
+  done
   # shellcheck source=launch/settings.example.sh
   source "$1"
 }

@@ -57,6 +57,7 @@ fi
 logs=$(mktemp -d)
 pids=()
 told=
+# shellcheck disable=SC2329  # called by the trap
 tell() {
   told=1
   kill -TERM "${pids[@]}" 2>/dev/null || true
