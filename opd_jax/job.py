@@ -83,7 +83,9 @@ class Job:
         """A PRNG key of the run's seed for one purpose, on the mesh."""
         with jax.transfer_guard("allow"):  # a seed is a host number
             key = jax.random.fold_in(jax.random.key(self.config.seed), purpose)
-            return jax.device_put(key, sharding.replicated(self.mesh))
+            # As plain words: a key array cannot be put onto devices of other processes.
+            words = jax.device_get(jax.random.key_data(key))
+            return jax.random.wrap_key_data(jax.device_put(words, sharding.replicated(self.mesh)))
 
     @property
     def sample(self):

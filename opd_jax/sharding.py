@@ -136,9 +136,11 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 def put_batch(mesh: Mesh, local):
     """Global arrays from each process's `local_rows` of them (NumPy)."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(batch(mesh), np.asarray(x)), local
-    )
+    # JAX counts this transfer as implicit where there are several processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(batch(mesh), np.asarray(x)), local
+        )
 
 
 def gather(mesh: Mesh, tree):
