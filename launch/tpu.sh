@@ -32,6 +32,7 @@ need NAME PROJECT ZONE ACCELERATOR RUNTIME PROVISIONING SLICES CONFIG SHARED WOR
 [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES must be 1 or more"
 where=(--project="$PROJECT" --zone="$ZONE")
 archive=/tmp/opd-$NAME.tar.gz
+exec 3>&1 # where a dry run prints what is called for its output
 
 # The TPU VMs of the queued resource: NAME, or NAME-0, NAME-1, ... where there are several slices.
 nodes=("$NAME")
@@ -63,7 +64,7 @@ slice_state() {
   local command=(gcloud compute tpus queued-resources list "${where[@]}"
     --filter="name~/$NAME\$" --format="value(state.state)") found
   if [[ -n $DRY_RUN ]]; then
-    quoted "${command[@]}" >&2
+    quoted "${command[@]}" >&3
     echo "${ASSUME:-ACTIVE}"
   else
     found=$("${command[@]}") || fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
@@ -97,7 +98,7 @@ create() {
   local now before=
   while true; do
     now=$(ASSUME=ABSENT slice_state)
-    if [[ $now != "$before" ]]; then echo "$(date +%T) $NAME: $now" >&2; fi
+    if [[ $now != "$before" && -z $DRY_RUN ]]; then echo "$(date +%T) $NAME: $now" >&2; fi
     before=$now
     case $now in
       ACTIVE) return ;;
@@ -168,7 +169,9 @@ run() {
 }
 
 status() {
-  slice_state
+  local now
+  now=$(slice_state)
+  if [[ -z $DRY_RUN ]]; then echo "$NAME: $now"; fi
   job_states
 }
 
@@ -177,7 +180,7 @@ logs() { on 0 "${nodes[0]}" "bash opd_jax/launch/worker.sh log"; }
 stop() { everywhere "bash opd_jax/launch/worker.sh stop"; }
 
 collect() {
-  local packed=/tmp/opd-$NAME.tar.gz
+  local packed=/tmp/opd-$NAME-records.tar.gz
   on 0 "${nodes[0]}" "bash opd_jax/launch/worker.sh pack"
   call gcloud compute tpus tpu-vm scp "${nodes[0]}:$packed" "$packed" "${where[@]}" --worker=0
   call mkdir -p "$here/../runs"

@@ -73,7 +73,7 @@ errors() {
 
 # pack: an archive of the run's records and this worker's log, without the checkpoints; prints its path.
 pack() {
-  local archive=/tmp/$unit.tar.gz
+  local archive=/tmp/$unit-records.tar.gz
   cp "$log" "$WORKDIR/worker0.log"
   tar -C "$(dirname "$WORKDIR")" --exclude=checkpoints -czf "$archive" "$(basename "$WORKDIR")"
   echo "$archive"
