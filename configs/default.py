@@ -175,6 +175,11 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
 
+    c.compile = ConfigDict()
+    # Where compiled programs are kept for the next start: a folder; off; or auto, which is
+    # $JAX_COMPILATION_CACHE_DIR where set, else ~/.cache/opd_jax/compiled on TPU and GPU, and off on CPU.
+    c.compile.cache = "auto"
+
     c.eval = ConfigDict()
     # Steps between evaluations on the held-out prompts, rollout.batch at a time; the first is before
     # training, the last after it. 0 never evaluates.

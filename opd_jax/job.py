@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import data, metrics, objectives, rewards, rollout, scoring, segments, sharding, tokenizers
+from opd_jax import (
+    compile_cache,
+    data,
+    metrics,
+    objectives,
+    rewards,
+    rollout,
+    scoring,
+    segments,
+    sharding,
+    tokenizers,
+)
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
@@ -83,7 +94,9 @@ class Job:
         """A PRNG key of the run's seed for one purpose, on the mesh."""
         with jax.transfer_guard("allow"):  # a seed is a host number
             key = jax.random.fold_in(jax.random.key(self.config.seed), purpose)
-            return jax.device_put(key, sharding.replicated(self.mesh))
+            # As plain words: a key array cannot be put onto devices of other processes.
+            words = jax.device_get(jax.random.key_data(key))
+            return jax.random.wrap_key_data(jax.device_put(words, sharding.replicated(self.mesh)))
 
     @property
     def teacher_writes(self) -> bool:
@@ -196,6 +209,7 @@ def prepare(config, workdir=None) -> Job:
     validate(config)
     if workdir is not None:
         check_workdir(workdir, config)
+    compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
     student = _model(config, "student.path", config.student.compute_dtype)

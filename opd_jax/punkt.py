@@ -128,7 +128,7 @@ def word_types(parameters) -> tuple[dict[str, int], int]:
 
     types = {}
     words = {*parameters.ortho_context, *seconds, *parameters.sent_starters, *firsts}
-    for word in words | parameters.abbrev_types:
+    for word in sorted(words | parameters.abbrev_types):  # the same table in every process
         types[word] = known(word)
         if word in parameters.abbrev_types:
             types[word] |= int(ABBREVIATION)
