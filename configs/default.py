@@ -68,8 +68,18 @@ def get_config() -> ConfigDict:
     c.scoring.chunk = 128
 
     c.segments = ConfigDict()
-    # What a segment is: punkt (sentences as NLTK's English Punkt model splits them).
+    # What a segment is:
+    #   punkt            sentences as NLTK's English Punkt model splits them, found on device
+    #   punkt_untrained  the same without the model's word lists (no abbreviations known)
+    #   newline          lines, blank ones left out
+    #   fixed:N          N tokens, such as fixed:64
+    #   token            every token
+    #   nltk             punkt by NLTK itself, on the host (pip install nltk). Costs about NLTK_COST
+    #                    a step, in which the devices wait; for checks.
     c.segments.kind = "punkt"
+    # punkt, nltk: a folder of NLTK's punkt_tab (such as .../punkt_tab/english) to take the word lists from;
+    # "" takes the packaged English ones.
+    c.segments.punkt = ""
 
     c.release = ConfigDict()
     # Which positions are supervised: none (all of them), or paper (up to the change point).

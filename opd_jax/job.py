@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import data, metrics, rollout, scoring, segments, sharding, tokenizers
+from opd_jax import data, metrics, nltk_segments, punkt, rollout, scoring, segments, sharding, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
@@ -28,7 +28,7 @@ class Job:
       student, teacher: the models; the student as it is trained, pruned.
       tokenizer: the transformers tokenizer of both.
       prompts: training and held-out prompts.
-      table: the SegmentTable, on the mesh.
+      table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
       optimizer: the optax transformation.
       state_shardings, teacher_shardings: where each array lives.
     """
@@ -39,7 +39,7 @@ class Job:
     teacher: ModelConfig
     tokenizer: Any
     prompts: data.Prompts
-    table: segments.SegmentTable
+    table: segments.SegmentTable | nltk_segments.Cutter
     optimizer: optax.GradientTransformation
     state_shardings: steps.TrainState
     teacher_shardings: dict
@@ -108,14 +108,21 @@ class Job:
             out_shardings=rows,
         )
 
+    def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
+        """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
+        if self.config.segments.kind == "nltk":
+            return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
+        return self.table
+
     @functools.cached_property
     def train_step(self):
         """Compiled train_step(state, teacher_params, rollouts, table); the state is donated."""
         step = steps.make_train_step(self.student, self.teacher, self.config, self.optimizer)
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        table = rows if self.config.segments.kind == "nltk" else whole
         return jax.jit(
             step,
-            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole),
+            in_shardings=(self.state_shardings, self.teacher_shardings, rows, table),
             out_shardings=(self.state_shardings, whole, rows),
             donate_argnums=0,
         )
@@ -197,7 +204,6 @@ def prepare(config, workdir=None) -> Job:
     params = _param_shardings(mesh, student)
     opt_state = _abstract_state(student, optimizer).opt_state
     prompts = data.load(config.data, tokenizer)
-    table = segments.SegmentTable.from_tokenizer(tokenizer, config.segments.kind)
     return Job(
         config=config,
         mesh=mesh,
@@ -205,7 +211,7 @@ def prepare(config, workdir=None) -> Job:
         teacher=teacher,
         tokenizer=tokenizer,
         prompts=prompts,
-        table=jax.device_put(table, sharding.replicated(mesh)),
+        table=_segment_table(config.segments, tokenizer, mesh),
         optimizer=optimizer,
         state_shardings=steps.TrainState(
             step=sharding.replicated(mesh),
@@ -233,6 +239,14 @@ def check_workdir(workdir, config):
     conflict = metrics.config_conflict(workdir, config)
     if conflict:
         raise UserError(conflict)
+
+
+def _segment_table(config, tokenizer, mesh):
+    if config.kind == "nltk":
+        parameters = punkt.load_parameters(config.punkt)
+        return nltk_segments.Cutter(tokenizers.token_bytes(tokenizer), parameters)
+    table = segments.SegmentTable.from_tokenizer(tokenizer, config.kind, config.punkt)
+    return jax.device_put(table, sharding.replicated(mesh))
 
 
 def _model(config, key: str, dtype: str) -> ModelConfig:

@@ -90,9 +90,8 @@ def train(job: Job, workdir):
             data_seconds = time.perf_counter() - started
             rollouts = job.sample(state.params, batch.tokens_BP, batch.mask_BP, key, state.step)
             clock.watch("sample", step, rollouts.finished_B)
-            state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, job.table
-            )
+            table = job.segment_table(rollouts)
+            state, measured, supervision = job.train_step(state, teacher_params, rollouts, table)
             clock.watch("train", step, measured["loss"])
             read.finish()
             read.begin(step, measured, data_seconds, rollouts, supervision)
