@@ -45,8 +45,11 @@ class Cutter:
         of its last character where all are; a byte belongs to the character it is part of. Ids past
         the vocabulary read as its last token.
         """
-        last = len(self._text_of) - 1
-        return token_numbers([self._text_of[min(max(i, 0), last)] for i in ids], self._punkt.span_tokenize)
+        return token_numbers([self.text(i) for i in ids], self._punkt.span_tokenize)
+
+    def text(self, i: int) -> bytes:
+        """The bytes that a token id reads as."""
+        return self._text_of[min(max(i, 0), len(self._text_of) - 1)]
 
     def cut(self, tokens_BL: jax.Array, mask_BT: jax.Array) -> SegmentTable:
         """A table that holds the segments of one batch, cut over the devices as mask_BT is.
