@@ -92,7 +92,7 @@ def token_numbers(pieces: list[bytes], span_tokenize) -> list[int]:
     for piece in pieces:
         inside = owner[offset : offset + len(piece)]
         offset += len(piece)
-        first = next((c for c in inside if not text[c].isspace()), inside[-1])
+        first = next((c for c in inside if not punkt.is_space(text[c])), inside[-1])
         numbers.append(max(bisect.bisect_right(starts, first) - 1, 0))
     order = {number: i for i, number in enumerate(sorted(set(numbers)))}
     return [order[number] for number in numbers]

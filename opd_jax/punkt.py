@@ -1,8 +1,9 @@
 """What Punkt needs to know of each token and each word, as arrays built once on the host.
 
 Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and
-decides at each sentence-final character from the word before it and the word after it. Both words
-may span tokens. So a token carries the parts that can meet others' parts: its head, up to its first
+decides at each sentence-final character from the word before it and the word after it. (NLTK splits
+at all white space but for one purpose: of the sentence-final characters between two ASCII white
+spaces, "hard" ones here, only the last counts.) Both words may span tokens. So a token carries the parts that can meet others' parts: its head, up to its first
 word boundary, its tail, after the last one, and the stem of a word that ends at its sentence-final
 character, each as a polynomial hash, which joins by one multiplication and one addition (mod 2^32),
 and a few flags.
@@ -15,6 +16,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+import string
 
 import numpy as np
 import punkt
@@ -31,7 +33,7 @@ _ALONE_AT_START = frozenset(NOT_AT_START) - frozenset(NON_WORD)
 
 _RUN = r"(?:-{2,}|\.{2,})"
 _STOP = f"[{re.escape(NON_WORD)}]|{_RUN}"
-_WORD = re.compile(rf"{_RUN}|[^{re.escape(NOT_AT_START)}]\S*?(?=$|{_STOP}|,(?=$|{_STOP}))|\S")
+_WORD = re.compile(rf"{_RUN}|[^{re.escape(NOT_AT_START)}].*?(?=$|{_STOP}|,(?=$|{_STOP}))|.", re.DOTALL)
 _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
 
 # Flags of a token. "Core": its characters without the white space around them.
@@ -62,14 +64,18 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     MARK_PUNCTUATION,  # the NON_WORD character is one of PUNCTUATION
     REST_CLOSERS,  # nothing but closers after a mark inside
     TAIL_HYPHEN,  # the tail has a hyphen
-) = (np.uint32(1 << i) for i in range(26))
+    HARD_BEFORE,  # ASCII white space before the core, or in a token without one
+    HARD_AFTER,  # ASCII white space after the core
+    FIRST_MARK,  # the core starts with its only mark, or is one
+    FIRST_MARK_OF_MORE,  # the core starts with a mark before NON_WORD and has another
+) = (np.uint32(1 << i) for i in range(30))
 
 # Traits of a part of a word; those of a joined word are their union, but for SECOND.
 (NOT_NUMERIC, DIGIT, FIRST, SECOND, NOT_LETTER) = (np.uint32(1 << i) for i in range(5))
 
 # Columns of a token's row.
 FLAGS, TRAITS, TAIL, TAIL_POWER, HEAD, HEAD_POWER, STEM, STEM_POWER = range(8)
-NO_TEXT = [0, 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
+NO_TEXT = [int(HARD_BEFORE), 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
 STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
 
 # What is known of a word type. The rest of the integer: masks of the collocations it is first or
@@ -154,6 +160,17 @@ def hash_base(types) -> int:
         hashes = {word_hash(word, base & _MASK32) for word in types}
         if len(hashes) == len(types) and 0 not in hashes:
             return base & _MASK32
+
+
+def is_space(character: str) -> bool:
+    """Whether NLTK's regular expressions take it for white space: not the control codes 28 to 31."""
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
+
+
+def split_chunks(text: str) -> list[str]:
+    """The text between white space."""
+    runs = itertools.groupby(text, is_space)
+    return ["".join(run) for space, run in runs if not space]
 
 
 def split_words(text: str) -> list[str]:
@@ -246,10 +263,11 @@ def token_rows(token_bytes: list[bytes], base: int) -> np.ndarray:
 
 def _token_row(entry: bytes, base: int) -> list[int]:
     text = entry.decode("utf-8", "surrogateescape")
-    chunks = text.split()
+    chunks = split_chunks(text)
     if not chunks:
-        return NO_TEXT
+        return NO_TEXT if not text or _has_hard(text) else [0, *NO_TEXT[1:]]
     core = chunks[-1]
+    before, _, after = text.rpartition(core)
     # After a letter, so that a word boundary before the first character shows.
     words = split_words("a" + core)
     split_before = words[0] == "a"
@@ -258,8 +276,8 @@ def _token_row(entry: bytes, base: int) -> list[int]:
     soft = core in _ALONE_AT_START
     flags = {
         CORE: True,
-        LEAD: text[0].isspace() or len(chunks) > 1,
-        TRAIL: text[-1].isspace(),
+        LEAD: is_space(text[0]) or len(chunks) > 1,
+        TRAIL: is_space(text[-1]),
         SPLIT_BEFORE: split_before and core != ",",
         CLOSED_END: not soft and (tail in ALWAYS_ALONE or tail == "," or _is_run(tail)),
         MANY_WORDS: len(words) > 1,
@@ -274,6 +292,8 @@ def _token_row(entry: bytes, base: int) -> list[int]:
         DASHES: core.startswith("--"),
         DOTS: core.startswith(".."),
         TAIL_HYPHEN: "-" in tail,
+        HARD_BEFORE: _has_hard(before),
+        HARD_AFTER: _has_hard(after),
     }
     stem, stem_traits = "", 0
     mark = _last_mark(core)
@@ -290,6 +310,8 @@ def _token_row(entry: bytes, base: int) -> list[int]:
             MARK_HYPHEN: "-" in stem,
             MARK_PUNCTUATION: after[:1] in tuple(PUNCTUATION),
             REST_CLOSERS: bool(after) and all(character in CLOSERS for character in after),
+            FIRST_MARK: mark == 0,
+            FIRST_MARK_OF_MORE: mark > 0 and _last_mark(core, 1) == 0,
             MARK_EARLIER: not after and _last_mark(core, mark) is not None,
         }
         stem_traits = _traits(stem)
@@ -300,6 +322,10 @@ def _token_row(entry: bytes, base: int) -> list[int]:
         *_part(words[0], base),
         *_part(stem.rpartition("-")[2], base),
     ]
+
+
+def _has_hard(text: str) -> bool:
+    return any(character in string.whitespace for character in text)
 
 
 def _is_run(word: str) -> bool:

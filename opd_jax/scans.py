@@ -39,10 +39,14 @@ def scan(join, parts, empty, *, reverse: bool = False):
     return lax.fori_loop(0, (end - 1).bit_length(), double, tuple(parts))
 
 
+def maximum(x_BT):
+    """int32, the largest so far; x_BT is -1 or more."""
+    return scan(_maximum, (x_BT,), (-1,))[0]
+
+
 def last_until(event_BT):
     """int32 position of the last event at or before each position; -1 without one."""
-    position_BT = jnp.where(event_BT, lax.broadcasted_iota(jnp.int32, event_BT.shape, 1), -1)
-    return scan(_maximum, (position_BT,), (-1,))[0]
+    return maximum(jnp.where(event_BT, lax.broadcasted_iota(jnp.int32, event_BT.shape, 1), -1))
 
 
 def first_from(event_BT):

@@ -5,6 +5,7 @@ A token belongs to the sentence, or line, of its first character that is not whi
 between two belongs to the one before it. `docs/segments.md` says more.
 """
 
+import itertools
 from typing import Any
 
 import flax.struct
@@ -124,8 +125,8 @@ def _first_of_lines(flags_V, tokens_BT, mask_BT):
 
 def _line_flags(entry: bytes) -> int:
     text = entry.decode("utf-8", "surrogateescape")
-    core = text.lstrip()
-    before = text[: len(text) - len(core)]
+    before = "".join(itertools.takewhile(punkt.is_space, text))
+    core = text[len(before) :]
     flags = _CORE if core else 0
     flags |= _LINE_END_BEFORE if core and "\n" in before else 0
     return int(flags | (_LINE_END_AFTER if "\n" in (core or text) else 0))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax import lax
+
 from opd_jax import punkt, scans
 
 
@@ -47,8 +49,7 @@ def first_tokens(table: SentenceTable, tokens_BT: jax.Array, mask_BT: jax.Array)
     row_BTC = jnp.take(table.token_VC, tokens_BT, axis=0, mode="clip")
     row_BTC = jnp.where(mask_BT[:, :, None], row_BTC, _WHITE_SPACE_11C)
     text = _Text(row_BTC)
-    break_BT, match_inside_BT = _sentence_breaks(table, row_BTC, text)
-    return _first_tokens(text, break_BT, match_inside_BT)
+    return _first_tokens(text, *_sentence_breaks(table, row_BTC, text))
 
 
 _WHITE_SPACE_11C = np.array([[punkt.NO_TEXT]], np.uint32)
@@ -77,6 +78,14 @@ class _Text:
         lone_BT = self.has(punkt.LONE_SOFT) & starts_BT
         self.word_start_BT = starts_BT | (joins_BT & scans.preceding(lone_BT, False))
 
+        # Hard white space since the last core, by the parity of the last event.
+        hard_BT = jnp.where(self.core_BT, self.has(punkt.HARD_AFTER), self.has(punkt.HARD_BEFORE))
+        event_BT = 2 * lax.broadcasted_iota(jnp.int32, flags_BT.shape, 1) + hard_BT
+        event_BT = scans.maximum(jnp.where(self.core_BT | hard_BT, event_BT, -1))
+        hard_before_BT = self.has(punkt.HARD_BEFORE) | (scans.preceding(event_BT, -1) & 1 != 0)
+        self.hard_start_BT = self.chunk_start_BT & hard_before_BT
+
+        self.chunk_at_BT = scans.last_until(self.chunk_start_BT)
         self.next_chunk_BT = scans.following(scans.first_from(self.chunk_start_BT), flags_BT.shape[1])
 
     def has(self, flag):
@@ -194,10 +203,11 @@ def _ends_sentence(word, traits_BT, ellipsis_BT, number_first, following):
 
 
 def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
-    """Tokens in which a sentence ends, and whether their mark has more of the core behind it.
+    """Tokens in which a sentence ends; whether white space follows their mark, or more of the core.
 
-    Punkt looks at the last mark of a chunk; it ends a sentence if it, or a mark before it in the
-    chunk, does. A mark is followed by a NON_WORD character or by white space and another chunk.
+    Punkt looks at the last mark between two hard white spaces; it ends a sentence if it, or a mark
+    before it there, does. A mark is followed by a NON_WORD character or by white space and another
+    chunk.
     """
     end = text.flags_BT.shape[1]
     mark_BT, inside_BT = text.has(punkt.MARK), text.has(punkt.MARK_INSIDE)
@@ -247,16 +257,20 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     ends_outer_BT = before_space_BT & (always_BT | ends_BT)
 
     match_BT = before_non_word_BT | before_space_BT
-    last_BT = match_BT & (scans.following(scans.first_from(match_BT), end) >= text.next_chunk_BT)
-    ends_BT = ends_inner_BT | ends_outer_BT
-    any_BT = scans.last_until(ends_BT) >= scans.last_until(text.chunk_start_BT)
-    return last_BT & any_BT, inside_BT
+    next_match_BT = scans.following(scans.first_from(match_BT), end)
+    next_hard_BT = scans.following(scans.first_from(text.hard_start_BT), end)
+    any_BT = scans.last_until(ends_inner_BT | ends_outer_BT) >= scans.last_until(text.hard_start_BT)
+    break_BT = match_BT & (next_match_BT >= next_hard_BT) & any_BT
+    # A mark right after hard white space counts beside the last one.
+    break_BT |= text.hard_start_BT & text.has(punkt.FIRST_MARK) & before_non_word_BT
+    return break_BT, before_space_BT, inside_BT
 
 
-def _first_tokens(text: _Text, break_BT, inside_BT):
+def _first_tokens(text: _Text, break_BT, before_space_BT, inside_BT):
     """The first token of each sentence but the first.
 
-    Closing quotes and brackets up to white space (or --) stay with the sentence before them.
+    A sentence starts behind a mark, or behind the white space that follows it; but one run of closing
+    quotes and brackets there, up to white space (or --), stays with the sentence before.
     """
     closers_BT = text.has(punkt.ALL_CLOSERS)
     next_other_BT = scans.first_from(text.core_BT & ~closers_BT)
@@ -264,13 +278,28 @@ def _first_tokens(text: _Text, break_BT, inside_BT):
     closing_BT = closers_BT & (
         (next_other_BT >= text.next_chunk_BT) | (next_other_BT == next_dashes_BT)
     )
-    next_closes_BT = ~text.joins_next_BT | scans.following(closing_BT, False)
-    next_closes_BT |= text.next_flags_BT & punkt.DASHES != 0
-    # The next sentence starts behind the mark in the same token, so the token after it is its
-    # first.
-    within_BT = break_BT & inside_BT & ~(text.has(punkt.REST_CLOSERS) & next_closes_BT)
+    run_goes_on_BT = text.joins_next_BT & scans.following(closing_BT, False)
+    run_ends_BT = ~text.joins_next_BT | (text.next_flags_BT & punkt.DASHES != 0)
+    rest_closes_BT = break_BT & inside_BT & text.has(punkt.REST_CLOSERS)
+    # The run is the rest of the mark's own token: the next token with text is the first.
+    closed_BT = rest_closes_BT & run_ends_BT
+    # The next sentence starts behind the mark in the same token, so the token after it is its first.
+    within_BT = break_BT & inside_BT & ~(rest_closes_BT & (run_goes_on_BT | run_ends_BT))
+    within_BT |= text.hard_start_BT & text.has(punkt.FIRST_MARK_OF_MORE)
+    behind_BT = break_BT & ~before_space_BT & ~inside_BT
+    behind_BT |= rest_closes_BT & run_goes_on_BT
 
-    written_BT = text.core_BT & ~closing_BT
-    waiting_BT = scans.last_until(break_BT & ~within_BT) >= scans.last_until(written_BT)
-    waiting_BT &= scans.last_until(written_BT) >= 0
-    return (written_BT & scans.preceding(waiting_BT, False)) | scans.preceding(within_BT, False)
+    space_break_BT = scans.preceding(scans.last_until(break_BT & before_space_BT), -1)
+    chunk_before_BT = scans.preceding(text.chunk_at_BT, -1)
+    start_BT = text.chunk_start_BT & (space_break_BT >= jnp.maximum(chunk_before_BT, 0))
+    start_BT |= scans.preceding(behind_BT, False)
+    start_at_BT = scans.last_until(start_BT)
+    drawn_BT = closing_BT & (text.chunk_at_BT <= start_at_BT)
+    drawn_BT &= scans.last_until(text.core_BT & ~closing_BT) < start_at_BT
+    written_BT = text.core_BT & ~drawn_BT
+    first_BT = written_BT & (scans.preceding(scans.last_until(written_BT), -1) < start_at_BT)
+
+    core_before_BT = scans.preceding(scans.last_until(text.core_BT), -1)
+    closed_before_BT = scans.preceding(scans.last_until(closed_BT), -1)
+    first_BT |= text.core_BT & (closed_before_BT >= jnp.maximum(core_before_BT, 0))
+    return first_BT | scans.preceding(within_BT, False)
