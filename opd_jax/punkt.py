@@ -34,6 +34,8 @@ _ALONE_AT_START = frozenset(NOT_AT_START) - frozenset(NON_WORD)
 _RUN = r"(?:-{2,}|\.{2,})"
 _STOP = f"[{re.escape(NON_WORD)}]|{_RUN}"
 _WORD = re.compile(rf"{_RUN}|[^{re.escape(NOT_AT_START)}].*?(?=$|{_STOP}|,(?=$|{_STOP}))|.", re.DOTALL)
+_PASSING = re.compile(r"[?!](?=,$|--|\.\.)|(?<!\.)\.(?=,$|--)")
+_CLOSERS_DASHES = re.compile(f"[{re.escape(CLOSERS)}]+--")
 _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
 
 # Flags of a token. "Core": its characters without the white space around them.
@@ -68,7 +70,9 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     HARD_AFTER,  # ASCII white space after the core
     FIRST_MARK,  # the core starts with its only mark, or is one
     FIRST_MARK_OF_MORE,  # the core starts with a mark before NON_WORD and has another
-) = (np.uint32(1 << i) for i in range(30))
+    PASSING,  # no mark, but a sentence-final character that ends a word: before a run, or a comma at the end
+    CLOSERS_DASHES,  # starts with closers and --
+) = (np.uint32(1 << i) for i in range(32))
 
 # Traits of a part of a word; those of a joined word are their union, but for SECOND.
 (NOT_NUMERIC, DIGIT, FIRST, SECOND, NOT_LETTER) = (np.uint32(1 << i) for i in range(5))
@@ -294,24 +298,28 @@ def _token_row(entry: bytes, base: int) -> list[int]:
         TAIL_HYPHEN: "-" in tail,
         HARD_BEFORE: _has_hard(before),
         HARD_AFTER: _has_hard(after),
+        CLOSERS_DASHES: bool(_CLOSERS_DASHES.match(core)),
     }
     stem, stem_traits = "", 0
     mark = _last_mark(core)
-    if mark is not None:
-        after = core[mark + 1 :]
-        *before, last = split_words("a" + core[: mark + 1])
+    passing = None if mark is not None else _last_passing(core)
+    stop = passing if mark is None else mark
+    if stop is not None:
+        after = core[stop + 1 :]
+        *before, last = split_words("a" + core[: stop + 1])
         stem = last[:-1] if before else last[1:-1]
         flags |= {
-            MARK: True,
-            MARK_INSIDE: bool(after),
-            MARK_IN_DOUBT: core[mark] == "." and not _CRY_BEFORE_RUN.search(core[: mark + 1]),
-            MARK_ELLIPSIS: core[:mark].endswith("."),
+            MARK: mark is not None,
+            PASSING: mark is None,
+            MARK_INSIDE: mark is not None and bool(after),
+            MARK_IN_DOUBT: core[stop] == "." and not _CRY_BEFORE_RUN.search(core[: stop + 1]),
+            MARK_ELLIPSIS: core[:stop].endswith("."),
             MARK_SPLIT: bool(before),
             MARK_HYPHEN: "-" in stem,
             MARK_PUNCTUATION: after[:1] in tuple(PUNCTUATION),
             REST_CLOSERS: bool(after) and all(character in CLOSERS for character in after),
             FIRST_MARK: mark == 0,
-            FIRST_MARK_OF_MORE: mark > 0 and _last_mark(core, 1) == 0,
+            FIRST_MARK_OF_MORE: bool(mark) and _last_mark(core, 1) == 0,
             MARK_EARLIER: not after and _last_mark(core, mark) is not None,
         }
         stem_traits = _traits(stem)
@@ -338,6 +346,11 @@ def _last_mark(core: str, before: int | None = None) -> int | None:
         if core[i] in SENTENCE_END and (i + 1 == len(core) or core[i + 1] in NON_WORD):
             return i
     return None
+
+
+def _last_passing(core: str) -> int | None:
+    """Index of the last sentence-final character that ends a word there, though no mark."""
+    return max((match.start() for match in _PASSING.finditer(core)), default=None)
 
 
 def _part(text: str, base: int) -> tuple[int, int]:

@@ -52,6 +52,7 @@ def first_tokens(table: SentenceTable, tokens_BT: jax.Array, mask_BT: jax.Array)
     return _first_tokens(text, *_sentence_breaks(table, row_BTC, text))
 
 
+_ENDS_WORD = punkt.FIRST_NON_WORD | punkt.DASHES | punkt.DOTS  # at the start of the next token
 _WHITE_SPACE_11C = np.array([[punkt.NO_TEXT]], np.uint32)
 
 
@@ -72,7 +73,9 @@ class _Text:
         # A comma inside 1,000 is part of the word; one before a closing quote or the chunk's end is
         # not.
         comma_BT = self.has(punkt.LONE_COMMA)
-        comma_BT &= ~self.joins_next_BT | (self.next_flags_BT & punkt.FIRST_NON_WORD != 0)
+        self.ends_before_next_BT = ~self.joins_next_BT | (self.next_flags_BT & _ENDS_WORD != 0)
+        comma_BT &= self.ends_before_next_BT
+        self.comma_next_BT = self.joins_next_BT & scans.following(comma_BT, False)
         starts_BT = self.chunk_start_BT | self.has(punkt.SPLIT_BEFORE) | comma_BT
         starts_BT |= before_BT & punkt.CLOSED_END != 0
         lone_BT = self.has(punkt.LONE_SOFT) & starts_BT
@@ -227,18 +230,20 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     ellipsis_BT = text.has(punkt.MARK_ELLIPSIS) | (text.dot_before_BT & dot_first_BT)
     always_BT = ~text.has(punkt.MARK_IN_DOUBT) | earlier_BT
 
+    passing_BT = text.has(punkt.PASSING)
     punctuation_BT = jnp.where(
-        inside_BT,
+        inside_BT | passing_BT,
         text.has(punkt.MARK_PUNCTUATION),
         text.next_flags_BT & punkt.FIRST_PUNCTUATION != 0,
     )
     no_case_BT = jnp.zeros_like(mark_BT)
     sign = (jnp.where(punctuation_BT, punkt.IS_PUNCTUATION, np.uint32(0)), no_case_BT, no_case_BT)
     ends_BT = _ends_sentence(word_BT, traits_BT, ellipsis_BT, table.number_first, sign)
-    ends_inner_BT = before_non_word_BT & (always_BT | ends_BT)
-    # The "!" of "!..." is no match, yet a word of its own that ends a sentence.
-    run_next_BT = text.next_flags_BT & (punkt.DASHES | punkt.DOTS) != 0
-    ends_inner_BT |= mark_BT & ~inside_BT & always_BT & run_next_BT
+    # A word that ends before a run or a comma is no match, yet may end a sentence.
+    passing_BT &= ~text.has(punkt.MARK_PUNCTUATION) | text.ends_before_next_BT
+    run_next_BT = text.next_flags_BT & jnp.where(always_BT, punkt.DASHES | punkt.DOTS, punkt.DASHES) != 0
+    passing_BT |= mark_BT & ~inside_BT & (run_next_BT | text.comma_next_BT)
+    ends_inner_BT = (before_non_word_BT | passing_BT) & (always_BT | ends_BT)
     ends_inner_BT |= text.has(punkt.MARK_EARLIER)
 
     # What a mark before white space needs to know of the next chunk is packed there and gathered.
@@ -274,10 +279,10 @@ def _first_tokens(text: _Text, break_BT, before_space_BT, inside_BT):
     """
     closers_BT = text.has(punkt.ALL_CLOSERS)
     next_other_BT = scans.first_from(text.core_BT & ~closers_BT)
-    next_dashes_BT = scans.first_from(text.has(punkt.DASHES))
-    closing_BT = closers_BT & (
-        (next_other_BT >= text.next_chunk_BT) | (next_other_BT == next_dashes_BT)
-    )
+    last_closers_BT = text.has(punkt.CLOSERS_DASHES)
+    next_dashes_BT = scans.first_from(text.has(punkt.DASHES) | last_closers_BT)
+    closing_BT = closers_BT & ((next_other_BT >= text.next_chunk_BT) | (next_other_BT == next_dashes_BT))
+    closing_BT |= last_closers_BT
     run_goes_on_BT = text.joins_next_BT & scans.following(closing_BT, False)
     run_ends_BT = ~text.joins_next_BT | (text.next_flags_BT & punkt.DASHES != 0)
     rest_closes_BT = break_BT & inside_BT & text.has(punkt.REST_CLOSERS)
@@ -296,8 +301,12 @@ def _first_tokens(text: _Text, break_BT, before_space_BT, inside_BT):
     start_at_BT = scans.last_until(start_BT)
     drawn_BT = closing_BT & (text.chunk_at_BT <= start_at_BT)
     drawn_BT &= scans.last_until(text.core_BT & ~closing_BT) < start_at_BT
+    # Dashes in the token of the last closers start the sentence: its first is the token after.
+    last_closers_BT &= drawn_BT
+    drawn_BT &= ~last_closers_BT
     written_BT = text.core_BT & ~drawn_BT
     first_BT = written_BT & (scans.preceding(scans.last_until(written_BT), -1) < start_at_BT)
+    first_BT = (first_BT & ~last_closers_BT) | scans.preceding(last_closers_BT, False)
 
     core_before_BT = scans.preceding(scans.last_until(text.core_BT), -1)
     closed_before_BT = scans.preceding(scans.last_until(closed_BT), -1)
