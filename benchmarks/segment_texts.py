@@ -1,8 +1,10 @@
 """Texts to cut into sentences, by kind: the same on every machine with the same packages.
 
-All come from installed packages and the standard library; none needs a network.
+All come from installed packages (reasoning-gym, champ-dataset, the environment's licences and READMEs)
+and from the standard library; none needs a network.
 """
 
+import ast
 import functools
 import importlib.metadata
 import importlib.util
@@ -41,33 +43,10 @@ TASKS = (
 _LIST_ITEM = re.compile(r"\s*([-*+]|\d+[.)])\s")
 
 
-def texts_by_kind(share: float = 1.0, tasks=TASKS) -> dict[str, list[str]]:
-    """Kind of text -> documents, in a fixed order.
-
-    Args:
-      share: part of the documents to take of each kind, from the whole of it.
-      tasks: which of TASKS.
-    """
-    kinds = {f"reasoning-gym {task}": functools.partial(_task, task) for task in tasks}
-    kinds |= {
-        "champ solutions (LaTeX)": lambda: _champ("_raw_text"),
-        "champ solutions (plain)": lambda: _champ("_text"),
-        "champ model answers": _champ_answers,
-        "fiction": _fiction,
-        "licences": _licences,
-        "Python's manual": _manual,
-        "docstrings": _docstrings,
-        "READMEs (Markdown)": _readmes,
-        "lists (Markdown)": lambda: [text for readme in _readmes() for text in _lists(readme)],
-        "code": _code,
-        "scrambled punctuation": scrambled,
-    }
-    return {kind: _sample(make(), share) for kind, make in kinds.items()}
-
-
-def _sample(texts, share):
+def documents(kind: str, share: float = 1.0) -> list[str]:
+    """Documents of one of SOURCES, in a fixed order; `share` of them, spread over the whole."""
     step = max(round(1 / share), 1)
-    return [text for text in texts[::step] if text.strip()]
+    return [text for text in SOURCES[kind]()[::step] if text.strip()]
 
 
 def _task(name):
@@ -150,8 +129,6 @@ def _modules():
 
 
 def _docstrings():
-    import ast
-
     texts = []
     for path in _modules():
         nodes = ast.walk(ast.parse(path.read_text("utf-8")))
@@ -185,3 +162,18 @@ def scrambled(documents: int = 640, seed: int = 0) -> list[str]:
         return "".join(parts)
 
     return [document() for _ in range(documents)]
+
+
+SOURCES = {f"reasoning-gym {task}": functools.partial(_task, task) for task in TASKS} | {
+    "champ solutions (LaTeX)": lambda: _champ("_raw_text"),
+    "champ solutions (plain)": lambda: _champ("_text"),
+    "champ model answers": _champ_answers,
+    "fiction": _fiction,
+    "licences": _licences,
+    "Python's manual": _manual,
+    "docstrings": _docstrings,
+    "READMEs (Markdown)": _readmes,
+    "lists (Markdown)": lambda: [text for readme in _readmes() for text in _lists(readme)],
+    "code": _code,
+    "scrambled punctuation": scrambled,
+}

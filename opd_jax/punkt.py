@@ -271,7 +271,7 @@ def _token_row(entry: bytes, base: int) -> list[int]:
     if not chunks:
         return NO_TEXT if not text or _has_hard(text) else [0, *NO_TEXT[1:]]
     core = chunks[-1]
-    before, _, after = text.rpartition(core)
+    space_before, _, space_after = text.rpartition(core)
     # After a letter, so that a word boundary before the first character shows.
     words = split_words("a" + core)
     split_before = words[0] == "a"
@@ -296,8 +296,8 @@ def _token_row(entry: bytes, base: int) -> list[int]:
         DASHES: core.startswith("--"),
         DOTS: core.startswith(".."),
         TAIL_HYPHEN: "-" in tail,
-        HARD_BEFORE: _has_hard(before),
-        HARD_AFTER: _has_hard(after),
+        HARD_BEFORE: _has_hard(space_before),
+        HARD_AFTER: _has_hard(space_after),
         CLOSERS_DASHES: bool(_CLOSERS_DASHES.match(core)),
     }
     stem, stem_traits = "", 0

@@ -267,7 +267,7 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     any_BT = scans.last_until(ends_inner_BT | ends_outer_BT) >= scans.last_until(text.hard_start_BT)
     break_BT = match_BT & (next_match_BT >= next_hard_BT) & any_BT
     # A mark right after hard white space counts beside the last one.
-    break_BT |= text.hard_start_BT & text.has(punkt.FIRST_MARK) & before_non_word_BT
+    break_BT |= text.hard_start_BT & text.has(punkt.FIRST_MARK) & match_BT
     return break_BT, before_space_BT, inside_BT
 
 
