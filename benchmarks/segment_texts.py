@@ -40,6 +40,37 @@ TASKS = (
     "tsumego",
     "zebra_puzzles",
 )
+OTHER_TASKS = (
+    "ab",
+    "aiw",
+    "arc_1d",
+    "bitwise_arithmetic",
+    "calendar_arithmetic",
+    "countdown",
+    "course_schedule",
+    "cryptarithm",
+    "emoji_mystery",
+    "figlet_font",
+    "game_of_life_halting",
+    "graph_color",
+    "leg_counting",
+    "list_functions",
+    "mahjong_puzzle",
+    "modulo_grid",
+    "number_format",
+    "path_star",
+    "quantum_lock",
+    "rubiks_cube",
+    "shortest_path",
+    "simple_geometry",
+    "spiral_matrix",
+    "string_splitting",
+    "string_synthesis",
+    "time_intervals",
+    "word_sorting",
+)
+# First word of a source -> the package that it needs.
+PACKAGES = {"reasoning-gym": "reasoning_gym", "fiction": "reasoning_gym", "champ": "champ_dataset"}
 _LIST_ITEM = re.compile(r"\s*([-*+]|\d+[.)])\s")
 
 
@@ -49,11 +80,11 @@ def documents(kind: str, share: float = 1.0) -> list[str]:
     return [text for text in SOURCES[kind]()[::step] if text.strip()]
 
 
-def _task(name):
+def _task(name, size=100):
     import reasoning_gym
 
     texts = []
-    for entry in reasoning_gym.create_dataset(name, size=100, seed=7):
+    for entry in reasoning_gym.create_dataset(name, size=size, seed=7):
         worked = entry["metadata"].get("answer_cot", "")
         texts.append("\n\n".join(str(part) for part in (entry["question"], worked, entry["answer"])))
     return texts
@@ -142,6 +173,14 @@ def _code():
     return [path.read_text("utf-8") for path in _modules()[::2]]
 
 
+def _package_code():
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    names = ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging")
+    names += ("multiprocessing", "sqlite3", "unittest", "urllib", "wsgiref", "xml", "zoneinfo")
+    paths = sorted(path for name in names for path in (folder / name).rglob("*.py"))
+    return [path.read_text("utf-8") for path in paths if path.stat().st_size > 2000]
+
+
 # fmt: off
 PIECES = ["Mr", "e.g", "U.S", "p.m", "Smith", "smith", "J", "b", "The", "the", "However", "yes",
           "word", "12", "3", "x-mr", "levine", "Zimmer", "\u00e9", "\u65e5\u672c"]
@@ -165,6 +204,7 @@ def scrambled(documents: int = 640, seed: int = 0) -> list[str]:
 
 
 SOURCES = {f"reasoning-gym {task}": functools.partial(_task, task) for task in TASKS} | {
+    "reasoning-gym (27 other tasks)": lambda: [text for task in OTHER_TASKS for text in _task(task, 20)],
     "champ solutions (LaTeX)": lambda: _champ("_raw_text"),
     "champ solutions (plain)": lambda: _champ("_text"),
     "champ model answers": _champ_answers,
@@ -175,5 +215,6 @@ SOURCES = {f"reasoning-gym {task}": functools.partial(_task, task) for task in T
     "READMEs (Markdown)": _readmes,
     "lists (Markdown)": lambda: [text for readme in _readmes() for text in _lists(readme)],
     "code": _code,
+    "code of packages": _package_code,
     "scrambled punctuation": scrambled,
 }

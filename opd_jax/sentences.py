@@ -8,7 +8,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jax import lax
 
 from opd_jax import punkt, scans

@@ -99,9 +99,9 @@ SLICE = [
 
 @pytest.mark.parametrize("kind, share", SLICE)
 def test_texts_are_cut_as_nltk_cuts_them(comparison, kind, share):
-    for word, package in (("reasoning", "reasoning_gym"), ("fiction", "reasoning_gym"), ("champ", "champ_dataset")):
-        if kind.startswith(word) and importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs the package {package}")
+    package = segment_texts.PACKAGES.get(kind.split()[0])
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
     found = compare(comparison, segment_texts.documents(kind, share))
     assert found.both > 20
     assert found.precision >= 0.995 and found.recall >= 0.995, found.different[:5]
@@ -179,7 +179,8 @@ def test_untrained_punkt_is_nltks_punkt_without_data(comparison):
 def test_lines_are_those_of_nltks_line_tokenizer_without_blank_ones(comparison):
     vocabulary = comparison.vocabulary
     table = segments.SegmentTable.from_token_bytes(vocabulary.token_bytes, "newline")
-    texts = HAND + ["\n\n a\n \n b \n\n", "a\n\tb", "x\r\ny"] + segment_texts.documents("code", 0.2)
+    blank = ["\n\n a\n \n b \n\n", "a\n\tb", "x\r\ny"]
+    texts = [*HAND, *blank, *segment_texts.documents("code", 0.2)]
     rows = [vocabulary.encode(text)[:POSITIONS] for text in texts][:ROWS]
     rng = np.random.default_rng(1)
     rows += rng.integers(0, len(vocabulary.token_bytes), (ROWS - len(rows), POSITIONS)).tolist()
