@@ -41,9 +41,9 @@ class Cutter:
     def numbers(self, ids) -> list[int]:
         """The sentence number of each token of a response: 0, 1, 2, ... without gaps.
 
-        A token belongs to the sentence of its first character that is not white space, and to that
-        of its last character where all are; a byte belongs to the character it is part of. Ids past
-        the vocabulary read as its last token.
+        A token belongs to the sentence of its first character that is not white space; white space
+        to the sentence before it; a byte to the character that it is part of. Ids past the vocabulary
+        read as its last token.
         """
         return token_numbers([self.text(i) for i in ids], self._punkt.span_tokenize)
 

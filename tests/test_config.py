@@ -46,6 +46,9 @@ def refusal(settings, workdir=None) -> str:
     "key, value, said",
     [
         ("release.rule", "papr", "did you mean paper?"),
+        ("segments.kind", "fixed:0", "1 or more"),
+        ("segments.kind", "line", "use one of punkt"),
+        ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
         ("scoring.student", "sample", "did you mean sampler?"),
         ("optimizer.schedule", "zigzag", "constant, linear, cosine"),
         ("data.over_long", "cut", "error, drop"),

@@ -81,6 +81,12 @@ def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
         train(planted, tmp_path)
 
 
+def test_segments_cut_by_nltk_on_the_host_train_as_those_cut_on_device(models, finished, tmp_path):
+    settings = {"train.steps": 2, "segments.kind": "nltk", "eval.every": 0, "checkpoint.every": 0}
+    train(prepare(tiny.config(models, **settings)), tmp_path)
+    assert losses(tmp_path) == losses(finished[0])[:2]
+
+
 STEPS = 40
 
 
