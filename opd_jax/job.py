@@ -14,7 +14,9 @@ from opd_jax import (
     compile_cache,
     data,
     metrics,
+    nltk_segments,
     objectives,
+    punkt,
     rewards,
     rollout,
     scoring,
@@ -39,7 +41,7 @@ class Job:
       student, teacher: the models; the student as it is trained, pruned.
       tokenizer: the transformers tokenizer of both.
       prompts: training and held-out prompts.
-      table: the SegmentTable, on the mesh.
+      table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
       optimizer: the optax transformation.
       state_shardings, teacher_shardings: where each array lives.
     """
@@ -50,7 +52,7 @@ class Job:
     teacher: ModelConfig
     tokenizer: Any
     prompts: data.Prompts
-    table: segments.SegmentTable
+    table: segments.SegmentTable | nltk_segments.Cutter
     optimizer: optax.GradientTransformation
     state_shardings: steps.TrainState
     teacher_shardings: dict
@@ -125,6 +127,12 @@ class Job:
             cache_stages=c.rollout.cache_stages,
         )
 
+    def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
+        """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
+        if self.config.segments.kind == "nltk":
+            return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
+        return self.table
+
     @functools.cached_property
     def train_step(self):
         """Compiled train_step(state, teacher_params, rollouts, table, key); the state is donated.
@@ -133,10 +141,11 @@ class Job:
         """
         step = steps.make_train_step(self.student, self.teacher, self.config, self.optimizer)
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        table = rows if self.config.segments.kind == "nltk" else whole
         reward = (rows,) if self.config.reward.weight else ()
         return jax.jit(
             step,
-            in_shardings=(self.state_shardings, self.teacher_shardings, rows, whole, whole, *reward),
+            in_shardings=(self.state_shardings, self.teacher_shardings, rows, table, whole, *reward),
             out_shardings=(self.state_shardings, whole, rows),
             donate_argnums=0,
         )
@@ -248,7 +257,6 @@ def prepare(config, workdir=None) -> Job:
             f"reward.weight={config.reward.weight} needs reference answers, and no training prompt has an "
             "`answer`; add that field to the data of data.path, or set reward.weight=0"
         )
-    table = segments.SegmentTable.from_tokenizer(tokenizer, config.segments.kind)
     return Job(
         config=config,
         mesh=mesh,
@@ -256,7 +264,7 @@ def prepare(config, workdir=None) -> Job:
         teacher=teacher,
         tokenizer=tokenizer,
         prompts=prompts,
-        table=jax.device_put(table, sharding.replicated(mesh)),
+        table=_segment_table(config.segments, tokenizer, mesh),
         optimizer=optimizer,
         state_shardings=steps.TrainState(
             step=sharding.replicated(mesh),
@@ -284,6 +292,14 @@ def check_workdir(workdir, config):
     conflict = metrics.config_conflict(workdir, config)
     if conflict:
         raise UserError(conflict)
+
+
+def _segment_table(config, tokenizer, mesh):
+    if config.kind == "nltk":
+        parameters = punkt.load_parameters(config.punkt)
+        return nltk_segments.Cutter(tokenizers.token_bytes(tokenizer), parameters)
+    table = segments.SegmentTable.from_tokenizer(tokenizer, config.kind, config.punkt)
+    return jax.device_put(table, sharding.replicated(mesh))
 
 
 def _model(config, key: str, dtype: str) -> ModelConfig:

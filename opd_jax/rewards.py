@@ -47,7 +47,7 @@ def reward_batch(mesh, tokenizer, answers: Sequence[str | None], rollouts) -> ja
       answers: the reference answers of this process's rows.
       rollouts: Rollouts on the mesh.
     """
-    tokens_BL, mask_BT = sharding.local_rows((rollouts.tokens_BL, rollouts.mask_BT))
+    tokens_BL, mask_BT = sharding.local_values((rollouts.tokens_BL, rollouts.mask_BT))
     response_BT = tokens_BL[:, -mask_BT.shape[1] :]
     reward_B = np.full(len(answers), np.nan, np.float32)
     for b, answer in enumerate(answers):

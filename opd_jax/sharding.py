@@ -148,12 +148,12 @@ def gather(mesh: Mesh, tree):
     return jax.device_get(_everywhere(mesh)(tree))
 
 
-def local_rows(tree):
+def local_values(tree):
     """NumPy copies of this process's rows of batch-sharded arrays, in the order `put_batch` took them."""
-    return jax.tree.map(_local_rows, tree)
+    return jax.tree.map(_local_values, tree)
 
 
-def _local_rows(x):
+def _local_values(x):
     shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}  # replicas have one start
     return np.concatenate(jax.device_get([shards[start] for start in sorted(shards)]))
 

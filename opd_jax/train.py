@@ -105,8 +105,9 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
                 rollouts = job.sample(state.params, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
             reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
+            table = job.segment_table(rollouts)
             state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, job.table, release_key, *reward
+                state, teacher_params, rollouts, table, release_key, *reward
             )
             clock.watch("train", step, measured["loss"])
             read.finish()

@@ -116,6 +116,10 @@ def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(
         for folder in (tmp_path, finished[0])
     )
     assert again == whole
+def test_segments_cut_by_nltk_on_the_host_train_as_those_cut_on_device(models, finished, tmp_path):
+    settings = {"train.steps": 2, "segments.kind": "nltk", "eval.every": 0, "checkpoint.every": 0}
+    train(prepare(tiny.config(models, **settings)), tmp_path)
+    assert losses(tmp_path) == losses(finished[0])[:2]
 
 
 STEPS = 40
