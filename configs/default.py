@@ -78,8 +78,8 @@ def get_config() -> ConfigDict:
     #   fixed:N          N tokens, such as fixed:64
     #   token            every token
     #   nltk             punkt by NLTK itself, on the host, between sampling and the training step; needs
-    #                    `pip install nltk`. For checks: the devices wait for it, about 5 seconds for every
-    #                    million response tokens of a process (a step of 64 x 1024: 0.3 s), on one core.
+    #                    `pip install nltk`. For checks: the devices wait for it, 2.5 to 6 seconds for every
+    #                    million response tokens of a process (64 x 1024 tokens: 0.16 to 0.4 s), on one core.
     c.segments.kind = "punkt"
     # punkt, nltk: a folder of NLTK's punkt_tab (such as .../punkt_tab/english) to take the word lists from;
     # "" takes the packaged English ones.
