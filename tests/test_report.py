@@ -136,7 +136,7 @@ def test_page_is_well_formed_and_loads_nothing(page):
 
 def test_every_plot_is_valid_svg_with_labelled_axes_and_colours_of_the_page(page):
     plots = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
-    assert len(plots) == 13
+    assert len(plots) == 14
     for plot in plots:
         root = ElementTree.fromstring(plot)
         labels = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
