@@ -1,10 +1,14 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; sourced, never run.
+# What the scripts of this folder share; sourced, never run. Takes --dry-run off the words of the script.
 
 # Exit status of a run that was told to stop and has saved: opd_jax/distributed.py, PREEMPTED.
 # shellcheck disable=SC2034  # used by the scripts that source this
 PREEMPTED=75
 DRY_RUN=${DRY_RUN:-}
+if [[ ${1:-} == --dry-run ]]; then
+  DRY_RUN=1
+  shift
+fi
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
   echo "error: this is bash $BASH_VERSION; install bash 5.1 or newer" >&2

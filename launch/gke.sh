@@ -18,10 +18,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=1
-  shift
-fi
 read_settings "${SETTINGS:-$here/settings.sh}"
 need NAME PROJECT ZONE ACCELERATOR PROVISIONING SLICES CONFIG SHARED WORKDIR CLUSTER MAX_RESTARTS
 where=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")

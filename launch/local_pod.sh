@@ -18,10 +18,6 @@ source "$here/common.sh"
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; }
 
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=1
-  shift
-fi
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || fail "how many processes? $(usage)"
 processes=$1
 shift

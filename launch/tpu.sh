@@ -22,10 +22,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-if [[ ${1:-} == --dry-run ]]; then
-  DRY_RUN=1
-  shift
-fi
 settings=${SETTINGS:-$here/settings.sh}
 read_settings "$settings"
 need NAME PROJECT ZONE ACCELERATOR RUNTIME PROVISIONING SLICES CONFIG SHARED WORKDIR POLL MAX_RESTARTS

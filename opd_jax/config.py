@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import rules
+from opd_jax import objectives, release, rules
 from opd_jax.errors import UserError
 from opd_jax.segments import check_kind
 
@@ -21,23 +21,12 @@ ALLOWED = {
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,
-    "release.rescale": ("sequence", "batch", "none"),
-    "objective.name": (
-        "policy_gradient",
-        "reverse_kl",
-        "forward_kl",
-        "jsd",
-        "sft",
-        "eopd",
-        "aopd",
-    ),
+    "release.rescale": release.RESCALES,
+    "objective.name": objectives.OBJECTIVES,
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "dots", "full"),
 }
-
-# Objectives that read the advantage, which a clip or a reward can then change.
-WITH_ADVANTAGE = ("policy_gradient", "eopd", "aopd")
 
 # field: (least value, most value or None)
 RANGES = {
@@ -125,12 +114,12 @@ def validate(config: ConfigDict) -> ConfigDict:
             f"release.fopd_start={config.release.fopd_start} is more than "
             f"release.fopd_end={config.release.fopd_end}; the prefix grows, so give a smaller start"
         )
-    name = config.objective.name
     for key in ("objective.advantage_clip", "reward.weight"):
-        if get(config, key) and name not in WITH_ADVANTAGE:
+        if get(config, key) and not objectives.OBJECTIVES[config.objective.name].advantage:
+            readers = (name for name, known in objectives.OBJECTIVES.items() if known.advantage)
             raise UserError(
-                f"{key}={get(config, key)} has no effect on objective.name={name}, which reads no "
-                f"advantage; set it to 0, or use one of {', '.join(WITH_ADVANTAGE)}"
+                f"{key}={get(config, key)} has no effect on objective.name={config.objective.name}, which "
+                f"reads no advantage; set it to 0, or use one of {', '.join(readers)}"
             )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):

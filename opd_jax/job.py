@@ -171,15 +171,15 @@ class Job:
 
 # Jobs of one process that differ in their training alone share what is compiled for the rest.
 @functools.lru_cache(maxsize=8)
-def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
+def _sample_program(mesh, model: ModelConfig, sampling: rollout.Sampling):
     def sample(params, tokens_BP, mask_BP, key, step):
         key = jax.random.fold_in(key, step)
-        return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
+        return rollout.sample(model, params, tokens_BP, mask_BP, key, sampling)
 
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     return jax.jit(
         sample,
-        in_shardings=(_param_shardings(mesh, student), rows, rows, whole, whole),
+        in_shardings=(_param_shardings(mesh, model), rows, rows, whole, whole),
         out_shardings=rows,
     )
 
