@@ -156,9 +156,17 @@ def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
 
 
 @functools.lru_cache(maxsize=8)
-def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int):
+def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int, micro_batches: int):
     def divergence(params, teacher_params, rollouts):
-        kl_BT = scoring.reverse_kl(student, params, teacher, teacher_params, rollouts, chunk=chunk)
+        kl_BT = scoring.reverse_kl(
+            student,
+            params,
+            teacher,
+            teacher_params,
+            rollouts,
+            chunk=chunk,
+            micro_batches=micro_batches,
+        )
         return {
             "kl_B": kl_BT.sum(axis=1),
             "tokens_B": rollouts.mask_BT.sum(axis=1),

@@ -13,7 +13,7 @@ from opd_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter or activation -> mesh axis. An axis whose size the mesh axis does not divide stays whole.
+# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole.
 RULES = {
     "batch": ("data", "fsdp"),
     "replica": "data",
@@ -95,10 +95,15 @@ def gather_weight(weight, axes):
 
 
 def _gather_weight_backward(axes, _, grad):
-    return (constrain(grad, *axes),)
+    return (constrain(grad, *stored_axes(axes)),)
 
 
 gather_weight.defvjp(lambda weight, axes: (gather_weight(weight, axes), None), _gather_weight_backward)
+
+
+def stored_axes(axes) -> tuple:
+    """Logical axes that a parameter is cut along: none for vectors, which cost a message for each use."""
+    return axes if sum(axis != "layers" for axis in axes) > 1 else (None,) * len(axes)
 
 
 def spec(shape, axes, mesh: Mesh, rules=None) -> P:
@@ -125,7 +130,7 @@ def param_shardings(mesh: Mesh, abstract, axes, rules=None):
       axes: the same tree with logical axis names, from models.transformer.logical_axes.
     """
     return jax.tree.map(
-        lambda a, names: NamedSharding(mesh, spec(a.shape, names, mesh, rules)), abstract, axes
+        lambda a, names: NamedSharding(mesh, spec(a.shape, stored_axes(names), mesh, rules)), abstract, axes
     )
 
 
