@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import objectives, rollout, scoring, sharding
+from opd_jax import objectives, rollout, scoring, segments, sharding
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import source, transformer
@@ -83,6 +83,18 @@ class Programs:
         """Of a PRNG key."""
         return _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
 
+    def abstract_table(self) -> segments.SegmentTable:
+        """Of the SegmentTable: as many rows as the tokenizer has ids."""
+        table = segments.SegmentTable.from_token_bytes(
+            [b""] * self.student.valid_vocab, self.config.segments.kind
+        )
+        return _placed(table, sharding.replicated(self.mesh))
+
+    def abstract_reward(self):
+        """Of reward_B."""
+        shape = (self.config.rollout.batch,)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch(self.mesh))
+
     def abstract_rollouts(self) -> rollout.Rollouts:
         """Of what `sample` returns."""
         like = jax.eval_shape(self.sample, self.abstract_state().params, *self.abstract_draw())
@@ -137,7 +149,9 @@ class Programs:
 
         Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B.
         """
-        return _divergence_program(self.mesh, self.student, self.teacher, self.config.scoring.chunk)
+        c = self.config
+        micro_batches = c.rollout.batch // c.train.micro_batch
+        return _divergence_program(self.mesh, self.student, self.teacher, c.scoring.chunk, micro_batches)
 
 
 # Jobs of one process that differ in their training alone share what is compiled for the rest.

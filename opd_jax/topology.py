@@ -58,7 +58,7 @@ def describe(name: str) -> tuple[Chip, list]:
     sides = [int(side) for side in shape.split("x")]
     if len(sides) != chip.dimensions:
         example = "x".join(["4"] * chip.dimensions)
-        raise UserError(f"--topology={name}: {kind} slices have {chip.dimensions} sides; try {kind}:{example}")
+        raise UserError(f"--topology={name}: {kind} slices have {chip.dimensions} sides, as {kind}:{example}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; pip install 'opd_jax[tpu]'")
     from jax.experimental import topologies

@@ -1,4 +1,4 @@
-"""Published models by name: the numbers of their config.json, for programs that need shapes and no weights."""
+"""Published models by name: what their config.json says, where shapes are needed and no weights."""
 
 from opd_jax.errors import UserError
 from opd_jax.models import hf
