@@ -10,5 +10,5 @@ def get_config():
     c.rollout.max_tokens = 768
     c.data.prompt_tokens = 256
     c.optimizer.mu_dtype = "bfloat16"
-    c.train.micro_batch = 2
+    c.train.micro_batch = 8
     return c

@@ -46,7 +46,7 @@ def main(_):
         found = check.search(config, devices, chip, plan)
         print(table.search(found))
         sys.exit(0 if any(step.ok for *_, step in found) else 1)
-    report = check.check(plan(config, devices), chip)
+    report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest)
     if flags.FLAGS.json:
         print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=1))
     else:
@@ -58,5 +58,6 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # the slice is described, not attached
     flags.DEFINE_string("topology", "v5e:4x4", "The slice, KIND:SHAPE, such as v5e:4x4 or v5p:4x4x4.")
     flags.DEFINE_bool("json", False, "Print the report as JSON.")
+    flags.DEFINE_bool("largest", True, "Look for the largest micro-batch: some more compiles.")
     flags.DEFINE_bool("search", False, "Compile other mesh shapes and micro-batches, and rank them.")
     run(main)
