@@ -267,6 +267,19 @@ def test_a_recipe_can_be_planned_and_names_its_launch_line(recipe):
     assert f"opd_jax.train --config=configs/{name}.py" in recipe.__doc__
 
 
+def test_the_small_pods_step_needs_little_more_than_its_models_passes():
+    config = small_pod.get_config()
+    with config.unlocked():
+        config.mesh.fsdp = 1
+    plan = preflight.plan(config, jax.devices()[:1])
+    arguments = plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()
+    traced = plan.train_step.trace(*arguments, plan.abstract_table(), plan.abstract_key())
+    sizes = config.rollout.batch, config.data.prompt_tokens, config.rollout.max_tokens
+    flops = costs.phase_flops(plan.student, plan.teacher, *sizes)
+    passes = flops["score"] + flops["update"] * 4 / 3  # the student's forward once more
+    assert passes < hlo.matmul_flops(traced.jaxpr.jaxpr) < 1.25 * passes
+
+
 @pytest.mark.skipif(not COMPILER, reason="the TPU compiler is not installed: pip install 'opd_jax[tpu]'")
 def test_a_small_step_compiles_for_a_tpu_without_host_transfers_or_whole_logits():
     out = tiny.entry(
