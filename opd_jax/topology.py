@@ -34,13 +34,13 @@ class Chip:
     devices: int = 1
 
 
-# Peaks: cloud.google.com/tpu/docs/system-architecture-tpu-vm and jax-ml.github.io/scaling-book (links);
+# Peaks: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and jax-ml.github.io/scaling-book/tpus (links);
 # memory: what the compiler of libtpu 0.0.42 calls available.
 CHIPS = {
-    "v4": Chip(275e12, int(30.75 * GIB), 1.228e12, 45e9, 3),
+    "v4": Chip(275e12, int(30.75 * GIB), 1.2e12, 45e9, 3),
     "v5e": Chip(197e12, int(15.75 * GIB), 0.819e12, 45e9, 2),
     "v5p": Chip(459e12, int(95.74 * GIB), 2.765e12, 90e9, 3),
-    "v6e": Chip(918e12, int(31.25 * GIB), 1.64e12, 90e9, 2),
+    "v6e": Chip(918e12, int(31.25 * GIB), 1.638e12, 90e9, 2),
     "tpu7x": Chip(2307e12 / 2, int(94.75 * GIB), 7.38e12 / 2, 90e9, 3, devices=2),
 }
 
