@@ -1,6 +1,7 @@
 """The mesh, and where every array of a run lives: rules are data, one table for all models."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -13,8 +14,10 @@ from opd_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter -> mesh axis. An axis whose size the mesh axis does not divide stays whole.
+# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole.
 RULES = {
+    "batch": ("data", "fsdp"),
+    "replica": "data",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -76,13 +79,59 @@ def check_batch(mesh: Mesh, name: str, size: int):
         )
 
 
+def on(mesh: Mesh, fn):
+    """fn, traced with the mesh in sight of `constrain` and `gather_weight`."""
+
+    @functools.wraps(fn)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return traced
+
+
+def constrain(x, *axes):
+    """x laid out by the logical names of its leading axes (None or absent: whole), its gradient too.
+
+    The compiler would otherwise cut activations by width wherever a weight is, and sum them over the
+    mesh after every product. Outside of `on`, x as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = (*axes, *(None,) * (x.ndim - len(axes)))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_weight(weight, axes):
+    """A weight as products need it, whole along fsdp; its gradient is cut as the weight is stored."""
+    return constrain(weight, *(None if RULES.get(axis) == "fsdp" else axis for axis in axes))
+
+
+def _gather_weight_backward(axes, _, grad):
+    return (constrain(grad, *stored_axes(axes)),)
+
+
+gather_weight.defvjp(lambda weight, axes: (gather_weight(weight, axes), None), _gather_weight_backward)
+
+
+def stored_axes(axes) -> tuple:
+    """Logical axes that a parameter is cut along: none for vectors, which cost a message for each use."""
+    return axes if sum(axis != "layers" for axis in axes) > 1 else (None,) * len(axes)
+
+
 def spec(shape, axes, mesh: Mesh, rules=None) -> P:
     """PartitionSpec of an array from its logical axes."""
     rules = RULES if rules is None else rules
+
+    def pieces(name):
+        return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
+
     names = [rules.get(axis) for axis in axes]
     return P(
         *(
-            name if name is not None and size % mesh.shape[name] == 0 else None
+            name if name is not None and size % pieces(name) == 0 else None
             for name, size in zip(names, shape, strict=True)
         )
     )
@@ -96,7 +145,7 @@ def param_shardings(mesh: Mesh, abstract, axes, rules=None):
       axes: the same tree with logical axis names, from models.transformer.logical_axes.
     """
     return jax.tree.map(
-        lambda a, names: NamedSharding(mesh, spec(a.shape, names, mesh, rules)), abstract, axes
+        lambda a, names: NamedSharding(mesh, spec(a.shape, stored_axes(names), mesh, rules)), abstract, axes
     )
 
 

@@ -216,7 +216,7 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
     mesh = cube()
     weights = weight_shardings(mesh)
     on_mesh = jax.jit(
-        value_and_grad,
+        sharding.on(mesh, value_and_grad),
         in_shardings=(weights, sharding.batch(mesh)),
         out_shardings=(sharding.replicated(mesh), weights),
     )
