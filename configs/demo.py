@@ -22,7 +22,8 @@ def get_config():
     c.rollout.batch = 8
     c.rollout.max_tokens = 96
     c.scoring.chunk = 32
-    c.optimizer.learning_rate = 5e-5
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.schedule = "linear"
     c.train.steps = 10
     c.train.remat = "none"
     c.train.micro_batch = 4

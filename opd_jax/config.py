@@ -10,7 +10,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from opd_jax import objectives, release, rules
 from opd_jax.errors import UserError
+from opd_jax.segments import check_kind
 
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
@@ -18,9 +20,9 @@ ALLOWED = {
     "data.source": ("demo", "jsonl", "tfds"),
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
-    "segments.kind": ("punkt",),
-    "release.rule": ("none", "paper"),
-    "release.rescale": ("sequence", "batch", "none"),
+    "release.rule": rules.RULES,
+    "release.rescale": release.RESCALES,
+    "objective.name": objectives.OBJECTIVES,
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "dots", "full"),
@@ -40,6 +42,21 @@ RANGES = {
     "scoring.candidates": (2, 128),
     "scoring.chunk": (1, None),
     "release.min_segments": (2, None),
+    "release.prefix_tokens": (0, None),
+    "release.prefix_fraction": (1e-6, 1),
+    "release.fopd_start": (1, None),
+    "release.fopd_end": (1, None),
+    "release.fopd_steps": (1, None),
+    "release.iw_gamma": (0, None),
+    "release.prune_overlap": (0, 1),
+    "release.prune_drop": (0, 1),
+    "release.prune_base": (0, None),
+    "release.ta_share": (1e-6, 1),
+    "objective.beta": (0, 1),
+    "objective.top_k": (1, 64),
+    "objective.entropy_threshold": (0, None),
+    "objective.advantage_clip": (0, None),
+    "reward.weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_steps": (0, None),
     "optimizer.clip_norm": (0, None),
@@ -93,9 +110,22 @@ def validate(config: ConfigDict) -> ConfigDict:
             f"rollout.cache_stages={config.rollout.cache_stages} is more than "
             f"rollout.max_tokens={config.rollout.max_tokens}; lower it"
         )
+    if config.release.fopd_start > config.release.fopd_end:
+        raise UserError(
+            f"release.fopd_start={config.release.fopd_start} is more than "
+            f"release.fopd_end={config.release.fopd_end}; the prefix grows, so give a smaller start"
+        )
+    for key in ("objective.advantage_clip", "reward.weight"):
+        if get(config, key) and not objectives.OBJECTIVES[config.objective.name].advantage:
+            readers = (name for name, known in objectives.OBJECTIVES.items() if known.advantage)
+            raise UserError(
+                f"{key}={get(config, key)} has no effect on objective.name={config.objective.name}, which "
+                f"reads no advantage; set it to 0, or use one of {', '.join(readers)}"
+            )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")
+    check_kind(config.segments.kind, config.segments.punkt)
     with config.unlocked():
         config.train.micro_batch = config.train.micro_batch or config.rollout.batch
     if config.rollout.batch % config.train.micro_batch:

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from opd_jax import data, sharding
+from opd_jax import data, distributed, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
 
-EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0
+EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
 RESAMPLES = 1000
 
 
@@ -43,8 +43,7 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         c.rollout.batch,
         c.data.prompt_tokens,
         job.student.pad_id,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(job.mesh, c.rollout.batch),
     )
     for number, local in enumerate(batches):
         batch = sharding.put_batch(job.mesh, local)
@@ -107,6 +106,7 @@ def main(_):
 
     from opd_jax.job import prepare
 
+    distributed.initialize()
     workdir = flags.FLAGS.workdir
     if (workdir is None) == (flags.FLAGS.config is None):
         raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
@@ -125,6 +125,8 @@ def main(_):
             params = checkpoints.restore(step, job.abstract_state())[0].params
     result = evaluate(job, params, job.teacher_params())
     rows = result.pop("rows")
+    if jax.process_index() != 0:
+        return
     for name, value in result.items():
         print(f"{name:>16}  {value:.4g}" if isinstance(value, float) else f"{name:>16}  {value}")
     if workdir is not None:

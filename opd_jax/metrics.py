@@ -34,8 +34,8 @@ CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
 WANDB_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-# Config keys that a resumed run may change: how long it goes on, and what it shows and stores.
-FREE_KEYS = ("train.steps", "eval.every", "checkpoint.every", "checkpoint.keep", "metrics.")
+# Config keys that a resumed run may change: how long it goes on, what it shows and stores.
+FREE_KEYS = ("train.steps", "eval.every", "checkpoint.every", "checkpoint.keep", "metrics.", "compile.")
 
 
 class MetricWriter:
@@ -126,6 +126,16 @@ class MetricWriter:
         """Appends answers to held-out prompts to evaluations.jsonl, each a mapping with "step"."""
         self._append_all(EVALUATIONS_FILE, answers)
 
+    def sync(self) -> None:
+        """Puts what was written on the disk, so that no checkpoint outlives the records of its steps."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def say(self, text: str) -> None:
+        """Shows one line among the progress."""
+        if self._active:
+            self._progress.line(text)
+
     def _append_all(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         if self._active:
             for line in lines:
@@ -159,7 +169,7 @@ class _Progress:
     def show(self, record: Mapping[str, Any]) -> None:
         step = int(record["step"])
         if record["kind"] != "train":
-            self._line(f"eval  step {step}  {_summary(record)}")
+            self.line(f"eval  step {step}  {_summary(record)}")
         elif self._bar is not None:
             self._bar.set_postfix_str(_summary(record), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -173,9 +183,9 @@ class _Progress:
                     pace = (now - first_time) / (step - first_step)
                     left = tqdm.format_interval(pace * (self._total - step))
                     line += f"  {left} left"
-                self._line(line)
+                self.line(line)
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

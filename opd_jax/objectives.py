@@ -1,41 +1,197 @@
-"""Losses on scored rollouts, computed chunk by chunk from hidden states, gradients included."""
+"""What the student minimises: a registry of per-token losses, summed chunk by chunk, gradients included.
 
+An objective is one function of `Tokens` that returns a loss for each position; it is registered under the
+word that `objective.name` selects. Weights (release mask and rescale), chunks, and what the loss needs of
+the teacher are not its business. See docs/objectives.md.
+"""
+
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from opd_jax import scoring
+from opd_jax import divergences, scoring
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 
 
-def policy_gradient(logp_BT, old_logp_BT, advantage_BT, weight_BT, clip_ratio: float | None):
-    """Per-token loss whose sum over the batch, divided by the response tokens, is the objective.
+@struct.dataclass
+class Tokens:
+    """What an objective sees of a chunk of response positions.
+
+    Attributes:
+      logits_BTV: the student's, float32, with gradient; -inf at ids that do not exist.
+      token_BT: ids of the response.
+      old_logp_BT: the student's log-probability of them when they were scored.
+      advantage_BT: A_t in nats, clipped and with the task reward mixed in.
+      teacher_logits_BTV: the teacher's, for objectives that are registered with teacher="logits".
+      teacher_top: TeacherTop, for objectives that are registered with teacher="top".
+    """
+
+    logits_BTV: jax.Array
+    token_BT: jax.Array
+    old_logp_BT: jax.Array
+    advantage_BT: jax.Array
+    teacher_logits_BTV: jax.Array | None = None
+    teacher_top: scoring.TeacherTop | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Numbers that objectives read; see configs/default.py.
+
+    Attributes:
+      beta: objective.beta.
+      entropy_threshold: objective.entropy_threshold, nats.
+      clip_ratio: train.clip_ratio, or None where each rollout gets one update.
+    """
+
+    beta: float = 0.5
+    entropy_threshold: float = 0.8
+    clip_ratio: float | None = None
+
+
+def options(config) -> Options:
+    """Options from the whole config."""
+    several = config.train.updates_per_rollout > 1
+    return Options(
+        beta=config.objective.beta,
+        entropy_threshold=config.objective.entropy_threshold,
+        clip_ratio=config.train.clip_ratio if several else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A registered loss.
+
+    Attributes:
+      loss: (Tokens, Options) -> loss_BT in nats.
+      teacher: what it needs of the teacher beside the scores: nothing, its logits, or its top tokens.
+      advantage: whether it reads advantage_BT.
+      writer: who writes the responses.
+    """
+
+    loss: Callable[[Tokens, Options], jax.Array]
+    teacher: Literal["logits", "top"] | None = None
+    advantage: bool = False
+    writer: Literal["student", "teacher"] = "student"
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(name: str, **needs) -> Callable:
+    """Registers a function as the objective that `objective.name = name` selects."""
+
+    def register(function):
+        OBJECTIVES[name] = Objective(function, **needs)
+        return function
+
+    return register
+
+
+def surrogate(logp_BT, old_logp_BT, advantage_BT, clip_ratio: float | None):
+    """The policy-gradient loss of given log-probabilities.
 
     Args:
       logp_BT: the student's log-probability of each token, with gradient.
-      old_logp_BT: the same when the token was written; used only with clip_ratio.
+      old_logp_BT: the same when the token was scored; used only with clip_ratio.
       advantage_BT: A_t in nats; no gradient.
-      weight_BT: supervision q_t times its rescale, 0 outside the response.
-      clip_ratio: None for one update a rollout: -A'_t log p. Otherwise, for several updates on the same
-        rollouts, -min(r A', clip(r, 1 - clip_ratio, 1 + clip_ratio) A') with r = p / p_old, whose
-        gradient at r = 1 is that of the first form.
+      clip_ratio: None for one update a rollout: -A_t log p. Otherwise, for several updates on the same
+        rollouts, -min(r A, clip(r, 1 - clip_ratio, 1 + clip_ratio) A) with r = p / p_old, whose gradient
+        at r = 1 is that of the first form.
 
-    Returns:
-      loss_BT, float32.
-
-    Source: paper.md, steps 7 and 8; the clipped form is PPO's (Schulman et al. 2017, arXiv 1707.06347).
+    Source: paper.md, step 8; the clipped form is PPO's (Schulman et al. 2017, arXiv 1707.06347).
     """
-    scaled_BT = jax.lax.stop_gradient(advantage_BT * weight_BT)
+    advantage_BT = jax.lax.stop_gradient(advantage_BT)
     if clip_ratio is None:
-        return -scaled_BT * logp_BT
+        return -advantage_BT * logp_BT
     ratio_BT = jnp.exp(logp_BT - old_logp_BT)
     clipped_BT = jnp.clip(ratio_BT, 1 - clip_ratio, 1 + clip_ratio)
-    return -jnp.minimum(ratio_BT * scaled_BT, clipped_BT * scaled_BT)
+    return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
 
 
-def policy_gradient_sum(
+@objective("policy_gradient", advantage=True)
+def policy_gradient(tokens: Tokens, options: Options):
+    """-A_t log S(y_t): the single-sample estimate of the reverse KL's gradient. Source: paper.md, step 8."""
+    logp_BT = scoring.token_logp(tokens.logits_BTV, tokens.token_BT)
+    return surrogate(logp_BT, tokens.old_logp_BT, tokens.advantage_BT, options.clip_ratio)
+
+
+@objective("reverse_kl", teacher="logits")
+def reverse_kl(tokens: Tokens, options: Options):
+    """KL(S || T) over the vocabulary at each position. Source: Agarwal et al. 2024 (arXiv 2306.13649)."""
+    return divergences.reverse_kl(tokens.logits_BTV, tokens.teacher_logits_BTV)
+
+
+@objective("forward_kl", teacher="logits")
+def forward_kl(tokens: Tokens, options: Options):
+    """KL(T || S) over the vocabulary at each position. Source: Agarwal et al. 2024 (arXiv 2306.13649)."""
+    return divergences.forward_kl(tokens.logits_BTV, tokens.teacher_logits_BTV)
+
+
+@objective("jsd", teacher="logits")
+def jsd(tokens: Tokens, options: Options):
+    """Generalised JSD, see `divergences.generalised_jsd`: beta 0 is the forward KL, 1 the reverse KL."""
+    return divergences.generalised_jsd(tokens.logits_BTV, tokens.teacher_logits_BTV, options.beta)
+
+
+@objective("sft", writer="teacher")
+def sft(tokens: Tokens, options: Options):
+    """-log S(y_t) on what the teacher wrote. Source: Kim & Rush 2016 (arXiv 1606.07947), from samples."""
+    return -scoring.token_logp(tokens.logits_BTV, tokens.token_BT)
+
+
+@objective("eopd", teacher="top", advantage=True)
+def eopd(tokens: Tokens, options: Options):
+    """Policy gradient, plus the forward KL on the teacher's top tokens where its entropy is above tau.
+
+    Source: EOPD (Jin et al. 2026, arXiv 2603.07079); the group of all other tokens is ours.
+    """
+    top = tokens.teacher_top
+    kl_BT = divergences.grouped_forward_kl(tokens.logits_BTV, top.top_BTK, top.logp_BTK)
+    uncertain_BT = top.entropy_BT > options.entropy_threshold
+    return policy_gradient(tokens, options) + jnp.where(uncertain_BT, kl_BT, 0)
+
+
+@objective("aopd", teacher="top", advantage=True)
+def aopd(tokens: Tokens, options: Options):
+    """Policy gradient where A_t > 0, the forward KL on the teacher's top tokens elsewhere.
+
+    Source: AOPD (Jia et al. 2026, arXiv 2605.06387); the group of all other tokens is ours.
+    """
+    top = tokens.teacher_top
+    kl_BT = divergences.grouped_forward_kl(tokens.logits_BTV, top.top_BTK, top.logp_BTK)
+    return jnp.where(tokens.advantage_BT > 0, policy_gradient(tokens, options), kl_BT)
+
+
+def advantage(advantage_BT, clip: float, reward_weight: float = 0.0, reward_B=None):
+    """The advantage that a loss sees: clipped, then with the task reward mixed in.
+
+    Args:
+      advantage_BT: log T(y_t) - log S(y_t), nats.
+      clip: largest absolute value in nats; 0 does not clip.
+      reward_weight: nats a unit of reward.
+      reward_B: reward of each response, NaN where it has none; None mixes nothing in. Its mean over the
+        batch is subtracted, so that the mix favours no response on average.
+    """
+    if clip:
+        advantage_BT = jnp.clip(advantage_BT, -clip, clip)
+    if reward_B is None:
+        return advantage_BT
+    graded_B = ~jnp.isnan(reward_B)
+    mean = jnp.where(graded_B, reward_B, 0).sum() / jnp.maximum(graded_B.sum(), 1)
+    return advantage_BT + reward_weight * jnp.where(graded_B, reward_B - mean, 0)[:, None]
+
+
+def loss_sum(
+    name: str,
+    options: Options,
     config: ModelConfig,
     params: dict,
     rollouts,
@@ -43,30 +199,87 @@ def policy_gradient_sum(
     weight_BT,
     *,
     chunk: int,
-    clip_ratio: float | None,
     remat: str,
+    targets: scoring.Targets | None = None,
+    teacher: tuple[ModelConfig, jax.Array] | None = None,
 ):
-    """Sum of `policy_gradient` over a batch, differentiable in params; one student forward pass.
+    """Weighted sum of an objective over a batch, differentiable in params; one student forward pass.
+
+    Args:
+      name: a key of OBJECTIVES.
+      config, params: the student.
+      remat: a name of transformer.REMAT_POLICIES.
+      others: see `head_loss_sum`.
 
     Returns:
       A float32 scalar. Divide by the response tokens of the whole batch, all micro-batches counted.
     """
-    hidden_BTD = scoring.response_hidden(config, params, rollouts, remat)
-    head_VD = params["embedding" if config.tie_embeddings else "head"]
+    return head_loss_sum(
+        name,
+        options,
+        config,
+        params["embedding" if config.tie_embeddings else "head"],
+        scoring.response_hidden(config, params, rollouts, remat),
+        rollouts,
+        advantage_BT,
+        weight_BT,
+        chunk=chunk,
+        targets=targets,
+        teacher=teacher,
+    )
 
-    def loss(head_VD, hidden_BcD, per_token):
-        token_Bc, old_logp_Bc, advantage_Bc, weight_Bc = per_token
-        logits_BcV = transformer.logits(config, head_VD.astype(config.dtype), hidden_BcD)
-        logp_Bc = scoring.token_logp(logits_BcV, token_Bc)
-        return policy_gradient(logp_Bc, old_logp_Bc, advantage_Bc, weight_Bc, clip_ratio).sum()
 
-    per_token = rollouts.response_BT, rollouts.logp_BT, advantage_BT, weight_BT
-    return chunked_sum(loss, chunk, head_VD, hidden_BTD, per_token)
+def head_loss_sum(
+    name: str,
+    options: Options,
+    config: ModelConfig,
+    head_VD,
+    hidden_BTD,
+    rollouts,
+    advantage_BT,
+    weight_BT,
+    *,
+    chunk: int,
+    targets: scoring.Targets | None = None,
+    teacher: tuple[ModelConfig, jax.Array] | None = None,
+):
+    """The part of `loss_sum` that sees the vocabulary: differentiable in head_VD and hidden_BTD.
+
+    Args:
+      head_VD: the student's output matrix in its stored dtype.
+      hidden_BTD: the student's final hidden states at the response positions.
+      rollouts: response_BT and logp_BT are read, the latter as Tokens.old_logp_BT.
+      advantage_BT: see `Tokens`.
+      weight_BT: release mask times rescale; multiplies the loss of each position; no gradient.
+      chunk: positions whose logits exist at a time.
+      targets: what `scoring.score` kept for an objective that needs more of the teacher.
+      teacher: (config, head_VD) of the teacher; read only if the targets hold its hidden states.
+    """
+
+    def loss(head_VD, hidden_BcD, per_token, teacher_head_VD):
+        token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets = per_token
+        teacher_logits_BcV = None
+        if targets.hidden_BTD is not None:
+            teacher_logits_BcV = transformer.logits(teacher[0], teacher_head_VD, targets.hidden_BTD)
+        tokens = Tokens(
+            logits_BTV=transformer.logits(config, transformer.gather_head(config, head_VD), hidden_BcD),
+            token_BT=token_Bc,
+            old_logp_BT=old_logp_Bc,
+            advantage_BT=advantage_Bc,
+            teacher_logits_BTV=teacher_logits_BcV,
+            teacher_top=targets.top,
+        )
+        return (weight_Bc * OBJECTIVES[name].loss(tokens, options)).sum()
+
+    targets = targets or scoring.Targets()
+    per_token = rollouts.response_BT, rollouts.logp_BT, advantage_BT, weight_BT, targets
+    teacher_head_VD = None if teacher is None else teacher[1]
+    return chunked_sum(loss, chunk, head_VD, hidden_BTD, per_token, teacher_head_VD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token):
-    """Sum over chunks of positions of loss(head_VD, hidden_BcD, per_token of the chunk).
+def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token, fixed=None):
+    """Sum over chunks of positions of loss(head_VD, hidden_BcD, per_token of the chunk, fixed).
 
     Under differentiation each chunk's gradient is taken while its logits are there: the vocabulary's
     matrix is read three times (logits, gradient of the hidden states, gradient of the matrix) where
@@ -78,22 +291,23 @@ def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token):
       head_VD: output matrix in its stored dtype, in which its gradient accumulates.
       hidden_BTD: final hidden states.
       per_token: pytree of [B, T, ...], without gradient.
+      fixed: pytree that every chunk sees whole, without gradient.
     """
 
     def step(total, piece):
         hidden_BcD, per_token = piece
-        return total + loss(head_VD, hidden_BcD, per_token), None
+        return total + loss(head_VD, hidden_BcD, per_token, fixed), None
 
     pieces = scoring.chunked((hidden_BTD, per_token), chunk)
     return jax.lax.scan(step, jnp.float32(0), pieces)[0]
 
 
-def _chunked_sum_forward(loss, chunk, head_VD, hidden_BTD, per_token):
+def _chunked_sum_forward(loss, chunk, head_VD, hidden_BTD, per_token, fixed):
     def step(carry, piece):
         total, head_grad_VD = carry
         hidden_BcD, per_token = piece
         value, (head_grad, hidden_grad) = jax.value_and_grad(loss, argnums=(0, 1))(
-            head_VD, hidden_BcD, per_token
+            head_VD, hidden_BcD, per_token, fixed
         )
         return (total + value, head_grad_VD + head_grad), hidden_grad
 
@@ -110,6 +324,7 @@ def _chunked_sum_backward(loss, chunk, residuals, cotangent):
     return (
         (cotangent * head_grad_VD).astype(head_grad_VD.dtype),
         (cotangent * hidden_grad_BTD).astype(hidden_grad_BTD.dtype),
+        None,
         None,
     )
 

@@ -24,6 +24,7 @@ class Rollouts:
         it was sampled with.
       behaviour_logp_BT: the log-probability under the distribution that the token was drawn from.
       topk_BTK: ids of the student's K most likely tokens at each position, most likely first.
+      topk_logp_BTK: the student's log-probabilities of them in nats, as logp_BT's.
       stop_BT: the student's probability of an end token at each position.
       finished_B: ended by an end token, not by the length limit.
     """
@@ -34,6 +35,7 @@ class Rollouts:
     logp_BT: jax.Array
     behaviour_logp_BT: jax.Array
     topk_BTK: jax.Array
+    topk_logp_BTK: jax.Array
     stop_BT: jax.Array
     finished_B: jax.Array
 
@@ -129,6 +131,7 @@ def sample(
         "behaviour_logp": jnp.zeros((t_max, b), jnp.float32),
         "stop": jnp.zeros((t_max, b), jnp.float32),
         "topk": jnp.zeros((t_max, b, sampling.candidates), jnp.int32),
+        "topk_logp": jnp.zeros((t_max, b, sampling.candidates), jnp.float32),
     }
     first = emit(out, hidden_BD, jnp.zeros((b,), bool), 0)
     state = 1, *first, cache
@@ -145,6 +148,7 @@ def sample(
         logp_BT=out["logp"],
         behaviour_logp_BT=out["behaviour_logp"],
         topk_BTK=out["topk"],
+        topk_logp_BTK=out["topk_logp"],
         stop_BT=out["stop"],
         finished_B=done_B,
     )
@@ -176,4 +180,5 @@ def _draw(sampling: Sampling, logits_BV, u_B2, end_ids) -> dict:
         "behaviour_logp": behaviour_logp_B,
         "stop": jnp.where(end_ids[None] >= 0, jnp.exp(stop_BE), 0).sum(axis=1),
         "topk": topk_BK,
+        "topk_logp": vocabulary.pick_logit(logits_BRW, topk_BK) - normaliser_B[:, None],
     }

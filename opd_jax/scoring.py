@@ -4,15 +4,44 @@ Whatever needs the vocabulary runs over chunks of positions, so [B, T, V] never 
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import vocabulary
+from opd_jax import divergences, vocabulary
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
+
+
+@struct.dataclass
+class TeacherTop:
+    """The teacher's own most likely tokens; finite and without meaning outside the response.
+
+    Attributes:
+      top_BTK: ids, most likely first.
+      logp_BTK: their log-probabilities and, last, that of all other ids together: [B, T, K + 1].
+      entropy_BT: the teacher's entropy over the whole vocabulary, nats.
+    """
+
+    top_BTK: jax.Array
+    logp_BTK: jax.Array
+    entropy_BT: jax.Array
+
+
+@struct.dataclass
+class Targets:
+    """What some objectives need of the teacher beside Scores; all of it from the same forward pass.
+
+    Attributes:
+      hidden_BTD: final hidden states, from which the loss makes the teacher's logits chunk by chunk.
+      top: TeacherTop.
+    """
+
+    hidden_BTD: jax.Array | None = None
+    top: TeacherTop | None = None
 
 
 @struct.dataclass
@@ -23,12 +52,27 @@ class Scores:
       advantage_BT: A_t = log p_T(y_t) - log p_S(y_t).
       contrast_BT: M_t >= 0, the teacher's margin between its best two of the student's K candidates.
       teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
+      teacher_topk_logp_BTK, student_topk_logp_BTK: those of the student's K candidates, in its order.
+      overlap_BT: no unit, the share of the student's K candidates that are among the teacher's K best.
+      teacher_stop_BT: the teacher's probability of an end token at each position.
+      targets: what `score` was asked to keep for the objective.
     """
 
     advantage_BT: jax.Array
     contrast_BT: jax.Array
     teacher_logp_BT: jax.Array
     student_logp_BT: jax.Array
+    teacher_topk_logp_BTK: jax.Array | None
+    student_topk_logp_BTK: jax.Array | None
+    overlap_BT: jax.Array | None
+    teacher_stop_BT: jax.Array
+    targets: Targets | None = None
+
+    def per_token(self) -> "Scores":
+        """The scores without what only rules and objectives read: nothing of it need leave a program."""
+        return self.replace(
+            teacher_topk_logp_BTK=None, student_topk_logp_BTK=None, overlap_BT=None, targets=None
+        )
 
 
 def score(
@@ -39,6 +83,8 @@ def score(
     chunk: int,
     micro_batches: int = 1,
     student: tuple[ModelConfig, dict] | None = None,
+    keep: Literal["logits", "top"] | None = None,
+    top_k: int = 0,
 ) -> Scores:
     """Scores rollouts with one teacher forward pass.
 
@@ -49,6 +95,8 @@ def score(
       micro_batches: pieces that the batch is cut into, one after another.
       student: (config, params) to recompute the student's log-probabilities and candidates with, at the
         price of another forward pass; None takes the sampler's, which are the same in exact arithmetic.
+      keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
+        `top_k` most likely tokens and its entropy.
 
     Returns:
       Scores.
@@ -57,33 +105,41 @@ def score(
     """
 
     def one(r: Rollouts) -> Scores:
-        candidate_BTK, student_logp_BT = r.topk_BTK, r.logp_BT
+        own = r.topk_BTK, r.topk_logp_BTK, r.logp_BT
         if student is not None:
             config, params = student
             with jax.named_scope("student"):
                 hidden_BTD = response_hidden(config, params, r)
-                candidate_BTK, student_logp_BT = over_chunks(
+                own = over_chunks(
                     functools.partial(_student_chunk, config, r.topk_BTK.shape[-1]),
                     chunk,
                     transformer.head(config, params),
                     (hidden_BTD, r.response_BT),
                 )
+        candidate_BTK, student_topk_logp_BTK, student_logp_BT = own
         with jax.named_scope("teacher"):
             hidden_BTD = response_hidden(teacher, teacher_params, r)
-            teacher_logp_BT, contrast_BT = over_chunks(
-                functools.partial(_teacher_chunk, teacher),
+            teacher_topk_logp_BTK, teacher_logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
+                functools.partial(_teacher_chunk, teacher, top_k if keep == "top" else 0),
                 chunk,
                 transformer.head(teacher, teacher_params),
                 (hidden_BTD, r.response_BT, candidate_BTK),
             )
-        teacher_logp_BT, student_logp_BT, contrast_BT = (
-            jnp.where(r.mask_BT, x, 0) for x in (teacher_logp_BT, student_logp_BT, contrast_BT)
-        )
-        return Scores(
+        scores = Scores(
             advantage_BT=teacher_logp_BT - student_logp_BT,
             contrast_BT=contrast_BT,
             teacher_logp_BT=teacher_logp_BT,
             student_logp_BT=student_logp_BT,
+            teacher_topk_logp_BTK=teacher_topk_logp_BTK,
+            student_topk_logp_BTK=student_topk_logp_BTK,
+            overlap_BT=overlap_BT,
+            teacher_stop_BT=stop_BT,
+        )
+        scores = jax.tree.map(
+            lambda x: jnp.where(r.mask_BT.reshape(r.mask_BT.shape + (1,) * (x.ndim - 2)), x, 0), scores
+        )
+        return scores.replace(
+            targets=Targets(hidden_BTD=hidden_BTD if keep == "logits" else None, top=top)
         )
 
     if micro_batches == 1:
@@ -92,17 +148,53 @@ def score(
 
 
 def _student_chunk(config, candidates, head_VD, chunk):
+    """(candidate_BcK, their logp_BcK, the token's logp_Bc)."""
     hidden_BcD, token_Bc = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
-    top_BcK = vocabulary.top(vocabulary.fold(_rows(logits_BcV)), candidates)
-    return top_BcK.reshape(*token_Bc.shape, candidates), token_logp(logits_BcV, token_Bc)
+    top_BcK = _top(logits_BcV, candidates)
+    logp_BcN = _logp(logits_BcV, top_BcK, token_Bc[..., None])
+    return top_BcK, logp_BcN[..., :-1], logp_BcN[..., -1]
 
 
-def _teacher_chunk(config, head_VD, chunk):
+def _teacher_chunk(config, top_k, head_VD, chunk):
+    """(candidates' logp_BcK, the token's logp_Bc, stop_Bc, margin_Bc, overlap_Bc, TeacherTop or None)."""
     hidden_BcD, token_Bc, candidate_BcK = chunk
     logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
-    best_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
-    return token_logp(logits_BcV, token_Bc), best_BcK[..., 0] - best_BcK[..., 1]
+    k = candidate_BcK.shape[-1]
+    end_BcE = jnp.broadcast_to(jnp.array(config.eos_ids, jnp.int32), (*token_Bc.shape, len(config.eos_ids)))
+    logp_BcN = _logp(logits_BcV, candidate_BcK, token_Bc[..., None], end_BcE)
+    ranked_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
+    shared_BcK = (candidate_BcK[..., :, None] == _top(logits_BcV, k)[..., None, :]).any(axis=-1)
+    return (
+        logp_BcN[..., :k],
+        logp_BcN[..., k],
+        jnp.exp(logp_BcN[..., k + 1 :]).sum(axis=-1),
+        ranked_BcK[..., 0] - ranked_BcK[..., 1],
+        shared_BcK.mean(axis=-1),
+        _teacher_top(logits_BcV, top_k) if top_k else None,
+    )
+
+
+def _top(logits_BcV, count):
+    top_NK = vocabulary.top(vocabulary.fold(_rows(logits_BcV)), count)
+    return top_NK.reshape(*logits_BcV.shape[:-1], count)
+
+
+def _logp(logits_BcV, *ids):
+    """log softmax at ids [B, c, n] each, side by side."""
+    id_BcN = jnp.concatenate(ids, axis=-1)
+    normaliser_N = vocabulary.log_normaliser(vocabulary.fold(_rows(logits_BcV)))
+    normaliser_Bc1 = normaliser_N.reshape(*logits_BcV.shape[:-1], 1)
+    return jnp.take_along_axis(logits_BcV, id_BcN, axis=-1) - normaliser_Bc1
+
+
+def _teacher_top(logits_BcV, top_k: int) -> TeacherTop:
+    top_BcK = _top(logits_BcV, top_k)
+    return TeacherTop(
+        top_BTK=top_BcK,
+        logp_BTK=divergences.grouped(logits_BcV, top_BcK),
+        entropy_BT=divergences.entropy(logits_BcV),
+    )
 
 
 @jax.custom_vjp
@@ -189,17 +281,14 @@ def reverse_kl(
     rollouts: Rollouts,
     *,
     chunk: int,
+    micro_batches: int = 1,
 ):
     """KL(student || teacher) over the whole vocabulary at each response position: [B, T] nats, 0 outside.
 
     Both models must share ids; ids that either tokenizer lacks carry no mass in the student. The models
-    may have different numbers of vocabulary rows.
+    may have different numbers of vocabulary rows. For chunk and micro_batches see `score`.
     """
     shared = min(student.vocab_size, teacher.vocab_size)
-    hidden = (
-        response_hidden(student, student_params, rollouts),
-        response_hidden(teacher, teacher_params, rollouts),
-    )
     heads = transformer.head(student, student_params), transformer.head(teacher, teacher_params)
 
     def one(heads, hidden):
@@ -209,4 +298,13 @@ def reverse_kl(
             jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)
         ).sum(axis=-1)
 
-    return jnp.where(rollouts.mask_BT, over_chunks(one, chunk, heads, hidden), 0)
+    def piece(r: Rollouts):
+        hidden = (
+            response_hidden(student, student_params, r),
+            response_hidden(teacher, teacher_params, r),
+        )
+        return jnp.where(r.mask_BT, over_chunks(one, chunk, heads, hidden), 0)
+
+    if micro_batches == 1:
+        return piece(rollouts)
+    return join(jax.lax.map(piece, split(rollouts, micro_batches)))

@@ -3,7 +3,8 @@
     python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
     python -m opd_jax.train --config=configs/demo.py --config.release.rule=none --workdir=runs/full
 
-Started again with the same --workdir it goes on from the newest checkpoint.
+Started again with the same --workdir it goes on from the newest checkpoint. SIGTERM ends it after the step
+that is running, with a checkpoint and exit status 75. docs/pods.md tells how to run it on a TPU pod.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import time
 import jax
 from absl import flags
 
-from opd_jax import data, metrics, sharding
+from opd_jax import data, distributed, metrics, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -20,7 +21,7 @@ from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
 from opd_jax.transcripts import transcripts
 
-SAMPLING_KEY = 0
+SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1
 
 
 def train(job: Job, workdir, start_evaluation: dict | None = None):
@@ -32,6 +33,9 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
 
     Returns:
       The final TrainState.
+
+    Raises:
+      distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c, mesh = job.config, job.mesh
     metrics.write_run_files(workdir, c)
@@ -52,15 +56,15 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         c.data.prompt_tokens,
         job.student.pad_id,
         c.seed,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(mesh, c.rollout.batch),
         start=position,
     )
-    key = job.key(SAMPLING_KEY)
+    key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
 
     # ---- The loop. Metrics of a step are read after the next one is on its way.
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
+        preemption = stack.enter_context(distributed.Preemption())
         clock = stack.enter_context(metrics.PhaseClock())
         writer = stack.enter_context(
             metrics.MetricWriter(
@@ -87,25 +91,39 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
 
         if done is None and due(c.eval.every, 0):
             evaluated(0, state, start_evaluation)
+        if done is not None and due(c.eval.every, done) and not checkpoints.evaluated(done):
+            evaluated(done, state)  # there was no time for it before the run was stopped
         for step in range((done or 0) + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
             batch = sharding.put_batch(mesh, local)
             data_seconds = time.perf_counter() - started
-            rollouts = job.sample(state.params, batch.tokens_BP, batch.mask_BP, key, state.step)
+            drawn = batch.tokens_BP, batch.mask_BP, key, state.step
+            if job.teacher_writes:
+                rollouts = job.sample_teacher(teacher_params, *drawn)
+            else:
+                rollouts = job.sample(state.params, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
+            reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
+            table = job.segment_table(rollouts)
             state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, job.table
+                state, teacher_params, rollouts, table, release_key, *reward
             )
             clock.watch("train", step, measured["loss"])
             read.finish()
             read.begin(step, measured, data_seconds, rollouts, supervision)
-            evaluating, saving = due(c.eval.every, step), due(c.checkpoint.every, step)
+            stopping = preemption.reached(step)
+            evaluating = due(c.eval.every, step) and not stopping
+            saving = due(c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
             if evaluating or saving:
                 read.finish()
             kl = evaluated(step, state) if evaluating else None
             if saving:
+                writer.sync()
                 checkpoints.save(step, state, prompts.state(), kl)
+            if stopping:
+                writer.say(f"told to stop after step {step}; start again with the same --workdir to go on")
+                raise distributed.Preempted
         read.finish()
     return state
 
@@ -163,6 +181,7 @@ def main(_):
         raise UserError("--workdir is not set; give a folder for the run, such as runs/first")
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/demo.py")
+    distributed.initialize()
     train(prepare(flags.FLAGS.config, flags.FLAGS.workdir), flags.FLAGS.workdir)
 
 

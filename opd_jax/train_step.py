@@ -7,6 +7,7 @@ from flax import struct
 
 from opd_jax import objectives, scoring, segments
 from opd_jax import release as releasing
+from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
 
@@ -74,40 +75,48 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimizer):
-    """Builds train_step(state, teacher_params, rollouts, table) -> (state, metrics, Supervision).
+    """Builds train_step(state, teacher_params, rollouts, table, key, reward_B).
 
     Args:
       student, teacher: the models' configs.
-      config: the whole config; reads scoring.*, release.*, train.*.
+      config: the whole config; reads objective.*, reward.*, scoring.*, release.*, train.*.
       optimizer: what `make_optimizer` returned, or any optax transformation.
 
     Returns:
-      A pure function; jit it with the state donated. `table` is the SegmentTable; metrics is a dict of
-      float32 scalars and [20] lists, summed or averaged over response tokens of the whole batch.
+      A pure function that returns (state, metrics, Supervision); jit it with the state donated. `table` is
+      the SegmentTable; `key` is a PRNG key of the run, from which release rules that draw do so with the
+      step's number; `reward_B`, needed only with a reward.weight, is the reward of each response, NaN where
+      there is none; metrics is a dict of float32 scalars and [20] lists, summed or averaged over response
+      tokens of the whole batch.
     """
     train, scoring_ = config.train, config.scoring
     micro_batches = config.rollout.batch // train.micro_batch
-    clip_ratio = train.clip_ratio if train.updates_per_rollout > 1 else None
+    name, options = config.objective.name, objectives.options(config)
+    objective = objectives.OBJECTIVES[name]
+    # What the teacher writes, its sampler scores as the teacher; the student's side is then recomputed.
+    recompute = scoring_.student == "recompute" or objective.writer == "teacher"
     schedule = learning_rate(config)
 
-    def gradient(params, rollouts, supervision, tokens):
+    def gradient(params, batch, teacher_head_VD, tokens):
         """(loss, gradient) of the mean over response tokens, accumulated over micro-batches."""
 
         def loss(params, piece):
-            rollouts, advantage_BT, weight_BT = piece
-            total = objectives.policy_gradient_sum(
+            rollouts, advantage_BT, weight_BT, targets = piece
+            total = objectives.loss_sum(
+                name,
+                options,
                 student,
                 params,
                 rollouts,
                 advantage_BT,
                 weight_BT,
                 chunk=scoring_.chunk,
-                clip_ratio=clip_ratio,
                 remat=train.remat,
+                targets=targets,
+                teacher=(teacher, teacher_head_VD),
             )
             return total / tokens
 
-        batch = rollouts, supervision.scores.advantage_BT, supervision.release.weight_BT
         if micro_batches == 1:
             return jax.value_and_grad(loss)(params, batch)
 
@@ -117,9 +126,8 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(accumulate, zero, scoring.split(batch, micro_batches))[0]
 
-    def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table):
+    def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table, key, reward_B=None):
         with jax.named_scope("score"):
-            recompute = scoring_.student == "recompute"
             scores = scoring.score(
                 teacher,
                 teacher_params,
@@ -127,18 +135,35 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
                 chunk=scoring_.chunk,
                 micro_batches=micro_batches,
                 student=(student, state.params) if recompute else None,
+                keep=objective.teacher,
+                top_k=config.objective.top_k,
             )
+            targets = scores.targets
         with jax.named_scope("release"):
             segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
-            released = releasing.release(scores, segment_BT, rollouts.mask_BT, config.release)
-        supervision = Supervision(scores=scores, release=released)
+            released = releasing.release(
+                scores,
+                segment_BT,
+                rollouts.mask_BT,
+                config.release,
+                step=state.step,
+                key=jax.random.fold_in(key, state.step),
+            )
+        supervision = Supervision(scores=scores.per_token(), release=released)
         tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
-        rollouts_ = rollouts.replace(logp_BT=scores.student_logp_BT)
+        advantage_BT = objectives.advantage(
+            scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
+        )
+        scored = rollouts.replace(logp_BT=scores.student_logp_BT)
+        batch = scored, advantage_BT, released.weight_BT, targets
+        teacher_head_VD = (
+            transformer.head(teacher, teacher_params) if objective.teacher == "logits" else None
+        )
 
         def update(carry, _):
             params, opt_state = carry
             with jax.named_scope("gradient"):
-                loss, grads = gradient(params, rollouts_, supervision, tokens)
+                loss, grads = gradient(params, batch, teacher_head_VD, tokens)
             with jax.named_scope("update"):
                 changes, opt_state = optimizer.update(grads, opt_state, params)
                 params = optax.apply_updates(params, changes)
@@ -155,6 +180,14 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             "grad_norm": norm,
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
         }
+        if objective.writer == "teacher":
+            metrics["kl"] = -metrics["kl"]  # log T - log S of the teacher's own tokens: KL(T || S)
+        if targets.top is not None:
+            entropy_BT = jnp.where(rollouts.mask_BT, targets.top.entropy_BT, 0)
+            metrics["teacher_entropy"] = entropy_BT.sum() / tokens
+        if reward_B is not None:
+            metrics["reward"] = jnp.nanmean(reward_B)
+            metrics["graded_share"] = 1 - jnp.isnan(reward_B).mean()
         params, opt_state = carry
         return TrainState(state.step + 1, params, opt_state), metrics, supervision
 
@@ -193,6 +226,7 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         "advantage_std": jnp.sqrt(variance),
         "contrast": mean(scores.contrast_BT),
         "stop_probability": mean(rollouts.stop_BT),
+        "teacher_stop_probability": mean(scores.teacher_stop_BT),
         "response_tokens": mask_BT.sum(),
         "supervised_tokens": supervised,
         "kept_share": supervised / tokens,

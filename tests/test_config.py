@@ -46,6 +46,19 @@ def refusal(settings, workdir=None) -> str:
     "key, value, said",
     [
         ("release.rule", "papr", "did you mean paper?"),
+        ("release.rule", "iw-opd", "did you mean iw_opd?"),
+        ("release.prefix_fraction", 0.0, "between"),
+        ("release.prefix_tokens", -1, "at least 0"),
+        ("release.fopd_start", 2000, "fopd_end=1024"),
+        ("release.fopd_steps", 0, "at least 1"),
+        ("release.iw_gamma", -0.5, "at least 0"),
+        ("release.prune_overlap", 1.5, "between 0 and 1"),
+        ("release.prune_drop", 2.0, "between 0 and 1"),
+        ("release.ta_share", 5.0, "between"),
+        ("segments.kind", "fixed:0", "1 or more"),
+        ("segments.kind", "line", "use one of punkt"),
+        ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
+        ("rollout.cache_stages", 13, "rollout.max_tokens=12"),
         ("scoring.student", "sample", "did you mean sampler?"),
         ("optimizer.schedule", "zigzag", "constant, linear, cosine"),
         ("data.over_long", "cut", "error, drop"),
@@ -67,6 +80,11 @@ def refusal(settings, workdir=None) -> str:
         ("teacher.end_id", 5, "258"),
         ("data.path", "/nowhere/prompts.jsonl", "/nowhere/prompts.jsonl"),
         ("rollout.max_tokens", 1000, "256 positions"),
+        ("objective.name", "revers_kl", "did you mean reverse_kl?"),
+        ("objective.beta", 1.5, "between 0 and 1"),
+        ("objective.top_k", 0, "between 1 and 64"),
+        ("objective.advantage_clip", -1.0, "at least 0"),
+        ("reward.weight", 1.0, "no training prompt has an `answer`"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(
@@ -81,6 +99,14 @@ def test_a_micro_batch_that_the_mesh_cannot_cut_is_refused(models):
     message = refusal(tiny.config(models, **{"train.micro_batch": 4}))
     assert "train.micro_batch=4" in message
     assert "multiple of 8" in message
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "sft"])
+@pytest.mark.parametrize("key", ["reward.weight", "objective.advantage_clip"])
+def test_what_acts_on_advantages_is_refused_for_an_objective_that_has_none(models, name, key):
+    message = refusal(tiny.config(models, **{key: 0.5, "objective.name": name}))
+    assert f"{key}=0.5 has no effect on objective.name={name}" in message
+    assert "policy_gradient" in message
 
 
 def test_a_micro_batch_of_zero_is_the_whole_batch(models):
@@ -146,7 +172,7 @@ def test_every_recipe_has_the_fields_of_the_default():
     assert fields
     for path, recipe in fields.items():
         assert recipe.keys() == default.keys(), path
-        for section in ("release", "train", "optimizer", "data", "rollout"):
+        for section in ("release", "objective", "reward", "train", "optimizer", "data", "rollout"):
             assert recipe[section].keys() == default[section].keys(), path
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -100,9 +101,20 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
     with writer(tmp_path / "run", tensorboard=True, stream=stream) as out:
         out.write(train_line(1))
         out.write_rollouts([{"step": 1}])
+        out.say("told to stop")
+        out.sync()
     metrics.write_run_files(tmp_path / "run", {"seed": 0})
     assert not (tmp_path / "run").exists()
     assert stream.getvalue() == ""
+
+
+def test_sync_puts_every_record_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    with writer(tmp_path) as out:
+        out.sync()
+    names = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
+    assert sorted(synced) == sorted(str(tmp_path / name) for name in names)
 
 
 def test_tensorboard_file_holds_the_scalars(tmp_path):

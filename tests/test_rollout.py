@@ -96,6 +96,14 @@ def test_topk_is_the_full_forwards_four_best_ids_in_order(sampling):
 
 
 @EVERY_SAMPLING
+def test_the_candidates_log_probabilities_are_the_full_forwards(sampling):
+    r = sampled(sampling)
+    logp_BTV = special.log_softmax(reference_logits(sampling), axis=-1)
+    want_BTK = np.take_along_axis(logp_BTV, r.topk_BTK, axis=-1)
+    np.testing.assert_allclose(r.topk_logp_BTK[r.mask_BT], want_BTK[r.mask_BT], atol=1e-4)
+
+
+@EVERY_SAMPLING
 def test_stop_probability_sums_the_end_tokens(sampling):
     r = sampled(sampling)
     mass_BTV = special.softmax(reference_logits(sampling), axis=-1)
@@ -143,7 +151,7 @@ def test_past_a_rows_end_every_field_is_pad_false_or_zero():
     assert 0 < r.mask_BT.sum() < r.mask_BT.size
     past_BT = ~r.mask_BT
     assert (r.response_BT[past_BT] == MODEL.pad_id).all()
-    for field_BT in (r.logp_BT, r.behaviour_logp_BT, r.stop_BT, r.topk_BTK):
+    for field_BT in (r.logp_BT, r.behaviour_logp_BT, r.stop_BT, r.topk_BTK, r.topk_logp_BTK):
         assert not field_BT[past_BT].any()
 
 
@@ -225,7 +233,9 @@ def test_the_same_seed_gives_the_same_tokens_on_any_mesh(shape):
     def sample(params, tokens_BP, mask_BP, key):
         return rollout.sample(MODEL, params, tokens_BP, mask_BP, key, PLAIN)
 
-    on_mesh = jax.jit(sample, in_shardings=(weights, rows, rows, whole), out_shardings=rows)
+    on_mesh = jax.jit(
+        sharding.on(mesh, sample), in_shardings=(weights, rows, rows, whole), out_shardings=rows
+    )
     r = on_mesh(params(), *prompts(), jax.random.key(0))
     want = sampled(PLAIN)
     np.testing.assert_array_equal(r.tokens_BL, want.tokens_BL)

@@ -15,11 +15,11 @@ from opd_jax.models import transformer
 from opd_jax.rollout import Rollouts
 from tests import tiny
 
-B, P, T, V, K = 4, 5, 11, 64, 4
+B, P, T, V, K, TOP_K = 4, 5, 11, 64, 4, 6
 STUDENT = tiny.STUDENT.replace(
     vocab_size=V,
     valid_vocab=V - 3,
-    eos_ids=(),
+    eos_ids=(3, 7),
     pad_id=0,
 )
 # As in a real pair: other width and depth, more vocabulary rows, the same ids.
@@ -28,6 +28,18 @@ TEACHER = STUDENT.replace(vocab_size=V + 16, width=48, layers=1, tie_embeddings=
 score = jax.jit(
     lambda teacher, teacher_params, rollouts, chunk, micro_batches=1: scoring.score(
         teacher, teacher_params, rollouts, chunk=chunk, micro_batches=micro_batches
+    ),
+    static_argnums=(0, 3, 4),
+)
+kept = jax.jit(
+    lambda teacher, teacher_params, rollouts, keep, micro_batches: scoring.score(
+        teacher,
+        teacher_params,
+        rollouts,
+        chunk=4,
+        micro_batches=micro_batches,
+        keep=keep,
+        top_k=TOP_K,
     ),
     static_argnums=(0, 3, 4),
 )
@@ -66,9 +78,11 @@ def rollouts():
     prompt_mask_BP = np.arange(P)[None] >= np.array([[0], [2], [4], [1]])
     mask_BT = np.arange(T)[None] < np.array([[T], [7], [1], [4]])
     logits_BTV = logits_of(STUDENT, tiny.weights(STUDENT), tokens_BL, prompt_mask_BP, mask_BT)
-    logp_BT = at(special.log_softmax(logits_BTV, axis=-1), tokens_BL[:, P:])
+    logp_BTV = special.log_softmax(logits_BTV, axis=-1)
+    logp_BT = at(logp_BTV, tokens_BL[:, P:])
     logp_BT = np.where(mask_BT, logp_BT, 0).astype(np.float32)
     topk_BTK = np.argsort(-logits_BTV, axis=-1)[..., :K].astype(np.int32)
+    topk_logp_BTK = np.take_along_axis(logp_BTV, topk_BTK, axis=-1)
     return Rollouts(
         tokens_BL=tokens_BL,
         prompt_mask_BP=prompt_mask_BP,
@@ -76,6 +90,7 @@ def rollouts():
         logp_BT=logp_BT,
         behaviour_logp_BT=logp_BT,
         topk_BTK=np.where(mask_BT[..., None], topk_BTK, 0),
+        topk_logp_BTK=np.where(mask_BT[..., None], topk_logp_BTK, 0).astype(np.float32),
         stop_BT=np.zeros((B, T), np.float32),
         finished_B=np.zeros(B, bool),
     )
@@ -122,6 +137,58 @@ def test_contrast_is_the_teachers_margin_between_its_best_two_candidates(chunk):
     assert (want_BT[r.mask_BT] > 0).all()
 
 
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_both_models_log_probabilities_of_the_candidates_are_their_log_softmaxes(chunk):
+    r = rollouts()
+    for name, config, params in (
+        ("student_topk_logp_BTK", STUDENT, tiny.weights(STUDENT)),
+        ("teacher_topk_logp_BTK", TEACHER, tiny.weights(TEACHER, 1)),
+    ):
+        logp_BTV = special.log_softmax(whole_logits(config, params), axis=-1)
+        want_BTK = np.take_along_axis(logp_BTV, r.topk_BTK, axis=-1)
+        want_BTK = np.where(r.mask_BT[..., None], want_BTK, 0)
+        np.testing.assert_allclose(getattr(scored(chunk), name), want_BTK, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_overlap_is_the_share_of_candidates_among_the_teachers_best(chunk):
+    r = rollouts()
+    best_BTK = np.argsort(-whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :K]
+    shared = [[len({*a} & {*b}) / K for a, b in zip(*row)] for row in zip(r.topk_BTK, best_BTK)]
+    want_BT = np.where(r.mask_BT, shared, 0)
+    np.testing.assert_array_equal(scored(chunk).overlap_BT, want_BT)
+    assert len(np.unique(want_BT[r.mask_BT])) > 1
+def test_the_teachers_stop_probability_is_its_softmax_at_the_end_tokens():
+    r = rollouts()
+    p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
+    want_BT = np.where(r.mask_BT, p_BTV[..., list(TEACHER.eos_ids)].sum(axis=-1), 0)
+    np.testing.assert_allclose(scored(4).teacher_stop_BT, want_BT, rtol=2e-4, atol=1e-9)
+    assert (want_BT[r.mask_BT] > 0).all()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_teachers_top_tokens_groups_and_entropy_come_with_the_scores(micro_batches):
+    scores = kept(TEACHER, tiny.weights(TEACHER, 1), rollouts(), "top", micro_batches)
+    top = scores.targets.top
+    p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
+    ranked_BTV = -np.sort(-p_BTV, axis=-1)
+    want_BTK = np.concatenate([ranked_BTV[..., :TOP_K], ranked_BTV[..., TOP_K:].sum(-1, keepdims=True)], -1)
+    np.testing.assert_array_equal(top.top_BTK, np.argsort(-p_BTV, axis=-1)[..., :TOP_K])
+    np.testing.assert_allclose(np.exp(top.logp_BTK), want_BTK, rtol=2e-4)
+    np.testing.assert_allclose(top.entropy_BT, special.entr(p_BTV).sum(-1), rtol=1e-4)
+    assert scores.targets.hidden_BTD is None
+    assert_scores_close(scores.replace(targets=None), scored(4).replace(targets=None), atol=2e-6)
+
+
+def test_the_kept_hidden_states_give_the_teachers_logits_without_another_forward_pass():
+    scores = kept(TEACHER, tiny.weights(TEACHER, 1), rollouts(), "logits", 2)
+    head_VD = transformer.head(TEACHER, tiny.weights(TEACHER, 1))
+    got_BTV = transformer.logits(TEACHER, head_VD, scores.targets.hidden_BTD)
+    want_BTV = whole_logits(TEACHER, tiny.weights(TEACHER, 1))
+    np.testing.assert_allclose(got_BTV, want_BTV, atol=1e-4)
+    assert scores.targets.top is None
+
+
 def test_outside_the_response_every_score_is_zero():
     past_BT = ~rollouts().mask_BT
     for x_BT in jax.tree.leaves(scored(4)):
@@ -143,7 +210,11 @@ def test_join_undoes_split_and_each_piece_has_rows_of_every_shard():
 
 def test_recomputing_the_student_gives_the_samplers_scores():
     r = rollouts()
-    blank = r.replace(logp_BT=np.full_like(r.logp_BT, 9), topk_BTK=np.zeros_like(r.topk_BTK))
+    blank = r.replace(
+        logp_BT=np.full_like(r.logp_BT, 9),
+        topk_BTK=np.zeros_like(r.topk_BTK),
+        topk_logp_BTK=np.zeros_like(r.topk_logp_BTK),
+    )
     recompute = jax.jit(
         lambda teacher_params, student_params, rollouts: scoring.score(
             TEACHER, teacher_params, rollouts, chunk=4, student=(STUDENT, student_params)
@@ -220,6 +291,7 @@ def test_scoring_never_holds_logits_of_the_whole_response():
         logp_BT=shaped((b, t), jnp.float32),
         behaviour_logp_BT=shaped((b, t), jnp.float32),
         topk_BTK=shaped((b, t, K), jnp.int32),
+        topk_logp_BTK=shaped((b, t, K), jnp.float32),
         stop_BT=shaped((b, t), jnp.float32),
         finished_B=shaped((b,), bool),
     )

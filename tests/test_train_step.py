@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from opd_jax import release as releasing
 from opd_jax import scoring, segments, sharding
 from opd_jax.job import prepare
 from opd_jax.release import Release
@@ -62,6 +63,7 @@ def settings(folder=Path("."), **overrides):
     return tiny.config(folder, **base | flat)
 
 
+KEY = jax.random.key(0)
 SGD, ADAM = optax.sgd(1.0), make_optimizer(settings())
 QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -98,12 +100,12 @@ def largest_difference(ours, theirs) -> float:
 @pytest.fixture(scope="module")
 def plain(student, teacher, rollouts, table):
     """(state, metrics, supervision) of one step with the paper's rule on one device."""
-    return compiled(ADAM)(start(student, ADAM), teacher, rollouts, table)
+    return compiled(ADAM)(start(student, ADAM), teacher, rollouts, table, KEY)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(student, rollouts, table):
     step = compiled(SGD, tiny.STUDENT, release__rule="none")
-    state, measured, _ = step(start(student, SGD), student, rollouts, table)
+    state, measured, _ = step(start(student, SGD), student, rollouts, table, KEY)
     assert abs(measured["loss"]) < 1e-5
     assert abs(measured["kl"]) < 1e-6
     assert measured["grad_norm"] < 1e-5
@@ -129,7 +131,7 @@ def test_the_gradient_is_that_of_the_loss_written_over_whole_logits(student, rol
 def test_without_a_rule_every_response_token_weighs_one(student, rollouts, table):
     step = compiled(SGD, tiny.STUDENT, release__rule="none")
     other = jax.tree.map(lambda p: 1.1 * p, student)
-    _, measured, supervision = step(start(student, SGD), other, rollouts, table)
+    _, measured, supervision = step(start(student, SGD), other, rollouts, table, KEY)
     assert abs(measured["loss"]) > 1e-3
     np.testing.assert_array_equal(supervision.release.weight_BT, rollouts.mask_BT)
     np.testing.assert_array_equal(supervision.release.mask_BT, rollouts.mask_BT)
@@ -146,18 +148,115 @@ def test_the_rule_keeps_a_prefix_that_weighs_as_much_as_the_whole_response(plain
     assert (release.kept_B < rollouts.mask_BT.sum(axis=1)).tolist() == release.accepted_B.tolist()
 
 
+def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(
+    student, teacher, rollouts, table
+):
+    step = compiled(SGD, release__rule="random")
+    begin = start(student, SGD)
+    states = begin, begin, begin.replace(step=jnp.int32(1)), begin
+    keys = KEY, KEY, KEY, jax.random.key(1)
+    decided = [step(state, teacher, rollouts, table, key)[2] for state, key in zip(states, keys)]
+    first, again, next_step, other_run = (supervision.release.mask_BT for supervision in decided)
+    np.testing.assert_array_equal(first, again)
+    assert (first != next_step).any() and (first != other_run).any()
+    alone = jax.jit(
+        functools.partial(releasing.release, config=settings(release__rule="random").release),
+        compiler_options=QUICK_COMPILE,
+    )(decided[0].scores, decided[0].release.segment_BT, rollouts.mask_BT, key=jax.random.fold_in(KEY, 0))
+    np.testing.assert_array_equal(first, alone.mask_BT)
+
+
 def test_micro_batches_do_not_change_the_step(student, teacher, rollouts, table, plain):
     step = compiled(ADAM, train__micro_batch=2)
-    state, measured, _ = step(start(student, ADAM), teacher, rollouts, table)
+    state, measured, _ = step(start(student, ADAM), teacher, rollouts, table, KEY)
     np.testing.assert_allclose(measured["loss"], plain[1]["loss"], rtol=1e-6)
     assert_close(gradient(state), gradient(plain[0]), 1e-6)
+
+
+def jsd_of_a_half(logs_BTV, logt_BTV, supervision, rollouts):
+    s_BTV, t_BTV = jnp.exp(logs_BTV), jnp.exp(logt_BTV)
+    logm_BTV = jnp.log((s_BTV + t_BTV) / 2)
+    return (s_BTV * (logs_BTV - logm_BTV) + t_BTV * (logt_BTV - logm_BTV)).sum(axis=-1) / 2
+
+
+def policy_gradient_and_top_16(logs_BTV, logt_BTV, supervision, rollouts):
+    token_BT1 = rollouts.response_BT[..., None]
+    logp_BT = jnp.take_along_axis(logs_BTV, token_BT1, axis=-1)[..., 0]
+    order_BTV = jnp.argsort(-logt_BTV, axis=-1)
+    s_BTV, t_BTV = (jnp.take_along_axis(jnp.exp(x), order_BTV, axis=-1) for x in (logs_BTV, logt_BTV))
+    s_BTK, t_BTK = (
+        jnp.concatenate([x[..., :16], x[..., 16:].sum(axis=-1, keepdims=True)], axis=-1)
+        for x in (s_BTV, t_BTV)
+    )
+    kl_BT = (t_BTK * jnp.log(t_BTK / s_BTK)).sum(axis=-1)
+    return kl_BT - supervision.scores.advantage_BT * logp_BT
+
+
+@pytest.mark.parametrize(
+    "name, naive", [("jsd", jsd_of_a_half), ("eopd", policy_gradient_and_top_16)]
+)
+def test_an_objective_in_micro_batches_is_its_weighted_sum_over_whole_logits(
+    name, naive, student, teacher, rollouts, table
+):
+    step = compiled(ADAM, objective__name=name, train__micro_batch=2)
+    state, measured, supervision = step(start(student, ADAM), teacher, rollouts, table, KEY)
+    assert 0 < measured["accepted_share"] < 1
+    assert supervision.scores.targets is None, "hidden states leave the step"
+
+    def mean(params):
+        logs_BTV, logt_BTV = (
+            tiny.whole_logp(model, tree, rollouts)[..., : tiny.STUDENT.valid_vocab]
+            for model, tree in ((tiny.STUDENT, params), (tiny.TEACHER, teacher))
+        )
+        loss_BT = naive(logs_BTV, logt_BTV, supervision, rollouts)
+        return (supervision.release.weight_BT * loss_BT).sum() / rollouts.mask_BT.sum()
+
+    loss, grads = jax.jit(jax.value_and_grad(mean), compiler_options=QUICK_COMPILE)(student)
+    assert measured["grad_norm"] > 1e-3
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    assert_close(gradient(state), grads, 2e-6)
+
+
+def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(
+    student, teacher, table
+):
+    theirs = tiny.written(TEXTS, tiny.TEACHER, teacher, width=WIDTH)
+    step = compiled(ADAM, objective__name="sft", release__rule="none")
+    state, measured, supervision = step(start(student, ADAM), teacher, theirs, table, KEY)
+    loss, grads = jax.jit(
+        jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
+        compiler_options=QUICK_COMPILE,
+    )(student, theirs, jnp.ones((len(TEXTS), WIDTH)))
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    assert_close(gradient(state), grads, 2e-6)
+    ratio_BT = theirs.logp_BT - supervision.scores.student_logp_BT
+    np.testing.assert_allclose(measured["kl"], ratio_BT.sum() / theirs.mask_BT.sum(), rtol=1e-4)
+
+
+def test_a_reward_raises_the_likelihood_of_right_answers_and_lowers_that_of_wrong_ones(
+    student, teacher, rollouts, table
+):
+    step = compiled(ADAM, reward__weight=2.0, objective__advantage_clip=0.5, release__rule="none")
+    reward_B = np.array([1, 0, 0, 1, np.nan, 0, np.nan, 0], np.float32)
+    state, measured, supervision = step(start(student, ADAM), teacher, rollouts, table, KEY, reward_B)
+    np.testing.assert_allclose(measured["reward"], 2 / 6, rtol=1e-6)
+    np.testing.assert_allclose(measured["graded_share"], 6 / 8, rtol=1e-6)
+    mixed_B = 2 * np.array([2, -1, -1, 2, 0, -1, 0, -1]) / 3
+    advantage_BT = np.clip(supervision.scores.advantage_BT, -0.5, 0.5) + mixed_B[:, None]
+    assert (np.abs(supervision.scores.advantage_BT) > 0.5).any(), "the clip no longer acts"
+    loss, grads = jax.jit(
+        jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
+        compiler_options=QUICK_COMPILE,
+    )(student, rollouts, advantage_BT.astype(np.float32))
+    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    assert_close(gradient(state), grads, 2e-6)
 
 
 def test_a_second_update_on_the_same_rollouts_is_another_step_from_where_the_first_ended(
     student, teacher, rollouts, table, plain
 ):
     step = compiled(ADAM, train__updates_per_rollout=2)
-    twice, measured, _ = step(start(student, ADAM), teacher, rollouts, table)
+    twice, measured, _ = step(start(student, ADAM), teacher, rollouts, table, KEY)
     once, first, _ = plain
     assert int(twice.step) == 1
     assert int(moments(twice).count) == 2
@@ -170,10 +269,12 @@ def test_recomputing_the_students_side_gives_the_same_step(
     student, teacher, rollouts, table, plain
 ):
     blank = rollouts.replace(
-        logp_BT=np.zeros_like(rollouts.logp_BT), topk_BTK=np.zeros_like(rollouts.topk_BTK)
+        logp_BT=np.zeros_like(rollouts.logp_BT),
+        topk_BTK=np.zeros_like(rollouts.topk_BTK),
+        topk_logp_BTK=np.zeros_like(rollouts.topk_logp_BTK),
     )
     step = compiled(ADAM, scoring__student="recompute")
-    state, measured, supervision = step(start(student, ADAM), teacher, blank, table)
+    state, measured, supervision = step(start(student, ADAM), teacher, blank, table, KEY)
     np.testing.assert_allclose(
         supervision.scores.contrast_BT, plain[2].scores.contrast_BT, atol=1e-5
     )
@@ -186,14 +287,14 @@ def sharded(models, rollouts):
     """(job, its step compiled, state, teacher) on a mesh of 2 x 2 x 2 devices."""
     job = prepare(settings(models, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
     state, teacher_params = job.start(), job.teacher_params()
-    lowered = job.train_step.lower(state, teacher_params, rollouts, job.table)
+    lowered = job.train_step.lower(state, teacher_params, rollouts, job.table, KEY)
     return job, lowered.compile(QUICK_COMPILE), state, teacher_params
 
 
 def test_a_mesh_of_eight_devices_computes_what_one_does(sharded, rollouts, plain):
     job, step, state, teacher_params = sharded
     placed = sharding.put_batch(job.mesh, rollouts)
-    eight, many, released = step(jax.tree.map(jnp.copy, state), teacher_params, placed, job.table)
+    eight, many, released = step(jax.tree.map(jnp.copy, state), teacher_params, placed, job.table, KEY)
     one, alone, supervision = plain
     np.testing.assert_allclose(many["loss"], alone["loss"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(many["grad_norm"], alone["grad_norm"], rtol=1e-5)
@@ -216,6 +317,7 @@ def by_hand(accepted):
     kept_BT = np.arange(20) < np.array([[1 if accepted else 4], [20]])
     advantage_BT = np.where(mask_BT, np.array([[-1.0], [-0.5]]), 0).astype(np.float32)
     zero_BT = np.zeros(mask_BT.shape, np.float32)
+    zero_BTK = np.zeros((*mask_BT.shape, 4), np.float32)
     rollouts = tiny.Rollouts(
         tokens_BL=np.zeros((2, 22), np.int32),
         prompt_mask_BP=np.ones((2, 2), bool),
@@ -223,6 +325,7 @@ def by_hand(accepted):
         logp_BT=zero_BT,
         behaviour_logp_BT=zero_BT,
         topk_BTK=np.zeros((2, 20, 4), np.int32),
+        topk_logp_BTK=zero_BTK,
         stop_BT=np.where(mask_BT, 0.25, 0).astype(np.float32),
         finished_B=np.array([True, False]),
     )
@@ -241,6 +344,10 @@ def by_hand(accepted):
         contrast_BT=2 * mask_BT.astype(np.float32),
         teacher_logp_BT=zero_BT,
         student_logp_BT=zero_BT,
+        teacher_topk_logp_BTK=zero_BTK,
+        student_topk_logp_BTK=zero_BTK,
+        overlap_BT=zero_BT,
+        teacher_stop_BT=np.where(mask_BT, 0.125, 9),
     )
     return jax.tree.map(jnp.asarray, (rollouts, Supervision(scores=scores, release=release)))
 
@@ -252,6 +359,7 @@ def test_the_numbers_of_a_case_worked_by_hand():
         "advantage_std": np.std([-1.0] * 4 + [-0.5] * 20),
         "contrast": 2,
         "stop_probability": 0.25,
+        "teacher_stop_probability": 0.125,
         "response_tokens": 24,
         "supervised_tokens": 21,
         "kept_share": 21 / 24,

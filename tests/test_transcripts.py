@@ -26,6 +26,7 @@ def records():
     prompts = [[*b"Hello?"], [tiny.PAD, tiny.PAD, tiny.PAD, *b"Hi?"]]
     tokens = [p + r + [tiny.PAD] * (width - len(r)) for p, r in zip(prompts, rows)]
     zero_BT = np.zeros(mask_BT.shape, np.float32)
+    zero_BTK = np.zeros((*mask_BT.shape, 4), np.float32)
     rollouts = tiny.Rollouts(
         tokens_BL=np.array(tokens, np.int32),
         prompt_mask_BP=np.array([[True] * 6, [False] * 3 + [True] * 3]),
@@ -33,6 +34,7 @@ def records():
         logp_BT=zero_BT,
         behaviour_logp_BT=zero_BT,
         topk_BTK=np.zeros((2, width, 4), np.int32),
+        topk_logp_BTK=zero_BTK,
         stop_BT=zero_BT,
         finished_B=np.array([True, False]),
     )
@@ -41,6 +43,10 @@ def records():
         contrast_BT=np.where(mask_BT, 3 - segment_BT, 0).astype(np.float32),
         teacher_logp_BT=zero_BT,
         student_logp_BT=zero_BT,
+        teacher_topk_logp_BTK=zero_BTK,
+        student_topk_logp_BTK=zero_BTK,
+        overlap_BT=zero_BT,
+        teacher_stop_BT=zero_BT,
     )
     release = Release(
         weight_BT=kept_BT.astype(np.float32),

@@ -149,6 +149,7 @@ def written(texts, model: ModelConfig, tree: dict, *, width: int, candidates: in
     logp_BT = np.take_along_axis(logp_BTV, token_BT[..., None], axis=-1)[..., 0]
     logp_BT = np.where(mask_BT, logp_BT, 0).astype(np.float32)
     topk_BTK = np.argsort(-logp_BTV, axis=-1, kind="stable")[..., :candidates].astype(np.int32)
+    topk_logp_BTK = np.take_along_axis(logp_BTV, topk_BTK, axis=-1)
     return Rollouts(
         tokens_BL=tokens_BL,
         prompt_mask_BP=prompt_mask_BP,
@@ -156,6 +157,7 @@ def written(texts, model: ModelConfig, tree: dict, *, width: int, candidates: in
         logp_BT=logp_BT,
         behaviour_logp_BT=logp_BT,
         topk_BTK=np.where(mask_BT[..., None], topk_BTK, 0),
+        topk_logp_BTK=np.where(mask_BT[..., None], topk_logp_BTK, 0).astype(np.float32),
         stop_BT=np.where(mask_BT, np.exp(logp_BTV[..., END]), 0).astype(np.float32),
         finished_B=np.ones(len(rows), bool),
     )
@@ -169,11 +171,16 @@ def _logits(model: ModelConfig):
     return jax.jit(whole)
 
 
-def naive_loss(model: ModelConfig, tree: dict, rollouts: Rollouts, weight_BT):
-    """-sum(weight x log p) / response tokens, from whole logits; differentiable in tree."""
+def whole_logp(model: ModelConfig, tree: dict, rollouts: Rollouts):
+    """log softmax over the whole [B, T, V] logits of the response; -inf at absent ids."""
     mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
     width = rollouts.prompt_mask_BP.shape[1]
     logits_BLV = _logits(model)(tree, rollouts.tokens_BL, mask_BL)
-    logp_BTV = jax.nn.log_softmax(logits_BLV[:, width - 1 : -1])
+    return jax.nn.log_softmax(logits_BLV[:, width - 1 : -1])
+
+
+def naive_loss(model: ModelConfig, tree: dict, rollouts: Rollouts, weight_BT):
+    """-sum(weight x log p) / response tokens, from whole logits; differentiable in tree."""
+    logp_BTV = whole_logp(model, tree, rollouts)
     logp_BT = jnp.take_along_axis(logp_BTV, rollouts.response_BT[..., None], axis=-1)[..., 0]
     return -jnp.where(rollouts.mask_BT, weight_BT * logp_BT, 0).sum() / rollouts.mask_BT.sum()

@@ -1,0 +1,90 @@
+"""The one downward step in a row of scores that BIC prefers to no step.
+
+Source: paper.md, "The release rule", step 5.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from opd_jax import scans
+from opd_jax.segment_runs import merge_moments
+
+
+@flax.struct.dataclass
+class ChangePoint:
+    """The best single drop of each row, and whether BIC prefers it to no drop.
+
+    accepted_B: bool, the drop is accepted.
+    cut_B: int32, number of kept segments; all valid ones where nothing is accepted.
+    bic0_B: float32, nats, the fit of one mean (0 for an empty row).
+    bic1_B: float32, nats, the fit of the best drop; where no split is a drop, that of a drop by
+    nothing.
+    gain_B: float32, nats, bic0 - bic1 before either is rounded: the one to compare with 0.
+    """
+
+    accepted_B: jax.Array
+    cut_B: jax.Array
+    bic0_B: jax.Array
+    bic1_B: jax.Array
+    gain_B: jax.Array
+
+
+def _moments(score_BN, valid_BN, origin_B1, *, reverse: bool = False):
+    """Moments of score - origin over the valid entries from one end of the row up to each position."""
+    centred_BN = jnp.where(valid_BN, score_BN - origin_B1, 0)
+    moments = (valid_BN.astype(jnp.float32), centred_BN, jnp.zeros_like(centred_BN))
+    return scans.scan(merge_moments, moments, (0, 0, 0), reverse=reverse)
+
+
+def change_point(
+    score_BN: jax.Array, valid_BN: jax.Array, *, min_segments: int, eps: float = 1e-12
+) -> ChangePoint:
+    """Finds the one downward step that BIC prefers over no step, per row.
+
+    One mean has BIC0 = n log((RSS0 + eps) / n) + log n; a mean on each side of t, the first one
+    larger, has BIC1(t) = n log((RSS1(t) + eps) / n) + 3 log n; accepted if min BIC1 < BIC0.
+
+    In float32 nothing may be a small difference of large sums. So residuals are merged from
+    non-negative terms, those before t about the row's first score and those after t about its last
+    (where a split explains nearly all, each side is close to its own). With
+    D = n1 n2 / n (mean1 - mean2)^2, BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, which
+    keeps its digits also where D is next to nothing.
+
+    Args:
+      score_BN: segment scores in nats (log scale). Entries outside valid_BN are ignored.
+      valid_BN: bool, which entries are segments: any subset of a row, in the order of positions.
+      min_segments: rows with fewer valid segments accept nothing (with 2, any drop would).
+      eps: added to both residual sums, so that a perfect fit has a finite BIC.
+
+    Source: paper.md, step 5. Among equal drops the first is taken.
+    """
+    valid_BN = valid_BN.astype(bool)
+    score_BN = jnp.where(valid_BN, score_BN, 0).astype(jnp.float32)
+    first_B1 = jnp.argmax(valid_BN, axis=1, keepdims=True)
+    last_B1 = valid_BN.shape[1] - 1 - jnp.argmax(valid_BN[:, ::-1], axis=1, keepdims=True)
+    first_score_B1, last_score_B1 = (
+        jnp.take_along_axis(score_BN, place_B1, axis=1) for place_B1 in (first_B1, last_B1)
+    )
+    n1_BN, mean1_BN, squares1_BN = _moments(score_BN, valid_BN, first_score_B1)
+    n2_BN, mean2_BN, squares2_BN = (
+        scans.following(x_BN, 0) for x_BN in _moments(score_BN, valid_BN, last_score_B1, reverse=True)
+    )
+
+    n_B, total_squares_B = n1_BN[:, -1], squares1_BN[:, -1]
+    n_B1 = jnp.maximum(n_B, 1)[:, None]
+    step_BN = (mean1_BN - mean2_BN) + (first_score_B1 - last_score_B1)
+    between_BN = step_BN * step_BN * n1_BN * (n2_BN / n_B1)
+    is_drop_BN = valid_BN & (n2_BN > 0) & (step_BN > 0)
+    ratio_BN = jnp.where(is_drop_BN, between_BN / (squares1_BN + squares2_BN + eps), 0.0)
+
+    best_B = jnp.argmax(ratio_BN, axis=1)
+    best_ratio_B = jnp.max(ratio_BN, axis=1)
+    log_n_B = jnp.log(jnp.maximum(n_B, 1))
+    gain_B = n_B * jnp.log1p(best_ratio_B) - 2 * log_n_B
+    bic0_B = n_B * (jnp.log(total_squares_B + eps) - log_n_B) + log_n_B
+    # A single segment has a gain of exactly 0, and the comparison is strict.
+    accepted_B = (gain_B > 0) & (n_B >= min_segments)
+    cut_B = jnp.take_along_axis(n1_BN, best_B[:, None], axis=1)[:, 0]
+    cut_B = jnp.where(accepted_B, cut_B, n_B).astype(jnp.int32)
+    return ChangePoint(accepted_B, cut_B, bic0_B, bic0_B - gain_B, gain_B)

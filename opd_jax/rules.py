@@ -1,0 +1,292 @@
+"""Which positions the teacher supervises, and how much: the paper's rule and its rivals, by name.
+
+A rule is one function registered with `@rule(name)`; `release.rule = name` selects it. It proposes
+non-negative weights; release.py masks, rescales and counts them. docs/rules.md says which part of each
+is its source's and which is our reading.
+"""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from opd_jax import scans
+from opd_jax.change_point import ChangePoint, change_point
+from opd_jax.segment_runs import Segments, segment_mean, segment_std
+
+# Quantiles between which TA-OPD's two factors are stretched to [0, 1].
+LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
+
+
+@flax.struct.dataclass
+class Proposal:
+    """What a rule returns: how much each position is supervised, before any rescale.
+
+    weight_BT: float32, at least 0; read only inside the response. Above 0 is supervised.
+    cut_B: int32, segments with a supervised token.
+    accepted_B: bool, the rule released something: by its own test where it has one, else where some
+      response token is not supervised.
+    gain_B: float32, nats, the evidence for the cut; 0 for a rule that has none.
+    """
+
+    weight_BT: jax.Array
+    cut_B: jax.Array
+    accepted_B: jax.Array
+    gain_B: jax.Array
+
+
+# A rule: (scores, segments, config, step, key) -> Proposal. `config` is the `release` sub-config; `step`
+# is the int32 number of the training step, 0 for the first; `key` is a PRNG key of that step, for rules
+# that draw. A rule sees the whole batch, so it may move cuts between rollouts.
+Rule = Callable[..., Proposal]
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule that `release.rule = name` selects."""
+
+    def register(function: Rule) -> Rule:
+        RULES[name] = function
+        return function
+
+    return register
+
+
+@rule("none")
+def _keep_all(scores, segments: Segments, config, step, key) -> Proposal:
+    """Full on-policy distillation: every response token is supervised."""
+    return _propose(jnp.ones(segments.mask_BT.shape), segments)
+
+
+@rule("paper")
+def _local_contrast(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps the segments before the drop of log(1 + mean teacher margin).
+
+    Source: paper.md, steps 3 to 6.
+    """
+    return _up_to(_margin_drop(scores, segments, config), segments)
+
+
+@rule("advantage_std")
+def _advantage_std(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps the segments before the drop of log(1 + std of the advantage), with the paper's test.
+
+    Source: paper.md, "What an ablation compares". Ours: the logarithm of step 4 stays, and the standard
+    deviation is the population's, so a segment of one token has 0.
+    """
+    score_BT = jnp.log1p(segment_std(scores.advantage_BT, segments))
+    point = change_point(score_BT, segments.last_BT, min_segments=config.min_segments)
+    return _up_to(point, segments)
+
+
+@rule("suffix")
+def _suffix(scores, segments: Segments, config, step, key) -> Proposal:
+    """Supervises exactly what the paper's rule releases; a rollout without a release has weight 0.
+
+    Source: paper.md, "What an ablation compares", the negative control.
+    """
+    point = _margin_drop(scores, segments, config)
+    return Proposal(
+        weight_BT=(segments.order_BT >= point.cut_B[:, None]).astype(jnp.float32),
+        cut_B=_count(segments.last_BT) - point.cut_B,
+        accepted_B=point.accepted_B,
+        gain_B=point.gain_B,
+    )
+
+
+@rule("prefix")
+def _fixed_prefix(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps the first `prefix_tokens` tokens or, where that is 0, the share `prefix_fraction` of a response.
+
+    Source: paper.md, "What an ablation compares". Ours: a share is rounded, and at least one token stays.
+    """
+    if config.prefix_tokens:
+        return _first_tokens(jnp.int32(config.prefix_tokens), segments)
+    return _first_tokens(_tokens_of_share(config.prefix_fraction, segments), segments)
+
+
+@rule("fopd")
+def _growing_prefix(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps a prefix whose length in tokens grows linearly from `fopd_start` to `fopd_end`.
+
+    The first step has fopd_start, step number `fopd_steps` and all later ones fopd_end.
+
+    Source: FOPD, "Fast and Effective On-policy Distillation from Reasoning Prefixes", arXiv 2602.15260:
+    supervision of a prefix whose length follows a linear schedule (of which only summaries were at
+    hand). Ours: the two lengths and the steps. There sampling stops at the prefix; here it does not.
+    """
+    done = jnp.minimum(step / max(config.fopd_steps - 1, 1), 1.0)
+    tokens = config.fopd_start + (config.fopd_end - config.fopd_start) * done
+    return _first_tokens(jnp.round(tokens).astype(jnp.int32), segments)
+
+
+@rule("shuffled")
+def _shuffled(scores, segments: Segments, config, step, key) -> Proposal:
+    """The paper's release points, as shares of the response, permuted between the rollouts of the batch.
+
+    Source: paper.md, "What an ablation compares". Ours: a point lands on a token rather than on the end
+    of a segment, at least one token stays, and 1 (nothing released) is a point like others.
+    """
+    length_B, kept_B = _count(segments.mask_BT), _margin_kept(scores, segments, config)
+    share_B = jnp.where(length_B > 0, kept_B / jnp.maximum(length_B, 1), 1.0)
+    share_B = jax.random.permutation(key, share_B)
+    return _first_tokens(_tokens_of_share(share_B, segments), segments)
+
+
+@rule("random")
+def _random_cut(scores, segments: Segments, config, step, key) -> Proposal:
+    """Cuts each rollout at random, so that the batch keeps as many tokens as by the paper's rule, expected.
+
+    Each rollout keeps its first token and, of the others, a share drawn uniformly from the widest interval
+    in [0, 1] whose mean is m, where m is the share of such tokens that the paper's rule keeps in the whole
+    batch. Lengths are rounded at random, so that the expectation is exact.
+
+    Source: paper.md, "What an ablation compares"; the distribution is ours.
+    """
+    length_B, kept_B = _count(segments.mask_BT), _margin_kept(scores, segments, config)
+    others_B = jnp.maximum(length_B - 1, 0)
+    mean = jnp.maximum(kept_B - 1, 0).sum() / jnp.maximum(others_B.sum(), 1)
+    low, high = jnp.maximum(2 * mean - 1, 0), jnp.minimum(2 * mean, 1)
+    point_B, rounding_B = jax.random.uniform(key, (2, *length_B.shape))
+    share_B = low + (high - low) * point_B
+    kept_B = 1 + jnp.floor(share_B * others_B + rounding_B).astype(jnp.int32)
+    return _first_tokens(kept_B, segments)
+
+
+@rule("iw_opd")
+def _importance(scores, segments: Segments, config, step, key) -> Proposal:
+    """Weighs tokens by how little the student had drifted: w_t = 1 + gamma (1 - sum_{k<t}|A_k| / sum_k|A_k|).
+
+    Weights fall from 1 + gamma to about 1 along the response, and every token is supervised.
+
+    Source: IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, as paper.md gives it.
+    """
+    size_BT = jnp.where(segments.mask_BT, jnp.abs(scores.advantage_BT), 0)
+    # 1 - sum_{k<t} / sum is sum_{k>=t} / sum: no difference of sums, so exactly 1 at the first token.
+    left_BT = jnp.cumsum(size_BT[:, ::-1], axis=1)[:, ::-1]
+    total_B1 = left_BT[:, :1]
+    left_share_BT = jnp.where(total_B1 > 0, left_BT / jnp.where(total_B1 > 0, total_B1, 1), 1.0)
+    return _propose(1 + config.iw_gamma * left_share_BT, segments)
+
+
+@rule("prune_opd")
+def _drift_decay(scores, segments: Segments, config, step, key) -> Proposal:
+    """Lowers the weight with every token at which teacher and student disagree on what may come next.
+
+    A token has drifted where fewer than the share `prune_overlap` of the student's K candidates are among
+    the teacher's K best. w_t = max(1 - prune_drop x (drifted tokens up to and including t), 0) + prune_base.
+
+    Source: Prune-OPD, arXiv 2605.07804, for the overlap and the monotone decay; formula and defaults as two
+    public re-implementations of the authors' code give them. Ours: K is scoring.candidates for both, and
+    sampling is not shortened, where theirs adapts the response length.
+    """
+    drifted_BT = segments.mask_BT & (scores.overlap_BT < config.prune_overlap)
+    drifted_BT = jnp.cumsum(drifted_BT.astype(jnp.int32), axis=1)
+    weight_BT = jnp.maximum(1 - config.prune_drop * drifted_BT, 0) + config.prune_base
+    return _propose(weight_BT, segments)
+
+
+@rule("ta_opd")
+def _teachable(scores, segments: Segments, config, step, key) -> Proposal:
+    """Supervises the share `ta_share` of each response's tokens with the largest divergence x compatibility.
+
+    On the student's K candidates: the divergence is KL(teacher || student), both renormalised over the
+    candidates; the compatibility is the teacher's probability of them. Each is stretched so that its 5%
+    and 95% quantiles over the response are 0 and 1, and clipped; one that is the same everywhere counts as
+    1. Equal products go by position.
+
+    Source: TA-OPD, "Not All Disagreement Is Learnable", arXiv 2605.26844, whose text was not at hand: the two
+    factors are in its abstract, the quantiles in a public re-implementation (which also takes the divergence
+    on the union with the teacher's top K). Ours: the share and the quantiles are of each response.
+    """
+    divergence_BT, compatibility_BT = _divergence_and_compatibility(scores)
+    score_BT = _stretch(divergence_BT, segments.mask_BT) * _stretch(compatibility_BT, segments.mask_BT)
+    chosen_BT = _largest(score_BT, segments.mask_BT, _tokens_of_share(config.ta_share, segments))
+    return _propose(chosen_BT.astype(jnp.float32), segments)
+
+
+def _count(flag_BT) -> jax.Array:
+    return jnp.sum(flag_BT, axis=1, dtype=jnp.int32)
+
+
+def _margin_drop(scores, segments: Segments, config) -> ChangePoint:
+    """The paper's change point: the drop of log(1 + mean teacher margin)."""
+    score_BT = jnp.log1p(segment_mean(scores.contrast_BT, segments))
+    return change_point(score_BT, segments.last_BT, min_segments=config.min_segments)
+
+
+def _margin_kept(scores, segments: Segments, config) -> jax.Array:
+    """kept_B, the tokens that the paper's rule keeps."""
+    cut_B1 = _margin_drop(scores, segments, config).cut_B[:, None]
+    return _count(segments.mask_BT & (segments.order_BT < cut_B1))
+
+
+def _tokens_of_share(share, segments: Segments) -> jax.Array:
+    """share (a number, or one a row) of each response in whole tokens, rounded, at least 1."""
+    length_B = _count(segments.mask_BT)
+    return jnp.maximum(jnp.round(share * length_B), 1).astype(jnp.int32)
+
+
+def _up_to(point: ChangePoint, segments: Segments) -> Proposal:
+    """Weight 1 on the segments before the change point."""
+    weight_BT = (segments.order_BT < point.cut_B[:, None]).astype(jnp.float32)
+    return Proposal(weight_BT, point.cut_B, point.accepted_B, point.gain_B)
+
+
+def _first_tokens(tokens, segments: Segments) -> Proposal:
+    """Weight 1 on the first `tokens` (a number, or one a row) response tokens."""
+    before_BT = jnp.cumsum(segments.mask_BT, axis=1, dtype=jnp.int32) - segments.mask_BT
+    kept_BT = before_BT < jnp.broadcast_to(tokens, segments.mask_BT.shape[:1])[:, None]
+    return _propose(kept_BT.astype(jnp.float32), segments)
+
+
+def _propose(weight_BT, segments: Segments) -> Proposal:
+    """The Proposal of a rule without a test of its own: released is what has no weight."""
+    on_BT = segments.mask_BT & (weight_BT > 0)
+    seen_BT = jax.lax.cummax(jnp.where(on_BT, segments.order_BT, -1), axis=1)
+    first_BT = on_BT & (segments.order_BT > scans.preceding(seen_BT, -1))  # of its segment
+    return Proposal(
+        weight_BT=weight_BT,
+        cut_B=_count(first_BT),
+        accepted_B=_count(on_BT) < _count(segments.mask_BT),
+        gain_B=jnp.zeros(on_BT.shape[:1], jnp.float32),
+    )
+
+
+def _divergence_and_compatibility(scores):
+    """TA-OPD's two factors, [B, T]: nats, and a probability."""
+    student_BTK = jax.nn.log_softmax(scores.student_topk_logp_BTK)
+    teacher_BTK = jax.nn.log_softmax(scores.teacher_topk_logp_BTK)
+    mass_BTK = jnp.exp(teacher_BTK)
+    divergence_BT = jnp.where(mass_BTK > 0, mass_BTK * (teacher_BTK - student_BTK), 0).sum(axis=-1)
+    return divergence_BT, jnp.exp(scores.teacher_topk_logp_BTK).sum(axis=-1)
+
+
+def _stretch(value_BT, mask_BT) -> jax.Array:
+    """Values between two quantiles of the row's response tokens, mapped to [0, 1] and clipped."""
+    ranked_BT = jnp.sort(jnp.where(mask_BT, value_BT, jnp.inf), axis=1)
+    last_B = jnp.maximum(_count(mask_BT) - 1, 0)
+
+    def quantile(q):
+        place_B = q * last_B
+        below_B = jnp.floor(place_B).astype(jnp.int32)
+        above_B = jnp.minimum(below_B + 1, last_B)
+        x_B2 = jnp.take_along_axis(ranked_BT, jnp.stack([below_B, above_B], axis=1), axis=1)
+        return x_B2[:, 0] + (x_B2[:, 1] - x_B2[:, 0]) * (place_B - below_B)
+
+    low_B, high_B = quantile(LOW_QUANTILE), quantile(HIGH_QUANTILE)
+    spread_B1 = (high_B - low_B)[:, None]
+    unit_BT = (value_BT - low_B[:, None]) / jnp.where(spread_B1 > 0, spread_B1, 1)
+    return jnp.where(spread_B1 > 0, jnp.clip(unit_BT, 0, 1), 1)
+
+
+def _largest(value_BT, mask_BT, count_B) -> jax.Array:
+    """The `count` largest values of each row inside the mask; of equal ones the first."""
+    value_BT = jnp.where(mask_BT, value_BT, -jnp.inf)
+    ranked_BT = jnp.sort(value_BT, axis=1, descending=True)
+    least_B1 = jnp.take_along_axis(ranked_BT, count_B[:, None] - 1, axis=1)
+    above_BT = value_BT > least_B1
+    tied_BT = mask_BT & (value_BT == least_B1)
+    room_B1 = (count_B - _count(above_BT))[:, None]
+    return above_BT | (tied_BT & (jnp.cumsum(tied_BT, axis=1) <= room_B1))

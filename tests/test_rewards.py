@@ -1,0 +1,77 @@
+"""Grading: what counts as right, and rewards that reach the mesh in the order of the prompts."""
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax import rewards, sharding
+from tests import tiny
+
+RIGHT = [
+    ("10", r"The total is \$10."),
+    ("10", "First 7, so we get $10"),
+    ("1200", "it is 1,200"),
+    ("12.50", "$12.5"),
+    ("0.5", r"\boxed{\frac{1}{2}}"),
+    ("1/2", r"\boxed{0.5}"),
+    (r"$\frac{1}{2}$", "The answer is $1/2$."),
+    ("50", r"\boxed{50\%}"),
+    ("12", r"so it is \boxed{\text{12 apples}}, not 7"),
+    ("72", "Answer: 72 apples"),
+    ("3", "I think x=3."),
+    ("12", "At 3/4 of the price it is 12"),
+    ("5", "3-5=-2\nThe answer is 5\nGood luck, all 9 of you!"),
+    ("7", "2 + 5 = 7\n#### 7"),
+    ("4", "<answer> 4 </answer> since 2 + 2 = 4 and 3 is less"),
+    ("-3", "It is -3."),
+    ("yes", "The answer is Yes."),
+    ("B", "The answer is B"),
+    ("x^2+1", r"\boxed{1+x^2}"),
+    ("Paris", "Let me see.\nParis."),
+]
+WRONG = [
+    ("7", ""),
+    ("7", "no idea"),
+    ("7", r"\boxed{6} or 7"),
+    ("7", r"\boxed{}"),
+    ("18", "Step 18, then 19"),
+    ("-5", "It is 3-5"),
+    ("3", r"\boxed{2x+3}"),
+    ("2", "I came 2nd"),
+    ("yes", "The answer is no."),
+    ("x^2+1", r"\boxed{x^2-1}"),
+    ("100", "100.01"),
+]
+
+
+@pytest.mark.parametrize("answer, response", RIGHT)
+def test_a_right_final_answer_is_worth_one(answer, response):
+    assert rewards.grade(response, answer) == 1.0
+
+
+@pytest.mark.parametrize("answer, response", WRONG)
+def test_a_wrong_final_answer_is_worth_nothing(answer, response):
+    assert rewards.grade(response, answer) == 0.0
+
+
+def test_worked_answers_of_reasoning_gym_are_right_and_those_of_other_problems_wrong():
+    gym = pytest.importorskip("reasoning_gym")
+    items = list(gym.create_dataset("gsm_symbolic", size=40, seed=3))
+    worked = [item["metadata"]["answer_cot"] for item in items]
+    graded = [rewards.grade(text, item["answer"]) for text, item in zip(worked, items)]
+    assert graded == [1.0] * len(items)
+    others = worked[1:] + worked[:1]
+    wrong = [i for i, (a, b) in enumerate(zip(items, items[1:] + items[:1])) if a["answer"] != b["answer"]]
+    assert len(wrong) > 20
+    assert not any(rewards.grade(others[i], items[i]["answer"]) for i in wrong)
+
+
+def test_rewards_stand_in_the_order_of_the_prompts_and_are_nan_without_an_answer():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    responses = ["It is 1.", "It is 2.", "It is 3.", "It is 4.", "", "6", "7", "9"]
+    rollouts = tiny.written(responses, tiny.STUDENT, tiny.student_params(), width=16)
+    answers = ["1", "2", "0", None, "5", "6", None, "8"]
+    placed = sharding.put_batch(mesh, rollouts)
+    reward_B = rewards.reward_batch(mesh, tiny.tokenizer(), answers, placed)
+    assert reward_B.sharding == sharding.batch(mesh)
+    np.testing.assert_array_equal(jax.device_get(reward_B), [1, 1, 0, np.nan, 0, 1, np.nan, 0])
