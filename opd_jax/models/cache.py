@@ -53,7 +53,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP):
         return attention.attend(q, k, v, allowed_BPP), (k, v)
 
     def step(x_BPD, p):
-        return transformer.block(config, p, x_BPD, rope, attend)[:2]
+        return transformer.block(config, p, x_BPD, rope, attend)
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, (k_NBKCP, v_NBKPC) = jax.lax.scan(step, x_BPD, params["blocks"])
@@ -96,7 +96,7 @@ def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache
             v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v, slot, axis=2)
             return attention.attend(q, k_BKCS, v_BKSC, filled_BS[:, None]), (k_BKCS, v_BKSC)
 
-        x_B1D, (k_BKCS, v_BKSC), _ = transformer.block(config, p, x_B1D, rope, attend)
+        x_B1D, (k_BKCS, v_BKSC) = transformer.block(config, p, x_B1D, rope, attend)
         keys.append(k_BKCS)
         values.append(v_BKSC)
     hidden_BD = transformer.rms_norm(x_B1D[:, 0], params["final_norm"], config.norm_eps)

@@ -3,53 +3,34 @@
 Rows are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so the work is that of the
 experts chosen, on TPU and GPU. XLA's CPU backend has no grouped product and multiplies every row by every
 expert: right, but for small models only.
+
+On a mesh each device takes its own rows through its own experts, and one sum over `tensor` puts the parts
+of a token together. The compiler is not asked to cut a grouped product: it would gather all experts.
 """
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from opd_jax import sharding
 from opd_jax.models.config import ModelConfig
 
+# Logical axes of an expert's matrices as the products need them: whole along fsdp.
+_IN, _OUT = ("experts", None, "ffn"), ("experts", "ffn", None)
 
-@struct.dataclass
-class Routing:
-    """Where the tokens of one block, or of all with a leading axis of N blocks, were sent.
 
-    Attributes:
-      probability_BLE: the router's softmax over all experts, float32.
-      expert_BLX: ids of the chosen experts, most likely first, X a token.
+def route(config: ModelConfig, router_DE, x_MD):
+    """(expert_MX, weight_MX): each row's chosen experts, most likely first, and their weights, float32.
+
+    A weight is the expert's probability in the softmax over all experts, normalised if configured.
     """
-
-    probability_BLE: jax.Array
-    expert_BLX: jax.Array
-
-
-@struct.dataclass
-class RouterStatistics:
-    """How evenly each block's experts are used by the real tokens of a batch; float32.
-
-    Attributes:
-      load_NE: share of the block's assignments that each expert got; sums to 1 a block.
-      entropy_N: mean entropy of the router's softmax, nats; ln(experts) is uniform.
-    """
-
-    load_NE: jax.Array
-    entropy_N: jax.Array
-
-
-def route(config: ModelConfig, router_DE, x_BLD) -> tuple[Routing, jax.Array]:
-    """Routing, and weight_BLX float32: the chosen experts' probabilities, normalised if configured."""
-    rows_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    logits_ME = jax.lax.dot(rows_MD, router_DE, preferred_element_type=jnp.float32)
-    probability_BLE = jax.nn.softmax(logits_ME).reshape(*x_BLD.shape[:2], -1)
-    weight_BLX, expert_BLX = jax.lax.top_k(probability_BLE, config.experts_per_token)
+    logits_ME = jax.lax.dot(x_MD, router_DE, preferred_element_type=jnp.float32)
+    weight_MX, expert_MX = jax.lax.top_k(jax.nn.softmax(logits_ME), config.experts_per_token)
     if config.normalise_experts:
-        weight_BLX = weight_BLX / weight_BLX.sum(axis=-1, keepdims=True)
-    return Routing(probability_BLE, expert_BLX), weight_BLX
+        weight_MX = weight_MX / weight_MX.sum(axis=-1, keepdims=True)
+    return expert_MX, weight_MX
 
 
-def feed_forward(config: ModelConfig, p: dict, x_BLD) -> tuple[jax.Array, Routing]:
+def feed_forward(config: ModelConfig, p: dict, x_BLD):
     """Sum over each token's experts of weight x (silu(x gate) * (x up)) down, as transformers' Qwen3MoE.
 
     Args:
@@ -57,47 +38,47 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD) -> tuple[jax.Array, Routin
       x_BLD: normalised hidden states; padding is routed like any token and costs the same.
 
     Returns:
-      ([B, L, D] in x's dtype, Routing).
+      [B, L, D] in x's dtype.
     """
-    routing, weight_BLX = route(config, p["router"], x_BLD)
-    rows_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    expert_R = routing.expert_BLX.reshape(-1)  # R = tokens x experts a token
+    rows = x_BLD.shape[:2]
+    expert_MX, weight_MX = route(config, p["router"], x_BLD.reshape(-1, x_BLD.shape[-1]))
+    chosen = (x.reshape(*rows, -1) for x in (expert_MX, weight_MX))
+    arrays = x_BLD, *chosen, p["gate"], p["up"], p["down"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _held_experts(*arrays)
+    axes = (*(("batch", None, None),) * 3, _IN, _IN, _OUT)
+    specs = tuple(sharding.spec(x.shape, names, mesh) for x, names in zip(arrays, axes, strict=True))
+    experts_cut_by, width_cut_by, _ = specs[-1]
+
+    def part(x_BLD, *others):
+        cut_by = experts_cut_by or width_cut_by
+        if cut_by is None:
+            return _held_experts(x_BLD, *others)
+        first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * len(others[-1])
+        # JAX 0.10 does not sum the gradient of a gather over an axis that cuts its indices alone.
+        x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
+        return jax.lax.psum(_held_experts(x_BLD, *others, first), cut_by)
+
+    return jax.shard_map(part, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, first=0):
+    """What the experts held here, numbers first to first + E of all, add to each token: [B, L, D]."""
+    held, chosen = len(gate_EDF), expert_BLX.shape[-1]
+    x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    expert_R = expert_BLX.reshape(-1) - first  # R = tokens x experts a token
+    expert_R = jnp.where((expert_R >= 0) & (expert_R < held), expert_R, held)  # other devices' rows go last
     order_R = jnp.argsort(expert_R)
-    size_E = jnp.zeros(config.experts, jnp.int32).at[expert_R].add(1)
-    sorted_RD = rows_MD[order_R // config.experts_per_token]
-    gated_RF = jax.nn.silu(jax.lax.ragged_dot(sorted_RD, p["gate"], size_E))
-    gated_RF = gated_RF * jax.lax.ragged_dot(sorted_RD, p["up"], size_E)
-    out_RD = jax.lax.ragged_dot(gated_RF, p["down"], size_E)
+    size_E = jnp.zeros(held, jnp.int32).at[expert_R].add(1, mode="drop")
+    # What a grouped product gives past its groups is undefined, in its gradient too.
+    here_R1 = (jnp.arange(len(order_R)) < size_E.sum())[:, None]
+    in_RD = jnp.where(here_R1, x_MD[order_R // chosen], 0)
+    gated_RF = jax.nn.silu(jax.lax.ragged_dot(in_RD, gate_EDF, size_E))
+    gated_RF = gated_RF * jax.lax.ragged_dot(in_RD, up_EDF, size_E)
+    out_RD = jnp.where(here_R1, jax.lax.ragged_dot(gated_RF, down_EFD, size_E), 0)
     # Back to the tokens' order: a gather by the inverse permutation, no scatter-add.
     out_RD = out_RD.at[jnp.argsort(order_R)].get(unique_indices=True)
-    out_MXD = out_RD.reshape(rows_MD.shape[0], -1, rows_MD.shape[1])
-    weight_MX1 = weight_BLX.reshape(rows_MD.shape[0], -1, 1).astype(out_MXD.dtype)
-    return (out_MXD * weight_MX1).sum(axis=1).reshape(x_BLD.shape), routing
-
-
-def statistics(routing: Routing, mask_BL) -> RouterStatistics:
-    """RouterStatistics of one block's routing over the tokens where mask_BL; carries no gradient."""
-    routing = jax.lax.stop_gradient(routing)
-    experts = routing.probability_BLE.shape[-1]
-    tokens = jnp.maximum(mask_BL.sum(), 1).astype(jnp.float32)
-    chosen_BLX = jnp.where(mask_BL[..., None], routing.expert_BLX, experts)  # one past the end is dropped
-    load_E = jnp.zeros(experts, jnp.float32).at[chosen_BLX.reshape(-1)].add(1, mode="drop")
-    entropy_BL = jax.scipy.special.entr(routing.probability_BLE).sum(axis=-1)
-    return RouterStatistics(
-        load_NE=load_E / (tokens * chosen_BLX.shape[-1]),
-        entropy_N=jnp.where(mask_BL, entropy_BL, 0).sum() / tokens,
-    )
-
-
-def metrics(stats: RouterStatistics) -> dict[str, jax.Array]:
-    """Scalars for a log, means over the blocks: entropy (nats), and load relative to an even one.
-
-    router_max_load is 1 where the busiest expert has no more than its even share, and the number of experts
-    over experts_per_token where all tokens go one way; router_idle_share counts experts without any token.
-    """
-    experts = stats.load_NE.shape[-1]
-    return {
-        "router_entropy": stats.entropy_N.mean(),
-        "router_max_load": (stats.load_NE.max(axis=-1) * experts).mean(),
-        "router_idle_share": (stats.load_NE == 0).mean(dtype=jnp.float32),
-    }
+    out_MXD = out_RD.reshape(len(x_MD), chosen, -1)
+    weight_MX1 = weight_BLX.reshape(len(x_MD), chosen, 1).astype(out_MXD.dtype)
+    return (out_MXD * weight_MX1).sum(axis=1).reshape(x_BLD.shape)

@@ -120,7 +120,7 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
     """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
 
     Returns:
-      (x_BLD, what `attend` returned beside its output, moe.Routing or None in a dense model).
+      (x_BLD, what `attend` returned beside its output).
     """
     p = gather_block(config, p)
     x_BLD = sharding.constrain(x_BLD, "batch")
@@ -139,10 +139,9 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
         if config.experts:
-            out_BLD, routing = moe.feed_forward(config, p, h_BLD)
-            return x_BLD + out_BLD, kept, routing
+            return x_BLD + moe.feed_forward(config, p, h_BLD), kept
         gated_BLF = jax.nn.silu(project(h_BLD, p["gate"])) * project(h_BLD, p["up"])
-        return x_BLD + project(gated_BLF, p["down"]), kept, None
+        return x_BLD + project(gated_BLF, p["down"]), kept
 
 
 def gather_block(config: ModelConfig, p: dict) -> dict:
@@ -188,11 +187,6 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
     Returns:
       hidden_BLD in the compute dtype.
     """
-    return forward_with_router(config, params, tokens_BL, mask_BL, remat=remat)[0]
-
-
-def forward_with_router(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
-    """`forward`, and the moe.RouterStatistics of its blocks (None in a dense model): (hidden_BLD, stats)."""
     rope = attention.rope_tables(config, positions(mask_BL))
     allowed_BLL = attention.causal_mask(mask_BL)
 
@@ -200,13 +194,12 @@ def forward_with_router(config: ModelConfig, params: dict, tokens_BL, mask_BL, *
         return attention.attend(q, *attention.cached(k, v), allowed_BLL), None
 
     def step(x_BLD, p):
-        x_BLD, _, routing = block(config, p, x_BLD, rope, attend)
-        return x_BLD, moe.statistics(routing, mask_BL) if config.experts else None
+        return block(config, p, x_BLD, rope, attend)[0], None
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BLD, router = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
-    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), router
+    x_BLD, _ = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps)
 
 
 def positions(mask_BL):

@@ -1,4 +1,7 @@
-"""The mixture of experts against loops over tokens and experts, its gradient, its mesh and its statistics."""
+"""The mixture of experts against loops over tokens and experts, its gradient and its mesh."""
+
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +27,19 @@ MODEL = tiny.STUDENT.replace(
 NORMALISED = pytest.mark.parametrize("normalised", [True, False])
 
 feed_forward = jax.jit(moe.feed_forward, static_argnums=0)
-forward_with_router = jax.jit(transformer.forward_with_router, static_argnums=0)
+forward = jax.jit(transformer.forward, static_argnums=0)
 
 
 def block_weights(seed=0):
     """The first block's weights, and hidden states for it."""
     p = jax.tree.map(lambda w: w[0], tiny.weights(MODEL, seed)["blocks"])
     return p, np.random.default_rng(seed).normal(size=(2, 5, MODEL.width)).astype(np.float32)
+
+
+def experts_of(config, p, x_BLD):
+    """[B, L, X], the ids that the router chooses."""
+    expert_MX, _ = moe.route(config, p["router"], x_BLD.reshape(-1, config.width))
+    return np.asarray(expert_MX).reshape(*x_BLD.shape[:2], -1)
 
 
 def one_token(config, p, x_D):
@@ -53,19 +62,19 @@ def one_token(config, p, x_D):
 def test_every_token_gets_the_weighted_sum_of_its_experts(normalised):
     config = MODEL.replace(normalise_experts=normalised)
     p, x_BLD = block_weights()
-    out_BLD, routing = feed_forward(config, p, x_BLD)
+    out_BLD, expert_BLX = feed_forward(config, p, x_BLD), experts_of(config, p, x_BLD)
     for b, l in np.ndindex(2, 5):
         want_D, chosen = one_token(config, p, x_BLD[b, l].astype(np.float64))
         np.testing.assert_allclose(out_BLD[b, l], want_D, atol=1e-5)
-        assert routing.expert_BLX[b, l].tolist() == chosen
+        assert expert_BLX[b, l].tolist() == chosen
 
 
 def test_no_token_is_dropped_when_all_choose_the_same_experts():
     p, x_BLD = block_weights()
     x_BLD = np.abs(x_BLD)
     p["router"] = jnp.zeros_like(p["router"]).at[:, [1, 4]].set(1.0)
-    out_BLD, routing = feed_forward(MODEL, p, x_BLD)
-    assert set(np.unique(routing.expert_BLX)) == {1, 4}
+    out_BLD = feed_forward(MODEL, p, x_BLD)
+    assert set(np.unique(experts_of(MODEL, p, x_BLD))) == {1, 4}
     for b, l in np.ndindex(2, 5):
         np.testing.assert_allclose(out_BLD[b, l], one_token(MODEL, p, x_BLD[b, l])[0], atol=1e-5)
 
@@ -90,7 +99,7 @@ def test_the_gradient_is_that_of_all_experts_weighted_by_zero_or_more(normalised
         return (out_BLD * probe_BLD).sum()
 
     def sparse(p, x_BLD):
-        return (moe.feed_forward(config, p, x_BLD)[0] * probe_BLD).sum()
+        return (moe.feed_forward(config, p, x_BLD) * probe_BLD).sum()
 
     want = jax.jit(jax.grad(dense, argnums=(0, 1)))(used, x_BLD)
     got = jax.jit(jax.grad(sparse, argnums=(0, 1)))(used, x_BLD)
@@ -109,71 +118,68 @@ def test_a_rollouts_log_probabilities_are_those_of_the_forward_pass():
     sample = jax.jit(rollout.sample, static_argnums=(0, 5))
     written = sample(MODEL, params, tokens_BP, mask_BP, jax.random.key(0), sampling)
     mask_BL = np.concatenate([mask_BP, written.mask_BT], axis=1)
-    hidden_BLD, _ = forward_with_router(MODEL, params, written.tokens_BL, mask_BL)
+    hidden_BLD = forward(MODEL, params, written.tokens_BL, mask_BL)
     logits_BTV = transformer.logits(MODEL, transformer.head(MODEL, params), hidden_BLD[:, 6:-1])
     logp_BTV = jax.nn.log_softmax(logits_BTV)
     logp_BT = np.take_along_axis(np.asarray(logp_BTV), np.asarray(written.response_BT)[..., None], -1)
     np.testing.assert_allclose(written.logp_BT, logp_BT[..., 0], atol=1e-4)
 
 
-def test_router_statistics_count_real_tokens_alone_and_carry_no_gradient():
-    tokens_BL, mask_BL = batch()
-    params = tiny.weights(MODEL)
-    hidden_BLD, stats = forward_with_router(MODEL, params, tokens_BL, mask_BL)
-    np.testing.assert_array_equal(
-        hidden_BLD, jax.jit(transformer.forward, static_argnums=0)(MODEL, params, tokens_BL, mask_BL)
+def loss(params, tokens_BL, mask_BL, config=MODEL):
+    hidden_BLD = transformer.forward(config, params, tokens_BL, mask_BL, remat="full")
+    return jnp.where(mask_BL[..., None], hidden_BLD, 0).sum(axis=-1).var()
+
+
+@functools.cache
+def on_one_device(config):
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+    return value_and_grad(tiny.weights(config), *batch(), config)
+
+
+def on_mesh(config, sizes):
+    """(the mesh, where parameters live on it, its gradient program)."""
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
+    weights = sharding.param_shardings(
+        mesh, transformer.abstract(config), transformer.logical_axes(config)
     )
-    p, x_BLD = block_weights()
-    _, routing = feed_forward(MODEL, p, np.tile(x_BLD, (4, 2, 1))[:, :7])
-    one = moe.statistics(routing, mask_BL)
-    chosen = np.asarray(routing.expert_BLX)[mask_BL].reshape(-1)
-    share_E = np.bincount(chosen, minlength=6) / len(chosen)
-    np.testing.assert_allclose(one.load_NE, share_E, atol=1e-6)
-    probability = np.asarray(routing.probability_BLE)[mask_BL]
-    entropy = -(probability * np.log(probability)).sum(axis=-1).mean()
-    np.testing.assert_allclose(one.entropy_N, entropy, atol=1e-5)
-    assert stats.load_NE.shape == (2, 6)
-    np.testing.assert_allclose(stats.load_NE.sum(axis=-1), 1, atol=1e-6)
-
-    def entropy_of(params):
-        return moe.metrics(forward_with_router(MODEL, params, tokens_BL, mask_BL)[1])["router_entropy"]
-
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(entropy_of))(params)))
-
-
-def test_router_metrics_of_an_even_and_of_a_one_sided_router():
-    even = moe.RouterStatistics(jnp.full((2, 4), 0.25), jnp.full(2, jnp.log(4.0)))
-    named = {name: float(value) for name, value in moe.metrics(even).items()}
-    assert named == pytest.approx({"router_entropy": 1.386294, "router_max_load": 1, "router_idle_share": 0})
-    one_way = moe.RouterStatistics(jnp.array([[0.5, 0.5, 0, 0]]), jnp.zeros(1))
-    named = {name: float(value) for name, value in moe.metrics(one_way).items()}
-    assert named == pytest.approx({"router_entropy": 0, "router_max_load": 2, "router_idle_share": 0.5})
-
-
-def test_a_dense_model_has_no_router_statistics():
-    dense = tiny.STUDENT
-    tokens = np.ones((1, 3), np.int32)
-    assert forward_with_router(dense, tiny.weights(dense), tokens, tokens > 0)[1] is None
-
-
-def test_experts_cut_over_a_mesh_give_the_values_and_gradients_of_one_device():
-    tokens_BL, mask_BL = batch()
-    params = jax.tree.map(jnp.asarray, tiny.weights(MODEL))
-
-    def loss(params, tokens_BL, mask_BL):
-        hidden_BLD = transformer.forward(MODEL, params, tokens_BL, mask_BL, remat="full")
-        return jnp.where(mask_BL[..., None], hidden_BLD, 0).sum(axis=-1).var()
-
-    want = jax.jit(jax.value_and_grad(loss))(params, tokens_BL, mask_BL)
-    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    abstract, axes = transformer.abstract(MODEL), transformer.logical_axes(MODEL)
-    weights = sharding.param_shardings(mesh, abstract, axes)
-    assert weights["blocks"]["gate"].shard_shape((2, 6, 32, 12)) == (2, 3, 16, 12)
     rows = sharding.batch(mesh)
-    on_mesh = jax.jit(jax.value_and_grad(loss), in_shardings=(weights, rows, rows))
-    got = on_mesh(jax.device_put(params, weights), tokens_BL, mask_BL)
+    program = jax.value_and_grad(functools.partial(loss, config=config))
+    return weights, jax.jit(sharding.on(mesh, program), in_shardings=(weights, rows, rows))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "experts"),  # eight devices cut 8 experts, and the width of 6
+    [((8, 1, 1), 8), ((1, 8, 1), 8), ((1, 1, 8), 8), ((2, 2, 2), 8), ((1, 1, 8), 6)],
+)
+def test_a_mesh_gives_the_values_and_gradients_of_one_device(sizes, experts):
+    config = MODEL.replace(experts=experts, ffn=16)
+    weights, program = on_mesh(config, sizes)
+    got = program(jax.device_put(tiny.weights(config), weights), *batch())
 
     def close(a, b):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(b).max(), 1e-3))
 
-    jax.tree.map(close, got, want)
+    jax.tree.map(close, got, on_one_device(config))
+
+
+def test_experts_are_cut_over_tensor_and_never_gathered_along_it():
+    config = MODEL.replace(experts=8, ffn=12)
+    weights, program = on_mesh(config, (1, 2, 4))
+    assert weights["blocks"]["gate"].shard_shape((2, 8, 32, 12)) == (2, 2, 16, 12)
+    text = program.lower(transformer.abstract(config), *batch()).compile().as_text()
+    gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text))
+    assert gathered & {"2,32,12", "1,2,32,12"}, "gathers its own experts along fsdp"
+    assert not any(re.fullmatch(r"(1,)?8,(32,12|12,32)", shape) for shape in gathered)
+
+
+def test_a_mesh_samples_what_one_device_samples():
+    config = MODEL.replace(experts=8)
+    sampling = rollout.Sampling(max_tokens=5)
+
+    def sample(params, tokens_BP, mask_BP, key):
+        return rollout.sample(config, params, tokens_BP, mask_BP, key, sampling).tokens_BL
+
+    args = tiny.weights(config), *batch(), jax.random.key(0)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    got = jax.jit(sharding.on(mesh, sample), in_shardings=(on_mesh(config, (2, 2, 2))[0], *[None] * 3))(*args)
+    np.testing.assert_array_equal(got, jax.jit(sample)(*args))
