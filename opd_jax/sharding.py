@@ -14,8 +14,8 @@ from opd_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole, and
-# so does one whose mesh axis an earlier axis took: experts are cut before their hidden width.
+# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole,
+# and so does one whose mesh axis an earlier axis took: experts are cut before their hidden width.
 RULES = {
     "batch": ("data", "fsdp"),
     "replica": "data",
