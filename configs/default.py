@@ -29,6 +29,10 @@ def get_config() -> ConfigDict:
     c.teacher.path = ""
     # Dtype of the teacher's weights and activations: float32, bfloat16, or auto.
     c.teacher.dtype = "auto"
+    # The id of the teacher's end token where it is not the student's (a Base student, an Instruct teacher):
+    # the teacher's logits of the two are exchanged, so that it is asked for its own end where the student
+    # writes the student's. -1: both end with the same token, and a difference is refused.
+    c.teacher.end_id = -1
 
     c.data = ConfigDict()
     # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, or tfds.
@@ -43,6 +47,9 @@ def get_config() -> ConfigDict:
     c.data.over_long = "error"
     # System message put before each prompt; "" leaves the chat template's own.
     c.data.system_prompt = ""
+    # Extra arguments of the chat template, a JSON object, such as {"enable_thinking": false} for Qwen3 or
+    # {"date_string": "26 Jul 2024"} for Llama 3; "" gives none. Student and teacher are read with the same.
+    c.data.template = ""
     # How many prompts are held out for evaluation, never trained on.
     c.data.heldout = 32
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -84,6 +85,59 @@ class Checkpoints:
             ),
         )
         return restored["state"], restored["prompts"]
+
+    def find(self, wanted) -> int:
+        """The step of "latest", "best" or a number.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        step = {"latest": self.latest, "best": self.best}.get(wanted, wanted)
+        if str(step).isdigit() and int(step) in self._manager.all_steps():
+            return int(step)
+        there = ", ".join(map(str, self._manager.all_steps())) or "none"
+        raise UserError(
+            f"--step={wanted}: {self._manager.directory} has no checkpoint of step {wanted}; there: {there}"
+        )
+
+    def restore_params(self, step: int, abstract_params: dict, shardings: dict) -> dict:
+        """The student's parameters alone; the optimizer's state is not read.
+
+        Args:
+          step: a step that `find` returned.
+          abstract_params, shardings: their shapes and dtypes, and where they go.
+
+        Raises:
+          UserError: the checkpoint holds other parameters.
+        """
+        self._manager.wait_until_finished()
+        state = Path(self._manager.directory) / str(step) / "state"
+        wanted = {
+            "params": jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract_params, shardings
+            )
+        }
+        restore = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        handler = ocp.PyTreeCheckpointHandler()
+        found, asked = (
+            {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+            for leaves in map(
+                jax.tree_util.tree_leaves_with_path,
+                (handler.metadata(state)["params"], abstract_params),
+            )
+        )
+        if found != asked:
+            name = min(name for name in found | asked if found.get(name) != asked.get(name))
+            raise UserError(
+                f"{state}: parameter {name} is {found.get(name)} in the checkpoint,"
+                f" {asked.get(name)} in student.path; that folder now holds another model"
+            )
+        with ocp.Checkpointer(handler) as checkpointer:
+            return checkpointer.restore(state, args=restore)["params"]
 
     def close(self):
         """Waits for what is being written."""

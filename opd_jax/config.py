@@ -30,6 +30,7 @@ ALLOWED = {
 
 # field: (least value, most value or None)
 RANGES = {
+    "teacher.end_id": (-1, None),
     "data.prompt_tokens": (1, None),
     "data.heldout": (0, None),
     "rollout.batch": (1, None),

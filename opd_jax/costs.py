@@ -31,7 +31,10 @@ def phase_flops(student: ModelConfig, teacher: ModelConfig, batch: int, p: int, 
 def block_values(model: ModelConfig) -> int:
     """Activations that the blocks write for one token, values."""
     attention = model.head_size * (3 * model.heads + 4 * model.kv_heads)
-    return model.layers * (attention + 6 * model.width + 3 * model.ffn)
+    feed_forward = 3 * model.ffn
+    if model.experts:  # a row for each chosen expert, taken to it and back; the router's float32 softmax
+        feed_forward = model.experts_per_token * (3 * model.ffn + 2 * model.width) + 2 * model.experts
+    return model.layers * (attention + 6 * model.width + feed_forward)
 
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
@@ -39,11 +42,21 @@ def weight_bytes(model: ModelConfig, tensor: int) -> int:
     return 2 * model.parameter_count() // tensor
 
 
+def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
+    """The part of `weight_bytes` that a pass over so many tokens reads, each expert as likely as another."""
+    if not model.experts:
+        return weight_bytes(model, tensor)
+    idle = (1 - model.experts_per_token / model.experts) ** tokens
+    experts = 3 * model.width * model.ffn * model.experts * model.layers
+    return int(2 * (model.parameter_count() - idle * experts) / tensor)
+
+
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
     """HBM traffic of one device's blocks over rows x length tokens, plain attention."""
     scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
     activations = 2 * 2 * rows * length * block_values(model) // tensor  # each written and read
-    return 2 * weight_bytes(model, tensor) + activations + SCORE_BYTES * scores
+    weights = weight_bytes(model, tensor) + read_bytes(model, rows * length, tensor)  # gathered, then read
+    return weights + activations + SCORE_BYTES * scores
 
 
 def sample_bytes(model: ModelConfig, rows: int, p: int, t: int, tensor: int, stages: int) -> int:
@@ -57,7 +70,7 @@ def sample_bytes(model: ModelConfig, rows: int, p: int, t: int, tensor: int, sta
     kv_heads = -(-model.kv_heads // tensor)
     cache = 2 * 2 * rows * model.layers * kv_heads * model.head_size * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
-    step = weight_bytes(model, tensor) + cache + logits
+    step = read_bytes(model, rows, tensor) + cache + logits
     return int(forward_bytes(model, rows, p, tensor) + t * step)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from opd_jax import tokenizers
 from opd_jax.errors import UserError
 from opd_jax.prompts import sources
 
@@ -62,8 +63,8 @@ def load(config: Any, tokenizer: Any) -> Prompts:
     Args:
       config: the `data` section of a config: `source`, `path`, `prompt_tokens`, `over_long`,
         `system_prompt`, `heldout` (a count), and optionally `cache` (folder of the demo prompts;
-        default `$XDG_CACHE_HOME/opd_jax`) and `template_args` (extra arguments of the chat
-        template, such as `enable_thinking`).
+        default `$XDG_CACHE_HOME/opd_jax`) and `template` (extra arguments of the chat template
+        as a JSON object).
       tokenizer: a transformers tokenizer that has a chat template.
 
     Raises:
@@ -248,7 +249,7 @@ def _render(
 ) -> tuple[list[Prompt], int]:
     """Renders and tokenises; returns the prompts that fit, and how many did not."""
     system = config.system_prompt
-    template_args = dict(config.get("template_args") or {})
+    options = tokenizers.template_options(config.get("template") or "", tokenizer)
     rendered = []
     for messages, _ in conversations:
         # A conversation that brings a system message of its own keeps it.
@@ -256,7 +257,7 @@ def _render(
             messages = [{"role": "system", "content": system}, *messages]
         rendered.append(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **template_args
+                messages, tokenize=False, add_generation_prompt=True, **options
             )
         )
     # The template has already written every special token.

@@ -121,11 +121,8 @@ def main(_):
         job = prepare(ConfigDict(json.loads(path.read_text())))
         _check_heldout(job)
         with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
-            wanted = flags.FLAGS.step
-            step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(wanted, wanted)
-            if step is None or not str(step).isdigit():
-                raise UserError(f"--step={wanted}: {workdir} has no such checkpoint")
-            params = checkpoints.restore(int(step), job.abstract_state())[0].params
+            step = checkpoints.find(flags.FLAGS.step)
+            params = checkpoints.restore(step, job.abstract_state())[0].params
     result = evaluate(job, params, job.teacher_params())
     rows = result.pop("rows")
     if jax.process_index() != 0:

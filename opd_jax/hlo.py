@@ -284,13 +284,19 @@ def jaxpr_host_calls(jaxpr) -> list[str]:
 
 
 def matmul_flops(jaxpr, unknown_trips: int = 1) -> int:
-    """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included."""
+    """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
+
+    A grouped product counts every row that it is given, each in one group: where experts are cut over a mesh
+    axis that is too many, for every device along it is given all rows and multiplies its own.
+    """
     total = 0
     for e, times in _equations(jaxpr, 1, unknown_trips):
         if e.primitive.name == "dot_general":
             (contract, _), _ = e.params["dimension_numbers"]
             lhs = e.invars[0].aval.shape
             total += 2 * times * math.prod(e.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+        elif e.primitive.name == "ragged_dot_general":  # its values' and both its gradients' form
+            total += 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
     return total
 
 
@@ -303,6 +309,8 @@ def _equations(jaxpr, times: int, unknown_trips: int):
             inner *= e.params["length"]
         elif e.primitive.name == "while":
             inner *= unknown_trips
+        elif e.primitive.name == "shard_map":  # its shapes are one device's
+            inner *= e.params["mesh"].size
         for value in e.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 part = getattr(part, "jaxpr", part)

@@ -114,7 +114,12 @@ def prepare(config, workdir=None) -> Job:
     mesh = sharding.make_mesh(config.mesh)
     student, teacher = programs.models(config, mesh)
     tokenizer = tokenizers.load(config.student.path, "student.path")
-    tokenizers.check_pair(tokenizer, tokenizers.load(config.teacher.path, "teacher.path"))
+    teachers = tokenizers.load(config.teacher.path, "teacher.path")
+    options = tokenizers.template_options(config.data.template, tokenizer)
+    tokenizers.check_pair(tokenizer, teachers, options)
+    teacher = teacher.replace(
+        exchanged=tokenizers.exchanged_ends(tokenizer, teachers, config.teacher.end_id)
+    )
     ends = tokenizers.end_ids(tokenizer, student)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=ends, valid_vocab=valid) for m in (student, teacher))

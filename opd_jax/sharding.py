@@ -14,11 +14,13 @@ from opd_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole.
+# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole,
+# and so does one whose mesh axis an earlier axis took: experts are cut before their hidden width.
 RULES = {
     "batch": ("data", "fsdp"),
     "replica": "data",
     "embed": "fsdp",
+    "experts": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
@@ -124,17 +126,14 @@ def stored_axes(axes) -> tuple:
 def spec(shape, axes, mesh: Mesh, rules=None) -> P:
     """PartitionSpec of an array from its logical axes."""
     rules = RULES if rules is None else rules
-
-    def pieces(name):
-        return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
-
-    names = [rules.get(axis) for axis in axes]
-    return P(
-        *(
-            name if name is not None and size % pieces(name) == 0 else None
-            for name, size in zip(names, shape, strict=True)
-        )
-    )
+    names, taken = [], set()
+    for size, axis in zip(shape, axes, strict=True):
+        name = rules.get(axis)
+        over = () if name is None else (name,) if isinstance(name, str) else name
+        fits = over and taken.isdisjoint(over) and size % math.prod(mesh.shape[n] for n in over) == 0
+        names.append(name if fits else None)
+        taken.update(over if fits else ())
+    return P(*names)
 
 
 def param_shardings(mesh: Mesh, abstract, axes, rules=None):

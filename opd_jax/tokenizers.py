@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import json
+import re
 
 from opd_jax.errors import UserError
 from opd_jax.models import gguf, source
@@ -36,11 +38,65 @@ def load(path, key: str = "student.path"):
     return tokenizer
 
 
-def check_pair(student, teacher):
-    """Refuses a teacher that would read the student's token ids as other text.
+def template_options(text: str, tokenizer) -> dict:
+    """The chat template's extra arguments that `data.template` names.
+
+    Args:
+      text: a JSON object, such as {"enable_thinking": false}; "" is none.
 
     Raises:
-      UserError: a difference in vocabulary, special tokens, merges, end token or chat format.
+      UserError: not a JSON object, or a name that the tokenizer's template never reads.
+    """
+    try:
+        options = json.loads(text) if text.strip() else {}
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"data.template={text} is not a JSON object, such as {{\"enable_thinking\": false}}")
+    template = str(tokenizer.chat_template)
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(f"data.template: student.path's chat template never reads {name!r}; remove it")
+    return options
+
+
+def exchanged_ends(student, teacher, end_id: int) -> tuple[int, int] | None:
+    """(the student's end token, the teacher's) where they differ and `teacher.end_id` says so, else None.
+
+    A teacher that ends its answers with another token gives the student's next to no probability, and the
+    student unlearns to stop; with the pair exchanged in the teacher's output it is asked for its own.
+
+    Args:
+      end_id: teacher.end_id; -1 where none is given.
+
+    Raises:
+      UserError: the end tokens differ and no id is given, or the id is not the teacher's end token.
+    """
+    ours, theirs = student.eos_token_id, teacher.eos_token_id
+    if end_id == -1:
+        if ours != theirs:
+            raise UserError(
+                f"a response ends with {student.eos_token!r} ({ours}) in student.path, with"
+                f" {teacher.eos_token!r} ({theirs}) in teacher.path; set teacher.end_id={theirs} to let one"
+                " stand for the other, or put the teacher's tokenizer files into the student's folder"
+            )
+        return None
+    if end_id != theirs or ours is None:
+        raise UserError(
+            f"teacher.end_id={end_id}: teacher.path ends a response with {teacher.eos_token!r} ({theirs}),"
+            f" student.path with {student.eos_token!r} ({ours}); give the teacher's id, or -1"
+        )
+    return None if ours == theirs else (ours, theirs)
+
+
+def check_pair(student, teacher, options: dict | None = None):
+    """Refuses a teacher that would read the student's token ids as other text.
+
+    Args:
+      options: what `template_options` returned; both templates are rendered with them.
+
+    Raises:
+      UserError: a difference in vocabulary, special tokens, merges or rendered prompts.
     """
 
     def refuse(what, ours, theirs, remedy="give two models of one family"):
@@ -58,11 +114,8 @@ def check_pair(student, teacher):
     for n, (our, their) in enumerate(itertools.zip_longest(ours, theirs)):
         if our != their:
             refuse(f"token {n} of a probe text is", our, their)
-    if student.eos_token != teacher.eos_token:
-        remedy = "put the teacher's tokenizer files into the student's folder"
-        refuse("a response ends with", student.eos_token, teacher.eos_token, remedy)
     for chat in _PROBE_CHATS:
-        ours, theirs = _render(student, chat, True), _render(teacher, chat, True)
+        ours, theirs = (_render(tokenizer, chat, True, options) for tokenizer in (student, teacher))
         if ours != theirs:
             refuse("the chat template renders", ours, theirs, "use one chat template in both")
 
@@ -133,9 +186,9 @@ def _encode(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _render(tokenizer, chat, add_generation_prompt: bool) -> str:
+def _render(tokenizer, chat, add_generation_prompt: bool, options: dict | None = None) -> str:
     return tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=add_generation_prompt
+        chat, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
     )
 
 

@@ -76,6 +76,8 @@ def refusal(settings, workdir=None) -> str:
         ("mesh.data", 3, "8 devices"),
         ("mesh.tensor", 0, "1 or more"),
         ("data.prompt_tokens", 20, "data.over_long=drop"),
+        ("data.template", "{", "JSON object"),
+        ("teacher.end_id", 5, "258"),
         ("data.path", "/nowhere/prompts.jsonl", "/nowhere/prompts.jsonl"),
         ("rollout.max_tokens", 1000, "256 positions"),
         ("objective.name", "revers_kl", "did you mean reverse_kl?"),

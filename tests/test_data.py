@@ -165,9 +165,9 @@ def test_prompt_is_the_template_with_system_prompt_and_generation_header(tokeniz
     assert (prompts[1].text, prompts[1].answer) == ("Own.\nHi", None)
 
 
-def test_template_args_reach_the_template(tokenizer, tmp_path):
+def test_template_options_reach_the_template(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    prompts = data.load(config(path=path, template_args={"plain": True}), tokenizer).train
+    prompts = data.load(config(path=path, template='{"plain": true}'), tokenizer).train
     assert tokenizer.decode(prompts[0].ids).endswith("assistant\n<plain>")
 
 

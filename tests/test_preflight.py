@@ -49,6 +49,7 @@ def report(models):
         ("Qwen3-8B", 8_190_735_360),
         ("Qwen3-14B", 14_768_307_200),
         ("Qwen3-32B", 32_762_123_264),
+        ("Qwen3-30B-A3B", 30_532_122_624),
     ],
 )
 def test_a_preset_has_the_published_number_of_parameters(name, parameters):
@@ -109,6 +110,34 @@ def test_counted_flops_of_a_forward_pass_are_the_compilers():
     assert counted == formula
     theirs = traced.lower().compile().cost_analysis()["flops"]
     assert counted < theirs < 1.5 * counted, "theirs has the elementwise operations as well"
+
+
+SPARSE = tiny.STUDENT.replace(
+    family="qwen3_moe", experts=8, experts_per_token=2, normalise_experts=True, layers=1
+)
+
+
+def test_a_sparse_models_flops_are_those_of_the_chosen_experts_forward_and_backward():
+    rows, length = 8, 6
+
+    def loss(params, tokens_BL, mask_BL):
+        return transformer.forward(SPARSE, params, tokens_BL, mask_BL).sum()
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
+    attention = 4 * length**2 * SPARSE.heads * SPARSE.head_size
+    one_pass = rows * (length * SPARSE.matmul_flops_per_token(head=False) + attention)
+    arguments = transformer.abstract(SPARSE), *_tokens(rows, length)
+    for fn in (loss, sharding.on(mesh, loss)):
+        assert hlo.matmul_flops(jax.make_jaxpr(fn)(*arguments).jaxpr) == one_pass
+        assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
+
+
+def test_a_decode_step_reads_the_experts_of_its_tokens_and_a_long_batch_reads_all():
+    dense, expert = SPARSE.replace(experts=0, experts_per_token=0), 2 * 3 * SPARSE.width * SPARSE.ffn
+    router = 2 * SPARSE.width * SPARSE.experts
+    assert costs.read_bytes(SPARSE, 1, 1) == costs.weight_bytes(dense, 1) + expert + router  # two of them
+    assert costs.read_bytes(SPARSE, 10_000, 1) == costs.weight_bytes(SPARSE, 1)
+    assert costs.read_bytes(dense, 1, 1) == costs.weight_bytes(dense, 1)
 
 
 def test_the_steps_flops_are_three_student_passes_and_a_teacher_pass():

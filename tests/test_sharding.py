@@ -92,6 +92,13 @@ def test_spec_follows_the_rules_and_leaves_axes_whole_that_do_not_divide():
     )
 
 
+def test_a_mesh_axis_cuts_experts_before_their_hidden_width_and_never_two_axes():
+    mesh, axes = cube(), ("experts", "embed", "ffn")
+    assert sharding.spec((6, 4, 8), axes, mesh) == P("tensor", "fsdp", None)
+    assert sharding.spec((5, 4, 8), axes, mesh) == P(None, "fsdp", "tensor")
+    assert sharding.spec((4, 4), ("batch", "embed"), mesh) == P(("data", "fsdp"), None)
+
+
 def test_spec_takes_other_rules_than_the_table():
     assert sharding.spec((4, 6), ("embed", "ffn"), cube(), {"ffn": "data"}) == P(None, "data")
 

@@ -119,18 +119,50 @@ def without_a_merge(tokenizer):
 
 def test_teachers_that_read_ids_differently_are_refused(smollm2):
     keys = ("student.path", "teacher.path")
-    longer, special, ends, template = (copy.deepcopy(smollm2) for _ in range(4))
+    longer, special, template = (copy.deepcopy(smollm2) for _ in range(3))
     longer.add_tokens(["<think>"])
     refused(lambda: tokenizers.check_pair(smollm2, longer), *keys, "id 49152", "<think>")
     special.add_special_tokens({"additional_special_tokens": ["\u0120the"]})
     i = smollm2.convert_tokens_to_ids("\u0120the")
     refused(lambda: tokenizers.check_pair(smollm2, special), *keys, f"id {i}", "special token")
-    ends.eos_token = "<|endoftext|>"
-    refused(lambda: tokenizers.check_pair(smollm2, ends), *keys, "<|im_end|>", "<|endoftext|>")
     template.chat_template = smollm2.chat_template.replace("SmolLM", "Other")
     refused(lambda: tokenizers.check_pair(smollm2, template), *keys, "chat template", "Other")
     merges = without_a_merge(smollm2)
     refused(lambda: tokenizers.check_pair(smollm2, merges), *keys, "probe text")
+
+
+def test_end_tokens_that_differ_need_the_teachers_id(smollm2):
+    base = copy.deepcopy(smollm2)
+    base.eos_token = "<|endoftext|>"
+    tokenizers.check_pair(base, smollm2)
+    refused(
+        lambda: tokenizers.exchanged_ends(base, smollm2, -1),
+        "'<|endoftext|>' (0) in student.path",
+        "'<|im_end|>' (2) in teacher.path",
+        "teacher.end_id=2",
+    )
+    refused(lambda: tokenizers.exchanged_ends(base, smollm2, 5), "teacher.end_id=5", "(2)")
+    assert tokenizers.exchanged_ends(base, smollm2, 2) == (0, 2)
+    assert tokenizers.exchanged_ends(smollm2, smollm2, -1) is None
+    assert tokenizers.exchanged_ends(smollm2, smollm2, 2) is None
+
+
+def test_template_options_are_read_and_their_names_checked(smollm2):
+    thinks = copy.deepcopy(smollm2)
+    thinks.chat_template = smollm2.chat_template + "{% if enable_thinking %}<think>{% endif %}"
+    assert tokenizers.template_options("", thinks) == {}
+    assert tokenizers.template_options('{"enable_thinking": true}', thinks) == {"enable_thinking": True}
+    refused(lambda: tokenizers.template_options('{"enable": true}', thinks), "data.template", "'enable'")
+    refused(lambda: tokenizers.template_options("[1]", thinks), "data.template", "JSON object")
+    refused(lambda: tokenizers.template_options("{", thinks), "data.template", "JSON object")
+
+
+def test_the_prompts_of_both_are_compared_as_the_options_render_them(smollm2):
+    ours, theirs = copy.deepcopy(smollm2), copy.deepcopy(smollm2)
+    ours.chat_template += "{% if enable_thinking %}<think>{% endif %}"
+    theirs.chat_template += "{% if enable_thinking %}<reason>{% endif %}"
+    tokenizers.check_pair(ours, theirs)
+    refused(lambda: tokenizers.check_pair(ours, theirs, {"enable_thinking": True}), "<think>", "<reason>")
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(smollm2, tmp_path):

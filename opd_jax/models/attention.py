@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
 
 # Finite, so that a row of padding (nothing to attend to) stays free of NaN.
@@ -11,14 +12,14 @@ MASKED = -1e30
 
 def rope_tables(config: ModelConfig, positions_BL):
     """(cos, sin), each float32 [B, L, head_size / 2], of the rotation angles at each position."""
-    exponent = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
-    angle = positions_BL[..., None].astype(jnp.float32) * (config.rope_theta**-exponent)[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    frequency_C, amplitude = rope.frequencies(config.rope_theta, config.head_size, config.rope_scaling)
+    angle = positions_BL[..., None].astype(jnp.float32) * frequency_C[None, None]
+    return jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
 
 
-def rotate(x_BLHC, rope):
+def rotate(x_BLHC, tables):
     """Rotates channel pairs (c, c + head_size/2) by their angles, the order Hugging Face weights use."""
-    cos, sin = (table[:, :, None] for table in rope)
+    cos, sin = (table[:, :, None] for table in tables)
     low, high = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return out.astype(x_BLHC.dtype)

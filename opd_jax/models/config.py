@@ -4,20 +4,22 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from opd_jax.models import rope
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and family of one decoder-only transformer; hashable, so it can be a static argument.
 
     Attributes:
-      family: "llama", "qwen2" or "qwen3"; the Hugging Face model type it is saved as.
+      family: "llama", "qwen2", "qwen3" or "qwen3_moe"; the Hugging Face model type it is saved as.
       vocab_size: rows of the embedding, V.
       valid_vocab: ids below this exist in the tokenizer; ids from here to V get -inf logits everywhere.
       width: residual width, D.
       layers: number of blocks.
       heads, kv_heads: query heads and key/value heads; heads is a multiple of kv_heads.
       head_size: channels a head; need not be width / heads.
-      ffn: hidden width of the gated feed-forward.
+      ffn: hidden width of the gated feed-forward, or of one expert.
       rope_theta: base of the rotary frequencies.
       norm_eps: added to the mean square in RMS norm.
       tie_embeddings: the output head is the embedding.
@@ -27,6 +29,11 @@ class ModelConfig:
       eos_ids: ids that end a response.
       pad_id: id written at padded positions; never attended to.
       compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16".
+      rope_scaling: how the rotary frequencies are stretched, or None.
+      experts: number of experts in each block; 0 is a dense model.
+      experts_per_token: experts that each token is sent to.
+      normalise_experts: their weights are scaled to sum to 1.
+      exchanged: two ids whose logits are exchanged, or None: a teacher's end token answers for the student's.
     """
 
     family: str
@@ -47,6 +54,11 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     compute_dtype: str = "float32"
+    rope_scaling: rope.Scaling | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    normalise_experts: bool = False
+    exchanged: tuple[int, int] | None = None
 
     @property
     def dtype(self):
@@ -64,12 +76,13 @@ class ModelConfig:
             attention += self.head_size * (self.heads + 2 * self.kv_heads)
         if self.qk_norm:
             attention += 2 * self.head_size
-        block = attention + 3 * self.width * self.ffn + 2 * self.width
+        feed_forward = 3 * self.width * self.ffn * max(self.experts, 1) + self.width * self.experts
+        block = attention + feed_forward + 2 * self.width
         tables = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
         return self.layers * block + tables + self.width
 
     def matmul_flops_per_token(self, *, head: bool) -> int:
         """FLOPs of the weight matrix products of one token's forward pass (attention scores excluded)."""
         block = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        block += 3 * self.width * self.ffn
+        block += 3 * self.width * self.ffn * max(self.experts_per_token, 1) + self.width * self.experts
         return 2 * (self.layers * block + (self.vocab_size * self.width if head else 0))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.errors import UserError
-from opd_jax.models import weights
+from opd_jax.models import rope, weights
 from opd_jax.models.config import ModelConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -23,12 +23,23 @@ _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 _SPLITS = {
     "default": (_GPT2_SPLIT, False),
     "gpt-2": (_GPT2_SPLIT, False),
     "smollm": (_GPT2_SPLIT, True),
     "qwen2": (_QWEN2_SPLIT, False),
+    "llama-bpe": (_LLAMA3_SPLIT, False),
 }
+# What the gguf package dequantises.
+QUANTISATIONS = {
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4"),
+}
+# Llama 3.1 (8B, 70B) and Llama 3.2 (1B, 3B), as their config.json has it.
+_LLAMA3 = tuple(rope.Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
+_DIVISORS = "rope_freqs.weight"
 # tokenizer.ggml.token_type values.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 # Control tokens that end a response whatever the file calls its end of sequence.
@@ -51,18 +62,24 @@ def load(file, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "stud
     reader = _open(file, key)
     config = config_from_gguf(reader, key)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors.pop(_DIVISORS, None)  # part of the config
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
     weights.check_shapes(config, "gguf", shapes, f"{key}: {file}")
 
     def read(name, index):
         tensor = tensors[name]
-        rows = gguf.dequantize(tensor.data[index[0]], tensor.tensor_type)
+        rows = read_rows(tensor, index[0])
         if config.family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
             rows = _unpermute(rows, config.head_size)
         return rows[:, index[1]] if len(index) == 2 else rows
 
     params = weights.read_tree(config, "gguf", read, dtype=dtype, mesh=mesh, shardings=shardings)
     return config, params
+
+
+def read_rows(tensor: gguf.ReaderTensor, rows: slice) -> np.ndarray:
+    """Some rows of a stored tensor, float32; nothing else of the file is read."""
+    return gguf.dequantize(tensor.data[rows], tensor.tensor_type)
 
 
 def read_config(file, key: str = "student.path") -> ModelConfig:
@@ -83,9 +100,6 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
             f"{key}: GGUF architecture {family!r} is not supported; supported: {supported}"
         )
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
-    scaling = _value(reader, f"{family}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in shapes:
-        raise UserError(f"{key}: this {family} model uses rotary scaling, which is not supported")
     if _value(reader, "split.count", 1) > 1:
         raise UserError(
             f"{key}: the GGUF file is one of several parts; merge them with gguf-split first"
@@ -112,7 +126,15 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
         raise UserError(
             f"{key}: the GGUF file has no tensor token_embd.weight; is it a complete model?"
         )
+    unknown = {t.tensor_type.name for t in reader.tensors} - QUANTISATIONS
+    if unknown:
+        raise UserError(
+            f"{key}: the GGUF file is quantised as {min(unknown)}, which is not supported; supported:"
+            f" {', '.join(sorted(QUANTISATIONS))}"
+        )
     vocab_size = int(shapes["token_embd.weight"][1])
+    rope_theta, max_positions = float(number("rope.freq_base", 1e4)), number("context_length")
+    rope_scaling = _rope_scaling(reader, family, rope_theta, head_size, max_positions, number, key)
     tokens, types = _tokens(reader)
     eos_ids = _end_ids(reader, tokens, types)
     return ModelConfig(
@@ -125,15 +147,46 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
         kv_heads=number("attention.head_count_kv", heads),
         head_size=head_size,
         ffn=number("feed_forward_length"),
-        rope_theta=float(number("rope.freq_base", 1e4)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         norm_eps=number("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in shapes,
         qk_norm=family == "qwen3",
         attention_bias=family == "qwen2",
-        max_positions=number("context_length"),
+        max_positions=max_positions,
         eos_ids=eos_ids,
         pad_id=_value(reader, "tokenizer.ggml.padding_token_id", eos_ids[0] if eos_ids else 0),
     )
+
+
+def _rope_scaling(reader, family, theta, head_size, max_positions, number, key):
+    """The file's rotary scaling, or None.
+
+    llama.cpp writes Llama 3's as one divisor a channel; the two that Llama 3.1 and 3.2 have are recognised.
+    """
+    kind = _value(reader, f"{family}.rope.scaling.type", "none")
+    divisors = [tensor.data for tensor in reader.tensors if tensor.name == _DIVISORS]
+    if divisors:
+        plain_C, _ = rope.frequencies(theta, head_size, None)
+        for scaling in _LLAMA3:
+            stretched_C, _ = rope.frequencies(theta, head_size, scaling)
+            wanted_C = plain_C / stretched_C
+            if divisors[0].shape == wanted_C.shape and np.allclose(divisors[0], wanted_C, rtol=1e-4):
+                return scaling
+        raise UserError(
+            f"{key}: this {family} model scales its rotary frequencies by {_DIVISORS}, and not as Llama"
+            " 3.1 or 3.2 does, which is not supported; load the Hugging Face folder"
+        )
+    if kind == "none":
+        return None
+    fields = {"rope_type": kind, "factor": number("rope.scaling.factor")}
+    original = _value(reader, f"{family}.rope.scaling.original_context_length")
+    if original:
+        fields["original_max_position_embeddings"] = original
+    try:
+        return rope.from_json(fields, max_positions)
+    except ValueError as error:
+        raise UserError(f"{key}: this {family} model uses {error}, which is not supported") from error
 
 
 def tokenizer_from_gguf(file, key: str = "student.path"):
@@ -157,7 +210,9 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
         )
     tokens, types = _tokens(reader)
     merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # Llama 3 takes a piece that is a token whole, whatever the merges would make of it.
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut == "llama-bpe"))
     expression, single_digits = _SPLITS[cut]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True)] * single_digits
@@ -194,6 +249,8 @@ def _open(file, key: str) -> gguf.GGUFReader:
         raise UserError(f"{key}: {file} cannot be opened ({error.strerror})") from error
     # What the reader raises on damage depends on where the file is cut.
     except (ValueError, IndexError, KeyError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise UserError(f"{key}: {file} has a quantisation unknown here ({error})") from error
         raise UserError(f"{key}: {file} is not a whole GGUF file; copy it again") from error
 
 

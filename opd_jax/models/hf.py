@@ -1,10 +1,7 @@
-"""Hugging Face model folders: config.json and safetensors, in and out.
-
-Families: llama (SmolLM2, Llama 2), qwen2 (Qwen2, Qwen2.5) and qwen3, dense. What a config asks for
-and this code does not do is refused by name; nothing is loaded approximately.
-"""
+"""Hugging Face model folders, in and out: config.json (see hf_config.py) and safetensors."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -15,17 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from opd_jax.errors import UserError
-from opd_jax.models import transformer, weights
+from opd_jax.models import hf_config, safetensors_out, transformer, weights
 from opd_jax.models.config import ModelConfig
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 # Largest weight file that `save` writes, bytes.
 SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F32", "F16", "BF16")
@@ -90,10 +81,10 @@ def read_config(folder, key: str = "student.path") -> ModelConfig:
         raise UserError(f"{key}: no folder {folder}; give a model folder, a .gguf file or pkg:NAME")
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {folder} has no config.json; give a Hugging Face model folder")
-    config = config_from_json(_read_json(folder / "config.json", key), key)
+    config = hf_config.from_json(_read_json(folder / "config.json", key), key)
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json", key)
-        ends = set(config.eos_ids) | set(_ids(generation.get("eos_token_id")))
+        ends = set(config.eos_ids) | set(hf_config.ids(generation.get("eos_token_id")))
         config = config.replace(eos_ids=tuple(sorted(ends)))
     length = _tokenizer_length(folder, key)
     if length is None:
@@ -106,191 +97,131 @@ def read_config(folder, key: str = "student.path") -> ModelConfig:
     return config.replace(valid_vocab=length)
 
 
-def config_from_json(raw: dict, key: str = "student.path") -> ModelConfig:
-    """The ModelConfig that a config.json describes; absent fields take transformers' defaults.
+def read_generation(folder) -> dict:
+    """How a folder's model is meant to be sampled: its generation_config.json, with its bos_token_id."""
+    folder = Path(folder).expanduser()
+    bos = _read_json(folder / "config.json", str(folder)).get("bos_token_id")
+    file = folder / "generation_config.json"
+    fields = _read_json(file, str(folder)) if file.is_file() else {}
+    fields.pop("_from_model_config", None)  # transformers would then take config.json's fields instead
+    return {"bos_token_id": bos} | fields
+
+
+def check_unused(folder):
+    """Refuses a folder to save into that holds something.
 
     Raises:
-      UserError: an unsupported model type or feature, or a field that is missing or not a number.
+      UserError: names it.
     """
-    family = raw.get("model_type")
-    if family not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise UserError(f"{key}: model type {family!r} is not supported; supported: {supported}")
-    _refuse_unsupported(raw, family, key)
-
-    def positive(name, default=None, kinds=(int,)):
-        value = raw.get(name)
-        value = default if value is None else value
-        if type(value) not in kinds or value <= 0:
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise UserError(
-                f"{key}: config.json needs a positive {names} {name!r}, it has {value!r}"
-            )
-        return value
-
-    width, heads = positive("hidden_size"), positive("num_attention_heads")
-    vocab_size, kv_heads = positive("vocab_size"), positive("num_key_value_heads", heads)
-    # transformers' Qwen3 does not derive its head size from the width.
-    head_size = positive("head_dim", 128 if family == "qwen3" else width // heads)
-    if heads % kv_heads or head_size % 2:
-        raise UserError(
-            f"{key}: {heads} heads over {kv_heads} key/value heads of size {head_size} is not"
-            " grouped-query attention with rotary positions; is config.json damaged?"
-        )
-    rope = raw.get("rope_parameters") or {}
-    eos_ids = _ids(raw.get("eos_token_id"))
-    pad_id = raw.get("pad_token_id")
-    if pad_id is None or not 0 <= pad_id < vocab_size:
-        pad_id = eos_ids[0] if eos_ids else 0
-    return ModelConfig(
-        family=family,
-        vocab_size=vocab_size,
-        valid_vocab=vocab_size,
-        width=width,
-        layers=positive("num_hidden_layers"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        ffn=positive("intermediate_size"),
-        rope_theta=float(rope.get("rope_theta") or positive("rope_theta", 1e4, (int, float))),
-        norm_eps=float(positive("rms_norm_eps", 1e-6, (int, float))),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qk_norm=family == "qwen3",
-        attention_bias=family == "qwen2",
-        max_positions=positive("max_position_embeddings", 2048),
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-    )
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another or remove it")
 
 
-def config_to_json(config: ModelConfig) -> dict:
-    """A config.json that transformers 4 and 5 load: the rotary base is given in both spellings."""
-    return {
-        "architectures": [ARCHITECTURES[config.family]],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.ffn,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "eos_token_id": list(config.eos_ids) or None,
-        "pad_token_id": config.pad_id,
-    } | ({} if config.attention_bias else {"attention_bias": False})
-
-
-def save(folder, config: ModelConfig, params: dict, tokenizer=None, *, dtype=None):
+def save(
+    folder,
+    config: ModelConfig,
+    params: dict,
+    tokenizer=None,
+    *,
+    dtype=None,
+    generation: dict | None = None,
+    shard_bytes: int = SHARD_BYTES,
+):
     """Writes a model folder that transformers and `load` read; every process calls it.
 
-    One tensor at a time is brought to the host, where one weight file (SHARD_BYTES) is held. The
-    folder appears under its name only when it is complete.
+    One block of one parameter at a time is brought to the host. The folder appears under its name only
+    when it is complete, and no process returns before.
 
     Args:
-      folder: must not exist, or be empty.
-      tokenizer: a transformers tokenizer to write beside the weights.
-      dtype: of the saved weights; default: as the parameters are.
+      folder: must not exist, or be empty. Several hosts give one folder of a shared disk.
+      tokenizer: a transformers tokenizer to write beside the weights, with its chat template.
+      dtype: of the saved weights: float32, float16 or bfloat16; default: as the parameters are.
+      generation: further fields of generation_config.json, such as temperature and bos_token_id; end
+        and padding ids are the config's.
+      shard_bytes: largest weight file; a single larger tensor gets a file of its own.
 
     Raises:
       UserError: the folder holds something already.
     """
     folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; choose another or remove it")
+    check_unused(folder)
+    _meet("opd_jax.save.checked")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     writes = jax.process_index() == 0
     try:
         if writes:
             partial.mkdir(parents=True)
-        saved_dtype = _save_weights(partial if writes else None, config, params, dtype)
+        saved_dtype = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
         if writes:
-            _write_json(
-                partial / "config.json", config_to_json(config) | {"torch_dtype": saved_dtype}
-            )
-            generation = {
-                "eos_token_id": list(config.eos_ids) or None,
-                "pad_token_id": config.pad_id,
-            }
-            _write_json(partial / "generation_config.json", generation)
+            generation = generation or {}
+            others = {"torch_dtype": saved_dtype, "bos_token_id": generation.get("bos_token_id")}
+            _write_json(partial / "config.json", hf_config.to_json(config) | others)
+            ends = {"eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
+            _write_json(partial / "generation_config.json", generation | ends)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            for file in partial.glob("*.safetensors"):
-                # safetensors makes files that only their owner may read.
-                shutil.copymode(partial / "config.json", file)
             os.replace(partial, folder)
+        _meet("opd_jax.save.done")
     finally:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_weights(folder: Path | None, config, params, dtype) -> str:
+def _meet(name: str):
+    """Waits for every process of a pod."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int) -> str:
     """Writes the safetensors files and, for several, their index; returns the dtype's name."""
     axes = transformer.logical_axes(config)
     dtype = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
-    shards, room = [], 0
+    files, room = [], 0
     for tensor in weights.tensors(config, "hf"):
         size = int(np.prod(tensor.shape)) * dtype.itemsize
         if size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(tensor)
+            files.append([])
+            room = shard_bytes
+        files[-1].append(tensor)
         room -= size
 
+    fetch = functools.lru_cache(maxsize=1)(lambda path, index: _fetch(params, path, index))
+
+    def value(tensor):
+        """One stored tensor; experts of a block lie side by side and come from one fetch."""
+        block = fetch(tensor.path, tensor.index[:1])
+        for name in tensor.index[1:]:
+            block = block[name]
+        names = functools.reduce(dict.__getitem__, tensor.path, axes)
+        return weights.to_stored(tensor, block.astype(dtype), names)
+
     index, total = {}, 0
-    for number, shard in enumerate(shards, 1):
-        name = (
-            f"model-{number:05}-of-{len(shards):05}.safetensors"
-            if len(shards) > 1
-            else "model.safetensors"
-        )
-        content = {}
-        for tensor in shard:
-            value, value_axes = params, axes
-            for step in tensor.path:
-                value, value_axes = value[step], value_axes[step]
-            value = value if tensor.layer is None else value[tensor.layer]
-            if isinstance(value, jax.Array) and not value.is_fully_addressable:
-                value = multihost_utils.process_allgather(value, tiled=True)
-            if folder is not None:
-                value = np.asarray(value).astype(dtype)
-                content[tensor.name] = weights.to_stored(tensor, value, value_axes)
-                total += content[tensor.name].nbytes
-        if folder is not None:
-            save_file(content, folder / name, metadata={"format": "pt"})
-            index |= {tensor.name: name for tensor in shard}
-    if folder is not None and len(shards) > 1:
+    for number, file in enumerate(files, 1):
+        several = f"model-{number:05}-of-{len(files):05}.safetensors"
+        name = several if len(files) > 1 else "model.safetensors"
+        if folder is None:
+            for tensor in file:
+                fetch(tensor.path, tensor.index[:1])  # its collectives need every process
+            continue
+        shapes = {tensor.name: tensor.shape for tensor in file}
+        total += safetensors_out.write(folder / name, shapes, dtype, map(value, file))
+        index |= dict.fromkeys(shapes, name)
+    if len(index) and len(files) > 1:
         body = {"metadata": {"total_size": total}, "weight_map": index}
         _write_json(folder / "model.safetensors.index.json", body)
     return dtype.name
 
 
-def _refuse_unsupported(raw: dict, family: str, key: str):
-    """Raises UserError for each feature of the family that this code does not compute."""
-    ropes = [raw.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    rope_types = {rope.get("rope_type") or rope.get("type") or "default" for rope in ropes}
-    scaling = ", ".join(sorted(rope_types - {"default"}))
-    partial = {rope.get("partial_rotary_factor") or 1 for rope in (raw, *ropes)} - {1}
-    layer_types = set(raw.get("layer_types") or ())
-    windowed = raw.get("use_sliding_window") and not layer_types
-    features = {
-        f"rotary scaling {scaling!r}": scaling,
-        "partial rotary embedding": partial,
-        "sliding-window attention": windowed or bool(layer_types - {"full_attention"}),
-        f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-        # Qwen2's own biases need no switch; this one also adds a bias to the output projection.
-        "attention_bias": family != "qwen2" and raw.get("attention_bias"),
-        "mlp_bias": raw.get("mlp_bias"),
-        "a quantised checkpoint (quantization_config)": raw.get("quantization_config"),
-    }
-    for feature, present in features.items():
-        if present:
-            raise UserError(f"{key}: this {family} model uses {feature}, which is not supported")
+def _fetch(params: dict, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
+    """A parameter, or one block of it, on the host of every process."""
+    value = functools.reduce(dict.__getitem__, path, params)
+    for layer in index:
+        value = value[layer]
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
 
 
 def _weight_files(folder: Path, where: str) -> list[str]:
@@ -333,11 +264,6 @@ def _tokenizer_length(folder: Path, key: str) -> int | None:
             int, _read_json(folder / "tokenizer_config.json", key).get("added_tokens_decoder", ())
         )
     return max(ids) + 1 if ids else None
-
-
-def _ids(value) -> tuple[int, ...]:
-    """Token ids given as None, one id or a list."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def _read_json(path: Path, key: str) -> dict:

@@ -1,7 +1,7 @@
 """Published models by name: what their config.json says, where shapes are needed and no weights."""
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf
+from opd_jax.models import hf_config
 from opd_jax.models.config import ModelConfig
 
 PREFIX = "preset:"
@@ -32,6 +32,19 @@ def _qwen3(width, layers, heads, ffn, tied):
     return _QWEN3 | sizes, _QWEN3_TOKENS
 
 
+def _qwen3_moe(width, layers, heads, experts, expert_ffn):
+    raw, tokens = _qwen3(width, layers, heads, 3 * width, False)  # of intermediate_size nothing is built
+    sparse = {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": expert_ffn,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    }
+    return raw | sparse, tokens
+
+
 # name -> (config.json, ids of the tokenizer). Source: the config.json of huggingface.co/Qwen/<name>.
 PRESETS = {
     "Qwen3-0.6B": _qwen3(1024, 28, 16, 3072, True),
@@ -40,6 +53,7 @@ PRESETS = {
     "Qwen3-8B": _qwen3(4096, 36, 32, 12288, False),
     "Qwen3-14B": _qwen3(5120, 40, 40, 17408, False),
     "Qwen3-32B": _qwen3(5120, 64, 64, 25600, False),
+    "Qwen3-30B-A3B": _qwen3_moe(2048, 48, 32, 128, 768),
 }
 
 
@@ -52,4 +66,4 @@ def read_config(name: str, key: str = "student.path") -> ModelConfig:
     if name not in PRESETS:
         raise UserError(f"{key}={PREFIX}{name}: no such preset; use one of {', '.join(PRESETS)}")
     raw, tokens = PRESETS[name]
-    return hf.config_from_json(raw, key).replace(valid_vocab=tokens)
+    return hf_config.from_json(raw, key).replace(valid_vocab=tokens)

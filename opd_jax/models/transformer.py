@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opd_jax import sharding
-from opd_jax.models import attention
+from opd_jax.models import attention, moe
 from opd_jax.models.config import ModelConfig
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
@@ -52,9 +52,13 @@ class Block(nnx.Module):
             self.query_norm = constant(1, head_size=c)
             self.key_norm = constant(1, head_size=c)
         self.ffn_norm = constant(1, embed=d)
-        self.gate = weight(d, embed=d, ffn=f)
-        self.up = weight(d, embed=d, ffn=f)
-        self.down = weight(f, ffn=f, embed=d)
+        experts = {}
+        if config.experts:
+            experts = {"experts": config.experts}
+            self.router = weight(d, embed=d, router=config.experts)
+        self.gate = weight(d, **experts, embed=d, ffn=f)
+        self.up = weight(d, **experts, embed=d, ffn=f)
+        self.down = weight(f, **experts, ffn=f, embed=d)
 
 
 class Transformer(nnx.Module):
@@ -134,6 +138,8 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
         x_BLD = x_BLD + project(out_BLHC, p["output"], inputs=2)
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
+        if config.experts:
+            return x_BLD + moe.feed_forward(config, p, h_BLD), kept
         gated_BLF = jax.nn.silu(project(h_BLD, p["gate"])) * project(h_BLD, p["up"])
         return x_BLD + project(gated_BLF, p["down"]), kept
 
@@ -207,8 +213,12 @@ def head(config: ModelConfig, params: dict):
 
 
 def gather_head(config: ModelConfig, head_VD):
-    """A stored output matrix in the compute dtype, whole along fsdp."""
-    return sharding.gather_weight(head_VD.astype(config.dtype), ("vocab", "embed"))
+    """A stored output matrix in the compute dtype, whole along fsdp, config.exchanged applied."""
+    head_VD = sharding.gather_weight(head_VD.astype(config.dtype), ("vocab", "embed"))
+    if config.exchanged is not None:
+        pair = jnp.array(config.exchanged)
+        head_VD = head_VD.at[pair].set(head_VD[pair[::-1]])
+    return head_VD
 
 
 def logits(config: ModelConfig, head_VD, hidden):

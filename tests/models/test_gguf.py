@@ -1,5 +1,7 @@
 """GGUF files, written here with the gguf package in llama.cpp's layout, against what they copy."""
 
+import inspect
+import math
 from pathlib import Path
 
 import gguf as reference
@@ -7,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from opd_jax.errors import UserError
-from opd_jax.models import gguf, hf, source
+from opd_jax.models import gguf, hf, rope, source
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"t{i}" for i in range(117))]
@@ -34,7 +37,7 @@ NAMES = {
 }
 
 
-def write(file, name, quantise=None, omit=(), arch=None, extra=None):
+def write(file, name, quantise=None, omit=(), arch=None, extra=None, divisors=None, raw=None):
     """The golden folder `name` as a GGUF file; 8 filler tokens pad its vocabulary to 128."""
     config = hf.read_config(GOLDEN / name)
     arch = arch or config.family
@@ -59,8 +62,14 @@ def write(file, name, quantise=None, omit=(), arch=None, extra=None):
     writer.add_token_types([3] * 3 + [1] * 117 + [5] * 8)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        add[type(value)](key, value)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
+    if raw is not None:
+        size = reference.GGML_QUANT_SIZES[raw][1]
+        writer.add_tensor("output_norm.weight", np.zeros((1, size), np.uint8), raw_dtype=raw)
     for part in sorted((GOLDEN / name).glob("*.safetensors")):
         for key, value in load_file(part).items():
             stem, _, kind = key.rpartition(".")
@@ -101,13 +110,78 @@ def test_a_gguf_file_is_the_folder_it_was_made_from(name, tmp_path):
     assert config == want_config.replace(valid_vocab=120, eos_ids=(0, 2), pad_id=0)
 
 
-def test_quantised_weights_are_those_that_the_gguf_package_dequantises(tmp_path):
-    kind = reference.GGMLQuantizationType.Q8_0
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("BF16", 0.01), ("Q8_0", 0.01), ("Q5_0", 0.1), ("Q5_1", 0.1), ("Q4_0", 0.2), ("Q4_1", 0.2)],
+)
+def test_quantised_weights_are_those_that_the_gguf_package_dequantises(kind, error, tmp_path):
+    kind = reference.GGMLQuantizationType[kind]
     _, exact = hf.load(GOLDEN / "tiny_qwen3")
     _, params = gguf.load(write(tmp_path / "x.gguf", "tiny_qwen3", quantise=kind))
-    assert 0 < np.abs(params["embedding"] - exact["embedding"]).max() < 0.01
+    assert 0 < np.abs(params["embedding"] - exact["embedding"]).max() < error
     rounded = reference.dequantize(reference.quantize(np.asarray(exact["head"]), kind), kind)
     np.testing.assert_array_equal(params["head"], rounded)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_S"])
+def test_blocks_of_256_weights_are_cut_and_dequantised_row_by_row(kind, tmp_path):
+    """Any bytes are a valid block, so that kinds the package cannot write are read all the same."""
+    kind = reference.GGMLQuantizationType[kind]
+    block, size = reference.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 60, (8, size), dtype=np.uint8)
+    file = tmp_path / "x.gguf"
+    writer = reference.GGUFWriter(file, "llama")
+    writer.add_tensor("output.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = reference.GGUFReader(file).tensors
+    assert kind.name in gguf.QUANTISATIONS
+    assert tuple(tensor.shape[::-1]) == (8, block)
+    whole = reference.dequantize(raw, kind)
+    for rows in (slice(0, 8), slice(2, 5)):
+        np.testing.assert_array_equal(gguf.read_rows(tensor, rows), whole[rows])
+
+
+def test_a_quantisation_that_the_package_does_not_read_is_refused_by_name(tmp_path):
+    kind = reference.GGMLQuantizationType.Q8_1
+    file = write(tmp_path / "x.gguf", "tiny_llama", omit=["output_norm.weight"], raw=kind)
+    refused(file, "Q8_1", "Q4_K")
+
+
+def divisors_of(scaling, theta, head_size):
+    """What llama.cpp's convert_hf_to_gguf.py writes for a Llama 3 model."""
+    out = []
+    for n in range(0, head_size, 2):
+        wavelength = 2 * math.pi * theta ** (n / head_size)
+        if wavelength < scaling["original"] / 4:
+            out.append(1.0)
+        elif wavelength > scaling["original"]:
+            out.append(scaling["factor"])
+        else:
+            smooth = (scaling["original"] / wavelength - 1) / 3
+            out.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    return np.array(out, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_divisors_are_recognised(factor, tmp_path):
+    theta = hf.read_config(GOLDEN / "tiny_llama3").rope_theta
+    divisors = divisors_of({"factor": factor, "original": 8192}, theta, 16)
+    file = write(tmp_path / "x.gguf", "tiny_llama3", divisors=divisors)
+    assert gguf.load(file)[0].rope_scaling == rope.Llama3(factor, 1.0, 4.0, 8192)
+    refused(write(tmp_path / "y.gguf", "tiny_llama3", divisors=divisors * 1.1), "rope_freqs.weight")
+
+
+def test_yarn_and_linear_scaling_are_read_from_the_metadata(tmp_path):
+    linear = {"qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 4.0}
+    file = write(tmp_path / "x.gguf", "tiny_linear", extra=linear)
+    assert gguf.read_config(file).rope_scaling == hf.read_config(GOLDEN / "tiny_linear").rope_scaling
+    yarn = {"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}
+    yarn |= {"qwen3.rope.scaling.original_context_length": 32}
+    file = write(tmp_path / "y.gguf", "tiny_yarn", extra=yarn)
+    assert gguf.read_config(file).rope_scaling == hf.read_config(GOLDEN / "tiny_yarn").rope_scaling
 
 
 def test_a_file_without_key_length_has_heads_that_divide_the_width(tmp_path):
@@ -127,8 +201,8 @@ def test_damaged_and_unsupported_files_are_refused_by_name(tmp_path):
     )
     refused(write(tmp_path / "b.gguf", "tiny_llama", omit=["output_norm.weight"]), "output_norm")
     refused(write(tmp_path / "c.gguf", "tiny_llama", omit=["block_count"]), "llama.block_count")
-    yarn = {"llama.rope.scaling.type": "yarn"}
-    refused(write(tmp_path / "d.gguf", "tiny_llama", extra=yarn), "rotary scaling")
+    longrope = {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}
+    refused(write(tmp_path / "d.gguf", "tiny_llama", extra=longrope), "rotary scaling", "longrope")
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_refused_by_name(tmp_path):
@@ -146,5 +220,7 @@ def test_smollm2_ends_at_the_end_of_a_turn_and_at_the_end_of_text():
     assert config.tie_embeddings
 
 
-def test_the_qwen2_split_is_the_one_of_transformers():
+def test_the_qwen2_and_llama_3_splits_are_the_ones_of_transformers():
     assert gguf._SPLITS["qwen2"] == (PRETOKENIZE_REGEX, False)
+    llama3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
+    assert gguf._SPLITS["llama-bpe"] == (llama3, False)

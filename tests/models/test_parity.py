@@ -10,7 +10,7 @@ from opd_jax import rollout
 from opd_jax.models import source, transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TINY = pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_qwen3"])
+TINY = pytest.mark.parametrize("name", sorted(file.parent.name for file in GOLDEN.glob("*/config.json")))
 TOLERANCE = 2e-4
 
 forward = jax.jit(transformer.forward, static_argnums=0)

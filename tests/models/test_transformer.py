@@ -32,6 +32,7 @@ CONFIGS = {
     "llama": BASE,
     "qwen2": BASE.replace(family="qwen2", attention_bias=True, kv_heads=1),
     "qwen3": BASE.replace(family="qwen3", qk_norm=True, tie_embeddings=False, layers=1),
+    "qwen3_moe": BASE.replace(family="qwen3_moe", qk_norm=True, experts=4, experts_per_token=2, layers=2),
 }
 EVERY_FAMILY = pytest.mark.parametrize("family", CONFIGS)
 
@@ -60,6 +61,7 @@ def test_each_parameter_has_one_logical_axis_a_dimension_of_that_size(family):
     sizes = {"layers": config.layers, "embed": config.width, "vocab": config.vocab_size}
     sizes |= {"heads": config.heads, "kv_heads": config.kv_heads}
     sizes |= {"head_size": config.head_size, "ffn": config.ffn}
+    sizes |= {"experts": config.experts, "router": config.experts}
     shapes = jax.tree.map(lambda leaf: leaf.shape, transformer.abstract(config))
     named = jax.tree.map(
         lambda names: tuple(sizes[name] for name in names),
@@ -170,6 +172,19 @@ def test_ids_past_the_tokenizer_have_no_probability():
     whole = transformer.logits(BASE, transformer.head(BASE, params), hidden)
     np.testing.assert_array_equal(logits[..., :50], whole[..., :50])
     assert (jax.nn.softmax(logits)[..., 50:] == 0).all()
+
+
+def test_exchanged_ids_exchange_their_logits_and_nothing_else():
+    params = params_of(BASE)
+    tokens, mask = random_tokens((1, 3)), jnp.ones((1, 3), bool)
+    config = BASE.replace(exchanged=(3, 60))
+    hidden = forward(config, params, tokens, mask)
+    np.testing.assert_array_equal(hidden, forward(BASE, params, tokens, mask))
+    want = np.array(transformer.logits(BASE, transformer.head(BASE, params), hidden))
+    want[..., [3, 60]] = want[..., [60, 3]]
+    np.testing.assert_array_equal(
+        transformer.logits(config, transformer.head(config, params), hidden), want
+    )
 
 
 def test_bfloat16_compute_stays_near_float32_and_logits_are_float32():

@@ -1,0 +1,205 @@
+"""config.json of a Hugging Face model, in and out.
+
+Families: llama (Llama 2 and 3, SmolLM2), qwen2 (Qwen2, Qwen2.5), qwen3, and qwen3_moe with experts in every
+block. What a config asks for and this code does not compute is refused by name; nothing is loaded
+approximately.
+"""
+
+from opd_jax.errors import UserError
+from opd_jax.models import rope
+from opd_jax.models.config import ModelConfig
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# What transformers takes for absent fields; an absent head_dim elsewhere is hidden_size / heads.
+_DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+}
+
+
+def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
+    """The ModelConfig that a config.json describes; absent fields take transformers' defaults.
+
+    Args:
+      raw: the file's content.
+      key: the config key that named the model, for messages.
+
+    Raises:
+      UserError: an unsupported model type or feature, or a field that is missing or not a number.
+    """
+    family = raw.get("model_type")
+    if family not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise UserError(f"{key}: model type {family!r} is not supported; supported: {supported}")
+    raw = _DEFAULTS[family] | raw
+
+    def positive(name, default=None, kinds=(int,)):
+        value = raw.get(name)
+        value = default if value is None else value
+        if type(value) not in kinds or value <= 0:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{key}: config.json needs a positive {names} {name!r}, it has {value!r}")
+        return value
+
+    layers, max_positions = positive("num_hidden_layers"), positive("max_position_embeddings")
+    _refuse_unsupported(raw, family, layers, max_positions, key)
+    width, heads = positive("hidden_size"), positive("num_attention_heads")
+    vocab_size, kv_heads = positive("vocab_size"), positive("num_key_value_heads", heads)
+    head_size = positive("head_dim", width // heads)
+    if heads % kv_heads or head_size % 2:
+        raise UserError(
+            f"{key}: {heads} heads over {kv_heads} key/value heads of size {head_size} is not"
+            " grouped-query attention with rotary positions; is config.json damaged?"
+        )
+    eos_ids = ids(raw.get("eos_token_id"))
+    pad_id = raw.get("pad_token_id")
+    if pad_id is None or not 0 <= pad_id < vocab_size:
+        pad_id = eos_ids[0] if eos_ids else 0
+    rope_theta, rope_scaling = _rope(raw, family, max_positions, key)
+    experts = {}
+    if family == "qwen3_moe":
+        raw.setdefault("num_local_experts", raw["num_experts"])
+        experts = {
+            "experts": positive("num_local_experts"),
+            "experts_per_token": positive("num_experts_per_tok"),
+            "normalise_experts": bool(raw.get("norm_topk_prob", False)),
+        }
+        if experts["experts_per_token"] > experts["experts"]:
+            raise UserError(
+                f"{key}: config.json has num_experts_per_tok={experts['experts_per_token']} of"
+                f" {experts['experts']} experts; is it damaged?"
+            )
+    return ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        valid_vocab=vocab_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        ffn=positive("moe_intermediate_size" if experts else "intermediate_size"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        norm_eps=float(positive("rms_norm_eps", 1e-6, (int, float))),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        attention_bias=family == "qwen2",
+        # A context stretched by YaRN is often left at its original length in the file.
+        max_positions=max(max_positions, (rope_scaling and rope_scaling.reach()) or 0),
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        **experts,
+    )
+
+
+def to_json(config: ModelConfig) -> dict:
+    """A config.json that transformers 4 and 5 load: rotary settings are given in both spellings."""
+    scaling = rope.to_json(config.rope_scaling)
+    fields = {
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.ffn,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": scaling | {"rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "eos_token_id": list(config.eos_ids) or None,
+        "pad_token_id": config.pad_id,
+    }
+    if config.rope_scaling is not None:
+        fields["rope_scaling"] = scaling
+    if not config.attention_bias:
+        fields["attention_bias"] = False
+    if config.experts:
+        fields |= {
+            "moe_intermediate_size": config.ffn,
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "norm_topk_prob": config.normalise_experts,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return fields
+
+
+def ids(value) -> tuple[int, ...]:
+    """Token ids given as None, one id or a list."""
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def _rope(raw: dict, family: str, max_positions: int, key: str):
+    """(rope_theta, scaling) in either spelling; the old one wins where both are there, as in transformers."""
+    fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = fields.get("rope_theta") or raw.get("rope_theta") or 1e4
+    if type(theta) not in (int, float) or theta <= 1:
+        raise UserError(f"{key}: config.json needs a number above 1 'rope_theta', it has {theta!r}")
+    if raw.get("original_max_position_embeddings"):
+        fields = fields | {"original_max_position_embeddings": raw["original_max_position_embeddings"]}
+    try:
+        return float(theta), rope.from_json(fields, max_positions)
+    except ValueError as error:
+        raise UserError(f"{key}: this {family} model uses {error}, which is not supported") from error
+
+
+def _refuse_unsupported(raw: dict, family: str, layers: int, max_positions: int, key: str):
+    """Raises UserError for each feature of the family that this code does not compute."""
+    ropes = (raw, raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {})
+    architectures = [name for name in raw.get("architectures") or () if name != ARCHITECTURES[family]]
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    features = {
+        "partial rotary embedding (partial_rotary_factor)": {
+            rope.get("partial_rotary_factor") or 1 for rope in ropes
+        }
+        - {1},
+        f"attention of kind {min(kinds, default=None)!r} (layer_types)": kinds,
+        "sliding-window attention": _slides(raw, family, layers, max_positions),
+        f"activation {raw.get('hidden_act')!r} (hidden_act)": raw.get("hidden_act", "silu") != "silu",
+        # Qwen2's own biases need no switch; this one also adds a bias to the output projection.
+        "attention_bias": family != "qwen2" and raw.get("attention_bias"),
+        "mlp_bias": raw.get("mlp_bias"),
+        "a quantised checkpoint (quantization_config)": raw.get("quantization_config"),
+        f"architecture {' and '.join(architectures)}": architectures,
+    }
+    if family == "qwen3_moe":
+        dense = "dense blocks among the sparse ones"
+        features |= {
+            f"{dense} (mlp_only_layers)": raw.get("mlp_only_layers"),
+            f"{dense} (decoder_sparse_step)": raw.get("decoder_sparse_step", 1) != 1,
+        }
+    for feature, present in features.items():
+        if present:
+            raise UserError(f"{key}: this {family} model uses {feature}, which is not supported")
+
+
+def _slides(raw: dict, family: str, layers: int, max_positions: int) -> bool:
+    """Whether some block sees less than the whole context; a window that spans the context cuts nothing."""
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        if not raw.get("use_sliding_window") or family == "llama":
+            return False
+        # transformers' Qwen3MoE has no max_window_layers: its window holds in every block.
+        first = 0 if family == "qwen3_moe" else raw.get("max_window_layers", 28)
+        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    return "sliding_attention" in kinds and (raw.get("sliding_window") or 4096) < max_positions

@@ -1,0 +1,84 @@
+"""The feed-forward of a mixture of experts: each token to its top-k experts, none dropped.
+
+Rows are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so the work is that of the
+experts chosen, on TPU and GPU. XLA's CPU backend has no grouped product and multiplies every row by every
+expert: right, but for small models only.
+
+On a mesh each device takes its own rows through its own experts, and one sum over `tensor` puts the parts
+of a token together. The compiler is not asked to cut a grouped product: it would gather all experts.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax import sharding
+from opd_jax.models.config import ModelConfig
+
+# Logical axes of an expert's matrices as the products need them: whole along fsdp.
+_IN, _OUT = ("experts", None, "ffn"), ("experts", "ffn", None)
+
+
+def route(config: ModelConfig, router_DE, x_MD):
+    """(expert_MX, weight_MX): each row's chosen experts, most likely first, and their weights, float32.
+
+    A weight is the expert's probability in the softmax over all experts, normalised if configured.
+    """
+    logits_ME = jax.lax.dot(x_MD, router_DE, preferred_element_type=jnp.float32)
+    weight_MX, expert_MX = jax.lax.top_k(jax.nn.softmax(logits_ME), config.experts_per_token)
+    if config.normalise_experts:
+        weight_MX = weight_MX / weight_MX.sum(axis=-1, keepdims=True)
+    return expert_MX, weight_MX
+
+
+def feed_forward(config: ModelConfig, p: dict, x_BLD):
+    """Sum over each token's experts of weight x (silu(x gate) * (x up)) down, as transformers' Qwen3MoE.
+
+    Args:
+      p: one block's weights: router [D, E], gate and up [E, D, F], down [E, F, D].
+      x_BLD: normalised hidden states; padding is routed like any token and costs the same.
+
+    Returns:
+      [B, L, D] in x's dtype.
+    """
+    rows = x_BLD.shape[:2]
+    expert_MX, weight_MX = route(config, p["router"], x_BLD.reshape(-1, x_BLD.shape[-1]))
+    chosen = (x.reshape(*rows, -1) for x in (expert_MX, weight_MX))
+    arrays = x_BLD, *chosen, p["gate"], p["up"], p["down"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _held_experts(*arrays)
+    axes = (*(("batch", None, None),) * 3, _IN, _IN, _OUT)
+    specs = tuple(sharding.spec(x.shape, names, mesh) for x, names in zip(arrays, axes, strict=True))
+    experts_cut_by, width_cut_by, _ = specs[-1]
+
+    def part(x_BLD, *others):
+        cut_by = experts_cut_by or width_cut_by
+        if cut_by is None:
+            return _held_experts(x_BLD, *others)
+        first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * len(others[-1])
+        # JAX 0.10 does not sum the gradient of a gather over an axis that cuts its indices alone.
+        x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
+        return jax.lax.psum(_held_experts(x_BLD, *others, first), cut_by)
+
+    return jax.shard_map(part, in_specs=specs, out_specs=specs[0])(*arrays)
+
+
+def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, first=0):
+    """What the experts held here, numbers first to first + E of all, add to each token: [B, L, D]."""
+    held, chosen = len(gate_EDF), expert_BLX.shape[-1]
+    x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    expert_R = expert_BLX.reshape(-1) - first  # R = tokens x experts a token
+    expert_R = jnp.where((expert_R >= 0) & (expert_R < held), expert_R, held)  # other devices' rows go last
+    order_R = jnp.argsort(expert_R)
+    size_E = jnp.zeros(held, jnp.int32).at[expert_R].add(1, mode="drop")
+    # What a grouped product gives past its groups is undefined, in its gradient too.
+    here_R1 = (jnp.arange(len(order_R)) < size_E.sum())[:, None]
+    in_RD = jnp.where(here_R1, x_MD[order_R // chosen], 0)
+    gated_RF = jax.nn.silu(jax.lax.ragged_dot(in_RD, gate_EDF, size_E))
+    gated_RF = gated_RF * jax.lax.ragged_dot(in_RD, up_EDF, size_E)
+    out_RD = jnp.where(here_R1, jax.lax.ragged_dot(gated_RF, down_EFD, size_E), 0)
+    # Back to the tokens' order: a gather by the inverse permutation, no scatter-add.
+    out_RD = out_RD.at[jnp.argsort(order_R)].get(unique_indices=True)
+    out_MXD = out_RD.reshape(len(x_MD), chosen, -1)
+    weight_MX1 = weight_BLX.reshape(len(x_MD), chosen, 1).astype(out_MXD.dtype)
+    return (out_MXD * weight_MX1).sum(axis=1).reshape(x_BLD.shape)
