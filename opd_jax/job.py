@@ -14,6 +14,7 @@ from opd_jax import data, metrics, objectives, rewards, rollout, scoring, segmen
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
+from opd_jax.grading import Grader
 from opd_jax.models import source, transformer
 from opd_jax.models.config import ModelConfig
 
@@ -136,7 +137,12 @@ class Job:
           rollouts: Rollouts on the mesh.
         """
         answers = [self.prompts.train[index].answer for index in index_B]
-        return rewards.reward_batch(self.mesh, self.tokenizer, answers, rollouts)
+        return rewards.reward_batch(self.mesh, self.tokenizer, self.grader, answers, rollouts)
+
+    @functools.cached_property
+    def grader(self) -> Grader:
+        """What grades answers; its processes start at the first use and end with this job."""
+        return Grader()
 
     @property
     def divergence(self):
