@@ -9,8 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
-from opd_jax import data, metrics, objectives, rewards, rollout, scoring, segments, sharding, tokenizers
+from opd_jax import (
+    benchmark_run,
+    data,
+    metrics,
+    objectives,
+    rewards,
+    rollout,
+    scoring,
+    segments,
+    sharding,
+    tokenizers,
+)
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
@@ -29,6 +41,7 @@ class Job:
       student, teacher: the models; the student as it is trained, pruned.
       tokenizer: the transformers tokenizer of both.
       prompts: training and held-out prompts.
+      exams: the benchmarks of eval.benchmark, rendered.
       table: the SegmentTable, on the mesh.
       optimizer: the optax transformation.
       state_shardings, teacher_shardings: where each array lives.
@@ -40,6 +53,7 @@ class Job:
     teacher: ModelConfig
     tokenizer: Any
     prompts: data.Prompts
+    exams: tuple[benchmark_run.Exam, ...]
     table: segments.SegmentTable
     optimizer: optax.GradientTransformation
     state_shardings: steps.TrainState
@@ -94,23 +108,25 @@ class Job:
     @property
     def sample(self):
         """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
-        return _sample_program(self.mesh, self.student, self._sampling)
+        return sample_program(self.mesh, self.student, sampling(self.config))
 
     @property
     def sample_teacher(self):
         """As `sample`, of the teacher's parameters: its Rollouts hold the teacher's probabilities."""
-        return _sample_program(self.mesh, self.teacher, self._sampling)
+        return sample_program(self.mesh, self.teacher, sampling(self.config))
 
-    @property
-    def _sampling(self) -> rollout.Sampling:
+    def responder(self, key: jax.Array) -> benchmark_run.Responder:
+        """The student as it answers benchmarks: with the program that samples its rollouts."""
         c = self.config
-        return rollout.Sampling(
-            max_tokens=c.rollout.max_tokens,
-            candidates=c.scoring.candidates,
-            temperature=c.rollout.temperature,
-            top_k=c.rollout.top_k,
-            top_p=c.rollout.top_p,
-            cache_stages=c.rollout.cache_stages,
+        return benchmark_run.Responder(
+            sample=self.sample,
+            batch=c.rollout.batch,
+            prompt_tokens=c.data.prompt_tokens,
+            pad_id=self.student.pad_id,
+            key=key,
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+            grader=self.grader,
         )
 
     @functools.cached_property
@@ -153,9 +169,22 @@ class Job:
         return _divergence_program(self.mesh, self.student, self.teacher, self.config.scoring.chunk)
 
 
+def sampling(config) -> rollout.Sampling:
+    """How a config samples."""
+    c = config
+    return rollout.Sampling(
+        max_tokens=c.rollout.max_tokens,
+        candidates=c.scoring.candidates,
+        temperature=c.rollout.temperature,
+        top_k=c.rollout.top_k,
+        top_p=c.rollout.top_p,
+        cache_stages=c.rollout.cache_stages,
+    )
+
+
 # Jobs of one process that differ in their training alone share what is compiled for the rest.
 @functools.lru_cache(maxsize=8)
-def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
+def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
     def sample(params, tokens_BP, mask_BP, key, step):
         key = jax.random.fold_in(key, step)
         return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
@@ -241,6 +270,9 @@ def prepare(config, workdir=None) -> Job:
             "`answer`; add that field to the data of data.path, or set reward.weight=0"
         )
     table = segments.SegmentTable.from_tokenizer(tokenizer, config.segments.kind)
+    exams = tuple(benchmark_run.prepare(spec, tokenizer, config.data) for spec in config.eval.benchmark)
+    if shared := benchmark_run.shared_with_training(prompts, exams):
+        logging.warning("%s", shared)
     return Job(
         config=config,
         mesh=mesh,
@@ -248,6 +280,7 @@ def prepare(config, workdir=None) -> Job:
         teacher=teacher,
         tokenizer=tokenizer,
         prompts=prompts,
+        exams=exams,
         table=jax.device_put(table, sharding.replicated(mesh)),
         optimizer=optimizer,
         state_shardings=steps.TrainState(

@@ -35,7 +35,7 @@ VERSIONS_FILE = "versions.json"
 WANDB_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 # Config keys that a resumed run may change: how long it goes on, and what it shows and stores.
-FREE_KEYS = ("train.steps", "eval.every", "checkpoint.every", "checkpoint.keep", "metrics.")
+FREE_KEYS = ("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.")
 
 
 class MetricWriter:
@@ -93,7 +93,7 @@ class MetricWriter:
         self._closing.callback(self._progress.close)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record, a mapping with "kind" ("train" or "eval") and "step".
+        """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".
 
         Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
         is not finite is written as null, since JSON has none.
@@ -103,8 +103,9 @@ class MetricWriter:
         plain = {key: _plain(value) for key, value in record.items()}
         self._append(METRICS_FILE, plain)
         kind, step = plain["kind"], plain["step"]
+        group = f"{kind}/{plain['benchmark']}" if "benchmark" in plain else kind
         scalars = {
-            f"{kind}/{key}": float(value)
+            f"{group}/{key}": float(value)
             for key, value in record.items()
             if key not in ("kind", "step")
             and np.ndim(value) == 0
@@ -159,7 +160,8 @@ class _Progress:
     def show(self, record: Mapping[str, Any]) -> None:
         step = int(record["step"])
         if record["kind"] != "train":
-            self._line(f"eval  step {step}  {_summary(record)}")
+            named = f"  {record['benchmark']}" if "benchmark" in record else ""
+            self._line(f"{record['kind']:<5} step {step}{named}  {_summary(record)}")
         elif self._bar is not None:
             self._bar.set_postfix_str(_summary(record), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -191,6 +193,9 @@ def _summary(record: Mapping[str, Any]) -> str:
     parts = []
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.4f}")
+    if record.get("accuracy") is not None:
+        low, high = record["accuracy_low"], record["accuracy_high"]
+        parts.append(f"accuracy {record['accuracy']:.1%}  [{low:.1%}, {high:.1%}]")
     if record.get("kl") is not None:
         parts.append(f"kl {record['kl']:.4f}")
     if record.get("kl_low") is not None and record.get("kl_high") is not None:

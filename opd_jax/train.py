@@ -8,11 +8,12 @@ Started again with the same --workdir it goes on from the newest checkpoint.
 
 import contextlib
 import time
+from pathlib import Path
 
 import jax
 from absl import flags
 
-from opd_jax import data, metrics, sharding
+from opd_jax import benchmark_run, data, metrics, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -20,7 +21,7 @@ from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
 from opd_jax.transcripts import transcripts
 
-SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1
+SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1, benchmarks 3
 
 
 def train(job: Job, workdir, start_evaluation: dict | None = None):
@@ -55,8 +56,10 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         jax.process_index(),
         jax.process_count(),
         start=position,
+        parts=job.prompts.parts,
     )
     key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
+    responder = job.responder(job.key(benchmark_run.KEY))
 
     # ---- The loop. Metrics of a step are read after the next one is on its way.
     with contextlib.ExitStack() as stack:
@@ -85,6 +88,16 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             read.restart()
             return result["kl"]
 
+        def examined(step: int, state):
+            for exam in job.exams:
+                result = benchmark_run.answer(exam, responder, state.params, c.eval.samples)
+                benchmark_run.write(Path(workdir) / benchmark_run.FOLDER, step, result)
+                del result["rows"]
+                writer.write({"kind": "benchmark", "step": step} | result)
+                read.restart()
+
+        if done is None and due(c.eval.benchmark_every, 0):
+            examined(0, state)
         if done is None and due(c.eval.every, 0):
             evaluated(0, state, start_evaluation)
         for step in range((done or 0) + 1, c.train.steps + 1):
@@ -106,8 +119,11 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             read.finish()
             read.begin(step, measured, data_seconds, rollouts, supervision)
             evaluating, saving = due(c.eval.every, step), due(c.checkpoint.every, step)
-            if evaluating or saving:
+            examining = bool(job.exams) and due(c.eval.benchmark_every, step)
+            if evaluating or saving or examining:
                 read.finish()
+            if examining:
+                examined(step, state)
             kl = evaluated(step, state) if evaluating else None
             if saving:
                 checkpoints.save(step, state, prompts.state(), kl)
