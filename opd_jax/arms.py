@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax.config import nearest, validate
+from opd_jax.config import get, nearest, validate
 from opd_jax.errors import UserError
 
 NAME = re.compile(r"[\w.=+-]+")
@@ -59,7 +59,9 @@ def plan(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "arms") or not hasattr(module, "SEEDS"):
-        raise UserError(f"--config={path} is no ablation: it needs arms(config) and SEEDS; see configs/ablations/")
+        raise UserError(
+            f"--config={path} is no ablation, which needs arms(config) and SEEDS; see configs/ablations/"
+        )
     arms = module.arms(config)
     for name in only:
         if name not in arms:
@@ -71,9 +73,13 @@ def plan(
         for seed in seeds or module.SEEDS:
             changed = copy.deepcopy(config)
             try:
-                changed.update_from_flattened_dict({**overrides, "seed": seed})
+                for key in overrides:
+                    get(config, key)
+                    changed.update_from_flattened_dict({key: overrides[key]})
+                changed.seed = seed
             except (KeyError, TypeError) as error:
-                raise UserError(f"arm {name} of {path}: {error.args[0]}") from error
+                what = f"{key}={overrides[key]!r} does not fit configs/default.py ({error.args[0]})"
+                raise UserError(f"arm {name} of {path}: {what}") from error
             if not only or name in only:
                 workdir = Path(out) / name / f"seed-{seed}"
                 runs.append(Planned(name, seed, overrides, workdir, validate(changed)))

@@ -76,8 +76,14 @@ def carry_out(runs: Sequence[Planned]) -> None:
         job.grader.close()
 
 
-def write_jobs(runs: Sequence[Planned], folder: Path, config_argument: str, changes: Sequence[str]) -> list[Path]:
-    """Writes FOLDER/ARM-seed-N.sh for each run that is not done; returns the files."""
+def write_jobs(
+    runs: Sequence[Planned], folder: Path, config_argument: str, changes: Sequence[str]
+) -> list[Path]:
+    """Writes FOLDER/ARM-seed-N.sh for each run that is not done; returns the files.
+
+    Args:
+      config_argument, changes: --config=VALUE and the --config.KEY=VALUE of the command line.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for planned in runs:

@@ -1,4 +1,4 @@
-"""The table and the page of a sweep, from what its runs have written. Imports no JAX."""
+"""The table and the page of a sweep, from what its runs have written."""
 
 import csv
 import html
@@ -143,8 +143,9 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     """A plot of the arms for each quantity that has an interval."""
-    names = [key.removesuffix(" low") for key in dict.fromkeys(k for row in rows for k in row)
-             if key.endswith(" low") and not key.endswith(" difference low")]  # fmt: skip
+    columns = dict.fromkeys(key for row in rows for key in row)
+    lows = [key for key in columns if key.endswith(" low") and not key.endswith(" difference low")]
+    names = [key.removesuffix(" low") for key in lows]
     plots = []
     for name in names:
         unit = "held-out KL(student ‖ teacher), nats/token" if name == "KL" else f"accuracy on {name}"

@@ -16,5 +16,6 @@ def get_config(recipe="configs/demo.py"):
 
 def arms(config):
     """Rules by rescale, and full supervision, which has nothing to rescale."""
-    cut = grid({"release.rule": ("paper", "prefix", "shuffled"), "release.rescale": ("sequence", "batch", "none")})
+    rules, rescales = ("paper", "prefix", "shuffled"), ("sequence", "batch", "none")
+    cut = grid({"release.rule": rules, "release.rescale": rescales})
     return {"full": {"release.rule": "none"}} | cut
