@@ -43,6 +43,7 @@ def grade(response: str, answer: str) -> bool:
     units, currency and thousands separators; a per cent sign on one side alone may or may not count.
     Words are compared without case and closing punctuation, and the rest as expressions, by math-verify.
     """
+    answer = reference(answer)
     said = final_answers(response)
     if CHOICE.fullmatch(_clean(answer)):
         return _chosen(said[-1] if said else None, response) == CHOICE.fullmatch(_clean(answer))[1]
@@ -51,6 +52,13 @@ def grade(response: str, answer: str) -> bool:
             return _same_quantity((_last_number(response), False), _quantity(answer))
         said = [(response.strip().splitlines() or [""])[-1]]
     return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
+
+
+def reference(answer: str) -> str:
+    """The reference itself, where the data has a worked solution that boxes it or ends in #### (GSM8K)."""
+    if "####" in answer or "\\boxed" in answer:
+        return (final_answers(answer) or [answer])[-1].strip()
+    return answer
 
 
 def same(said: str, answer: str) -> bool:

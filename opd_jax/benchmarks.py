@@ -88,10 +88,7 @@ def _problem(definition: dict[str, Any], row: dict[str, Any], number: int, where
         order = random.Random(text).sample(range(len(choices)), len(choices))
         listed = "\n".join(f"({LETTERS[i]}) {choices[n]}" for i, n in enumerate(order))
         return Problem(text, f"{text}\n\n{listed}\n\n{LETTER}", LETTERS[order.index(0)])
-    # GSM8K's answers and Minerva's solutions work towards what they mark.
-    if "####" in answer or "\\boxed" in answer:
-        answer = (answers.final_answers(answer) or [answer])[-1].strip()
-    return Problem(text, f"{text}\n\n{BOXED}", answer)
+    return Problem(text, f"{text}\n\n{BOXED}", answers.reference(answer))
 
 
 def _generated(rest: str, where: str) -> Benchmark:

@@ -29,8 +29,11 @@ RIGHT = [
     ("B", "The answer is B"),
     ("x^2+1", r"\boxed{1+x^2}"),
     ("Paris", "Let me see.\nParis."),
+    ("9*2=<<9*2=18>>18\n#### 1,018", "The answer is 1018."),
+    (r"So it is \boxed{\frac{1}{2}}.", "#### 0.5"),
 ]
 WRONG = [
+    ("9*2=<<9*2=18>>18\n#### 1,018", "18"),
     ("7", ""),
     ("7", "no idea"),
     ("7", r"\boxed{6} or 7"),
