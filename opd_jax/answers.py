@@ -145,7 +145,7 @@ def _chosen(said: str | None, response: str) -> str | None:
         match = CHOSEN.match(_clean(said))
         return (match[1] or match[2]).upper() if match else None
     lines = response.replace("**", "").strip().splitlines() or [""]
-    alone = CHOICE.fullmatch(_clean(lines[-1]))
+    alone = CHOICE.fullmatch(_clean(lines[-1])) or re.match(r"\(?([A-J])\)\s", lines[-1])
     found = [alone[1]] if alone else re.findall(r"\(([A-J])\)|\b(?:option|choice) ([A-J])\b", lines[-1])
     return "".join(found[-1]) if found else None
 
