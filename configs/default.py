@@ -88,8 +88,19 @@ def get_config() -> ConfigDict:
     c.scoring.chunk = 128
 
     c.segments = ConfigDict()
-    # What a segment is: punkt (sentences as NLTK's English Punkt model splits them).
+    # What a segment is:
+    #   punkt            sentences as NLTK's English Punkt model splits them, found on device
+    #   punkt_untrained  the same without the model's word lists (no abbreviations known)
+    #   newline          lines, blank ones left out
+    #   fixed:N          N tokens, such as fixed:64
+    #   token            every token
+    #   nltk             punkt by NLTK itself, on the host, between sampling and the training step; needs
+    #                    `pip install nltk`. For checks: the devices wait for it, 2.5 to 6 seconds for every
+    #                    million response tokens of a process (64 x 1024 tokens: 0.16 to 0.4 s), on one core.
     c.segments.kind = "punkt"
+    # punkt, nltk: a folder of NLTK's punkt_tab (such as .../punkt_tab/english) to take the word lists from;
+    # "" takes the packaged English ones.
+    c.segments.punkt = ""
 
     c.release = ConfigDict()
     # Which positions are supervised, and how much; docs/rules.md has the formulas and sources.
@@ -191,6 +202,11 @@ def get_config() -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
+
+    c.compile = ConfigDict()
+    # Where compiled programs are kept for the next start: a folder; off; or auto, which is
+    # $JAX_COMPILATION_CACHE_DIR where set, else ~/.cache/opd_jax/compiled on TPU and GPU, and off on CPU.
+    c.compile.cache = "auto"
 
     c.eval = ConfigDict()
     # Steps between evaluations on the held-out prompts, rollout.batch at a time; the first is before

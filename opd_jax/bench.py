@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import default
-from opd_jax import release, rollout, scoring, segments, tokenizers
+from opd_jax import costs, release, rollout, scoring, segments, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -44,24 +44,6 @@ def matmul_rate(dtype) -> float:
     """FLOP/s of one large square matrix product."""
     x = jnp.ones((MATMUL, MATMUL), dtype)
     return 2 * MATMUL**3 / best_seconds(jax.jit(lambda a: a @ a), x, repeats=5)
-
-
-def attention_flops(model: ModelConfig, start: int, count: int) -> int:
-    """FLOPs of `count` tokens' attention whose first sees start + 1 keys, each its causal past."""
-    keys = count * start + count * (count + 1) // 2
-    return 4 * keys * model.heads * model.head_size * model.layers
-
-
-def phase_flops(student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t: int) -> dict:
-    """FLOPs of each phase of a step at batch x (p + t) tokens."""
-    block, whole = (student.matmul_flops_per_token(head=h) for h in (False, True))
-    head = whole - block
-    length = p + t
-    sample = p * block + t * whole + attention_flops(student, 0, length)
-    score = length * teacher.matmul_flops_per_token(head=False)
-    score += t * 2 * teacher.vocab_size * teacher.width + attention_flops(teacher, 0, length)
-    update = 3 * (length * block + t * head + attention_flops(student, 0, length))
-    return {"sample": batch * sample, "score": batch * score, "update": batch * update}
 
 
 def random_prompts(key, batch: int, p: int, vocab: int):
@@ -151,7 +133,7 @@ def main(argv):
     )
     print(" ".join(f"{name}={value}" for name, value in sizes.items()))
     print(f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}")
-    flops = phase_flops(student, teacher, b, p, t)
+    flops = costs.phase_flops(student, teacher, b, p, t)
     whole = seconds["sample"] + seconds["train_step"]
     for name in ("sample", "score", "release", "update"):
         line = f"{name:<12}{seconds[name]:>10.4f}{b * t / seconds[name]:>10.0f}"

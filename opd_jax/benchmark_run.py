@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, estimates, sharding
+from opd_jax import data, distributed, estimates, sharding
 from opd_jax.benchmarks import Benchmark
 from opd_jax.benchmarks import load as load_benchmark
-from opd_jax.grading import Grader, Task
+from opd_jax.errors import UserError
+from opd_jax.grading import Grader, Task, Verdict
 from opd_jax.prompts.sources import Conversation
 
 KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
+# What a grader can say, as numbers that processes exchange.
+VERDICTS = (Verdict(False), Verdict(True), Verdict(False, "time"), Verdict(False, "crash"))
 FOLDER = "benchmarks"  # in a workdir: NAME-STEP.jsonl and NAME-STEP.json
 
 
@@ -56,12 +59,23 @@ class Exam:
     prompts: list[data.Prompt]
 
 
-def prepare(spec: str, tokenizer: Any, config: Any, key: str = "eval.benchmark") -> Exam:
-    """Reads a benchmark and renders it with the data section's system prompt, turns and template.
+def prepare(
+    specs: Sequence[str], tokenizer: Any, config: Any, key: str = "eval.benchmark"
+) -> tuple[Exam, ...]:
+    """Reads benchmarks and renders them with the data section's system prompt, turns and template.
 
     Raises:
-      UserError: as `benchmarks.load`, or a problem is longer than data.prompt_tokens.
+      UserError: as `benchmarks.load`, two have one name, or a problem is longer than data.prompt_tokens.
     """
+    exams = tuple(_prepare(spec, tokenizer, config, key) for spec in specs)
+    names = [exam.benchmark.name for exam in exams]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{key}: {name} is there more than once, and results go by name; drop one")
+    return exams
+
+
+def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
     benchmark = load_benchmark(spec, key)
     conversations = [
         Conversation([{"role": "user", "content": problem.text}], problem.answer)
@@ -90,7 +104,7 @@ def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> str | 
 
 
 def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict:
-    """Samples `samples` responses to every problem and grades them.
+    """Samples `samples` responses to every problem and grades them; call it in every process.
 
     Returns:
       accuracy (avg@samples) with accuracy_low and accuracy_high, its 95% bootstrap interval over problems;
@@ -107,8 +121,7 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
         responder.batch,
         responder.prompt_tokens,
         responder.pad_id,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(mesh, responder.batch),
     )
     for number, local in enumerate(batches):
         placed = sharding.put_batch(mesh, local)
@@ -127,7 +140,7 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
         Task(text, problem.answer, problem.generator)
         for text, problem in zip(texts, problems, strict=True)
     ]
-    verdicts = responder.grader.grade(tasks)
+    verdicts = _grade(responder.grader, tasks)
     shape = len(exam.prompts), samples
     right_NS = np.array([verdict.right for verdict in verdicts]).reshape(shape)
     failed_NS = np.array([verdict.failed for verdict in verdicts]).reshape(shape)
@@ -167,6 +180,15 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
         "seconds": time.perf_counter() - started,
         "rows": rows,
     }
+
+
+def _grade(grader: Grader, tasks: Sequence[Task]) -> list[Verdict]:
+    """Verdicts of all tasks, of which each process grades its share."""
+    count = jax.process_count()
+    mine = grader.grade(tasks[jax.process_index() :: count])
+    code_N = np.zeros(-(-len(tasks) // count), np.int32)
+    code_N[: len(mine)] = [VERDICTS.index(verdict) for verdict in mine]
+    return [VERDICTS[code] for code in distributed.gathered(code_N).T.reshape(-1)[: len(tasks)]]
 
 
 def write(folder: str | Path, label: str, result: dict) -> Path:

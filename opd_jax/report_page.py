@@ -5,7 +5,7 @@ configs is escaped.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from opd_jax import report_figures as figures
+from opd_jax import report_rollouts
 from opd_jax.run_record import Run, column, differences, phase_seconds
 
 STYLE_FILE = Path(__file__).with_name("report.css")
-ROLLOUTS_SHOWN = {"latest": 4, "earliest": 2}  # of a run, from its last and its first recorded step
 BINS = ("tokens", "contrast_sum", "advantage_sum", "advantage_sq_sum", "kept_tokens")
 
 
@@ -281,16 +281,24 @@ def _health(runs: Sequence[Run]) -> str:
             _panel(
                 "Does the student stop?",
                 _curve(
-                    runs,
-                    "Stopping over the steps",
-                    "share, probability",
-                    "finished_share",
-                    "stop_probability",
-                    share=True,
+                    runs, "Finished share over the steps", "share of rollouts", "finished_share", share=True
                 ),
-                "Finished: share of rollouts that ended by themselves. A sinking stop probability"
-                " announces responses that run into the limit.",
+                "Share of rollouts that ended by themselves. One that falls to 0 has all responses run"
+                " into the limit; the next plot tells whether the teacher wants that.",
                 "No finished share was recorded.",
+            ),
+            _panel(
+                "Would the teacher stop?",
+                _curve(
+                    runs,
+                    "Probability of an end token over the steps",
+                    "probability a token",
+                    "stop_probability",
+                    "teacher_stop_probability",
+                ),
+                "Mean probability of an end token on the student's responses: the student's (solid) and"
+                " the teacher's (dashed). The student is trained towards the dashed line.",
+                "No stop probability was recorded.",
             ),
             _panel(
                 "Spread of the advantage",
@@ -329,57 +337,13 @@ def _rollouts(runs: Sequence[Run]) -> str:
     state = " open" if len(runs) <= 2 else ""
     body = []
     for i, run in enumerate(runs):
-        shown = "".join(_rollout(rollout) for rollout in _choose(run.rollouts))
-        shown = shown or '<p class="empty">No rollouts were recorded.</p>'
+        shown = report_rollouts.articles(run.rollouts) or '<p class="empty">No rollouts were recorded.</p>'
         colour = f"--kept: var(--run-{i % figures.RUN_COLOURS})"
         body.append(
             f'<details{state} style="{colour}"><summary>{_swatch(i)}{escape(run.title)}</summary>'
             f"{shown}</details>"
         )
     return _section("Rollouts, sentence by sentence", legend, *body)
-
-
-def _choose(rollouts: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Some rollouts of the latest step and of the earliest, those with a release first."""
-    steps = sorted({rollout["step"] for rollout in rollouts})
-    latest_earliest = dict.fromkeys([*steps[-1:], *steps[:1]])
-    for step, count in zip(latest_earliest, ROLLOUTS_SHOWN.values(), strict=False):
-        at_step = [rollout for rollout in rollouts if rollout["step"] == step]
-        yield from sorted(at_step, key=lambda rollout: not rollout["accepted"])[:count]
-
-
-def _rollout(rollout: Mapping[str, Any]) -> str:
-    sentences = [s for s in rollout["sentences"] if s["text"]]
-    gain = f", BIC gain {rollout['gain']:.1f}" if rollout.get("gain") is not None else ""
-    facts = [
-        f"step {rollout['step']}",
-        f"{rollout['kept_tokens']} of {rollout['tokens']} tokens supervised",
-        f"release accepted{gain}" if rollout["accepted"] else "no release",
-        "finished" if rollout["finished"] else "cut at the length limit",
-    ]
-    top = max((s["contrast"] or 0.0 for s in sentences), default=0.0) or 1.0
-    bars, text = [], []
-    for before, sentence in zip([None, *sentences], sentences, strict=False):
-        kind = "kept" if sentence["kept"] else "released"
-        margin, advantage = (
-            "–" if sentence[key] is None else f"{sentence[key]:.2f}"
-            for key in ("contrast", "advantage")
-        )
-        height = 8 + 92 * (sentence["contrast"] or 0.0) / top
-        size = f"flex:{sentence['tokens']};height:{height:.0f}%"
-        bars.append(f'<i class="{kind}" style="{size}"></i>')
-        if before is not None and before["kept"] and not sentence["kept"]:
-            text.append('<b class="cut" title="supervision ends here"></b>')
-        body = sentence["text"].rstrip()
-        tail = sentence["text"][len(body) :]
-        hint = f"M {margin}, A {advantage} nats/token, {sentence['tokens']} tokens"
-        span = f'<span class="{kind}" title="{hint}">{escape(body)}</span>'
-        text.append(f"{span}<sub>{margin}</sub>{tail or ' '}")
-    return (
-        f'<article><p class="prompt">{escape(rollout["prompt"])}</p><p class="facts">'
-        f'{" · ".join(facts)}</p><div class="strip">{"".join(bars)}</div>'
-        f'<p class="response">{"".join(text)}</p></article>'
-    )
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> str:

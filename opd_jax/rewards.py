@@ -5,27 +5,28 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from opd_jax import sharding
+from opd_jax import distributed, sharding
 from opd_jax.grading import Grader, Task
 
 
-def reward_batch(
-    mesh, tokenizer, grader: Grader, answers: Sequence[str | None], rollouts
-) -> jax.Array:
+def reward_batch(mesh, tokenizer, grader: Grader, answers: Sequence[str | None], rollouts) -> jax.Array:
     """Decodes and grades a batch of responses: reward_B on the mesh, NaN where there is no answer.
 
     1 for a right answer, else 0; an answer that cannot be graded within the grader's limits is not right.
-    One host round trip: it waits for the sampler, and each process grades its own rows.
+    One host round trip: it waits for the sampler, and each process grades its own rows. Where several hold
+    a row, one that finds it right in time decides for all.
 
     Args:
       answers: the reference answers of this process's rows.
       rollouts: Rollouts on the mesh.
     """
-    tokens_BL, mask_BT = sharding.local_rows((rollouts.tokens_BL, rollouts.mask_BT))
+    tokens_BL, mask_BT = sharding.local_values((rollouts.tokens_BL, rollouts.mask_BT))
     response_BT = tokens_BL[:, -mask_BT.shape[1] :]
     graded = [b for b, answer in enumerate(answers) if answer is not None]
     texts = [tokenizer.decode(response_BT[b][mask_BT[b]], skip_special_tokens=True) for b in graded]
     verdicts = grader.grade([Task(text, answers[b]) for text, b in zip(texts, graded)])
-    reward_B = np.full(len(answers), np.nan, np.float32)
-    reward_B[graded] = [verdict.right for verdict in verdicts]
-    return sharding.put_batch(mesh, reward_B)
+    rows = sharding.local_rows(mesh, len(rollouts.mask_BT))
+    right_B = np.full(len(rollouts.mask_BT), -1, np.int32)
+    right_B[rows[graded]] = [verdict.right for verdict in verdicts]
+    right_B = distributed.gathered(right_B).max(axis=0)[rows]
+    return sharding.put_batch(mesh, np.where(right_B < 0, np.nan, right_B).astype(np.float32))

@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from opd_jax import scans
 from opd_jax.change_point import ChangePoint, change_point
-from opd_jax.segment_runs import Segments, segment_mean, segment_std, shift_right
+from opd_jax.segment_runs import Segments, segment_mean, segment_std
 
 # Quantiles between which TA-OPD's two factors are stretched to [0, 1].
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95
@@ -244,7 +245,7 @@ def _propose(weight_BT, segments: Segments) -> Proposal:
     """The Proposal of a rule without a test of its own: released is what has no weight."""
     on_BT = segments.mask_BT & (weight_BT > 0)
     seen_BT = jax.lax.cummax(jnp.where(on_BT, segments.order_BT, -1), axis=1)
-    first_BT = on_BT & (segments.order_BT > shift_right(seen_BT, -1))  # of its segment
+    first_BT = on_BT & (segments.order_BT > scans.preceding(seen_BT, -1))  # of its segment
     return Proposal(
         weight_BT=weight_BT,
         cut_B=_count(first_BT),

@@ -281,17 +281,14 @@ def reverse_kl(
     rollouts: Rollouts,
     *,
     chunk: int,
+    micro_batches: int = 1,
 ):
     """KL(student || teacher) over the whole vocabulary at each response position: [B, T] nats, 0 outside.
 
     Both models must share ids; ids that either tokenizer lacks carry no mass in the student. The models
-    may have different numbers of vocabulary rows.
+    may have different numbers of vocabulary rows. For chunk and micro_batches see `score`.
     """
     shared = min(student.vocab_size, teacher.vocab_size)
-    hidden = (
-        response_hidden(student, student_params, rollouts),
-        response_hidden(teacher, teacher_params, rollouts),
-    )
     heads = transformer.head(student, student_params), transformer.head(teacher, teacher_params)
 
     def one(heads, hidden):
@@ -301,4 +298,13 @@ def reverse_kl(
             jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)
         ).sum(axis=-1)
 
-    return jnp.where(rollouts.mask_BT, over_chunks(one, chunk, heads, hidden), 0)
+    def piece(r: Rollouts):
+        hidden = (
+            response_hidden(student, student_params, r),
+            response_hidden(teacher, teacher_params, r),
+        )
+        return jnp.where(r.mask_BT, over_chunks(one, chunk, heads, hidden), 0)
+
+    if micro_batches == 1:
+        return piece(rollouts)
+    return join(jax.lax.map(piece, split(rollouts, micro_batches)))

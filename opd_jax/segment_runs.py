@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from opd_jax import scans
+
 
 @flax.struct.dataclass
 class Segments:
@@ -37,16 +39,6 @@ def merge_moments(left, right):
     return n, mean_a + delta * share_b, squares_a + squares_b + delta * delta * n_a * share_b
 
 
-def shift_left(x_BT: jax.Array, fill) -> jax.Array:
-    """x at the next position; `fill` at the last."""
-    return jnp.concatenate([x_BT[:, 1:], jnp.full_like(x_BT[:, :1], fill)], axis=1)
-
-
-def shift_right(x_BT: jax.Array, fill) -> jax.Array:
-    """x at the previous position; `fill` at the first."""
-    return jnp.concatenate([jnp.full_like(x_BT[:, :1], fill), x_BT[:, :-1]], axis=1)
-
-
 def find_segments(segment_BT: jax.Array, mask_BT: jax.Array) -> Segments:
     """The segments as runs over positions.
 
@@ -58,8 +50,8 @@ def find_segments(segment_BT: jax.Array, mask_BT: jax.Array) -> Segments:
     top = jnp.iinfo(jnp.int32).max
     so_far_BT = lax.cummax(jnp.where(mask_BT, segment_BT, -1), axis=1)
     still_BT = lax.cummin(jnp.where(mask_BT, segment_BT, top), axis=1, reverse=True)
-    start_BT = mask_BT & (segment_BT > shift_right(so_far_BT, -1))
-    last_BT = mask_BT & (segment_BT < shift_left(still_BT, top))
+    start_BT = mask_BT & (segment_BT > scans.preceding(so_far_BT, -1))
+    last_BT = mask_BT & (segment_BT < scans.following(still_BT, top))
     order_BT = jnp.cumsum(start_BT.astype(jnp.int32), axis=1) - 1
     return Segments(mask_BT, start_BT, last_BT, order_BT)
 
@@ -89,12 +81,13 @@ def segment_std(value_BT: jax.Array, segments: Segments) -> jax.Array:
 
 
 def _segment_scan(combine, values, segments: Segments):
-    """Associative scan along positions that starts anew at each segment."""
+    """Scan along positions that starts anew at each segment; zeros must be what `combine` leaves alone."""
 
     def restart(left, right):
-        start_a, a = left
-        start_b, b = right
-        joined = jax.tree.map(lambda x, new: jnp.where(start_b, new, x), combine(a, b), b)
-        return start_a | start_b, joined
+        joined = combine(left[1:], right[1:])
+        fresh_BT = right[0]
+        kept = (jnp.where(fresh_BT, new, x) for x, new in zip(joined, right[1:], strict=True))
+        return left[0] | fresh_BT, *kept
 
-    return lax.associative_scan(restart, (segments.start_BT, values), axis=1)[1]
+    empty = (False, *(0 for _ in values))
+    return scans.scan(restart, (segments.start_BT, *values), empty)[1:]

@@ -1,65 +1,92 @@
-"""Sentences of responses, on device: token ids in, sentence numbers out.
+"""Segments of responses, on device: token ids in, segment numbers out.
 
-The sentences are those that NLTK's Punkt, with its pretrained English parameters, finds in the
-decoded response. A token belongs to the sentence of its first character that is not white space;
-white space between two sentences belongs to the one before it. Only gathers, shifts, and scans over
-positions: no text and no host. `punkt.py` says what a token's row holds.
+The default segment is the sentence that NLTK's Punkt finds in the decoded response (`sentences.py`).
+A token belongs to the sentence, or line, of its first character that is not white space; white space
+between two belongs to the one before it. `docs/segments.md` says more.
 """
+
+import itertools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from opd_jax import punkt, tokenizers
+from opd_jax import punkt, scans, sentences, tokenizers
 from opd_jax.errors import UserError
 
-KINDS = ("punkt",)
+KINDS = ("punkt", "punkt_untrained", "newline", "fixed:N", "token", "nltk")
+
+_CORE, _LINE_END_BEFORE, _LINE_END_AFTER = (np.uint8(1 << i) for i in range(3))
 
 
 @flax.struct.dataclass
 class SegmentTable:
-    """What segmenting needs to know of a vocabulary; built once on the host, then on device.
+    """How responses are cut; built once on the host, then on device.
 
-    token_VC: uint32 [V, 8], a row for each token id: punkt.token_rows.
-    word_HW: uint32 hash table of word types: punkt.bucket_table.
-    number_first: uint32, the collocation mask of a number before a full stop.
-    kind: the definition of a segment, static; `segments.kind` in the config.
+    Attributes:
+      kind: one of KINDS, `fixed:N` with a number in place of N; static.
+      lookup: what cutting needs to know of the vocabulary. punkt, punkt_untrained: a
+        sentences.SentenceTable. newline: uint8 [V] flags. fixed:N, token: nothing. nltk: int32
+        [B, T], the segment numbers of one batch (`nltk_segments.Cutter`).
     """
 
-    token_VC: jax.Array
-    word_HW: jax.Array
-    number_first: jax.Array
+    lookup: Any
     kind: str = flax.struct.field(pytree_node=False, default="punkt")
 
     @classmethod
-    def from_tokenizer(cls, tokenizer, kind: str = "punkt") -> "SegmentTable":
-        """Builds the table of a byte-level BPE tokenizer of transformers; seconds for 150k tokens.
+    def from_tokenizer(cls, tokenizer, kind: str = "punkt", parameters: str = "") -> "SegmentTable":
+        """Builds the table of a byte-level BPE tokenizer of transformers; a second or two for 150k tokens.
 
         Special tokens have no text: they end a word.
 
+        Args:
+          tokenizer: not read by the kinds that need no text.
+          kind: `segments.kind`, any but nltk.
+          parameters: `segments.punkt`, a folder of NLTK's punkt_tab; "" for the packaged ones.
+
         Raises:
-          UserError: unknown kind, or a tokenizer that is not byte-level BPE.
+          UserError: unknown kind, unreadable parameters, or a tokenizer that is not byte-level BPE.
         """
-        if kind not in KINDS:
-            raise UserError(f"segments.kind={kind!r} is unknown: use one of {KINDS}")
-        return cls.from_token_bytes(tokenizers.token_bytes(tokenizer), kind)
+        check_kind(kind, parameters)
+        needs_text = kind in ("punkt", "punkt_untrained", "newline")
+        return cls.from_token_bytes(tokenizers.token_bytes(tokenizer) if needs_text else [], kind, parameters)
 
     @classmethod
-    def from_token_bytes(cls, token_bytes: list[bytes], kind: str = "punkt") -> "SegmentTable":
+    def from_token_bytes(
+        cls, token_bytes: list[bytes], kind: str = "punkt", parameters: str = ""
+    ) -> "SegmentTable":
         """The same from the bytes of each token id; b"" for a special token."""
-        types, number_first = punkt.word_types(punkt.load_parameters())
-        return cls(
-            token_VC=jnp.asarray(punkt.token_rows(token_bytes)),
-            word_HW=jnp.asarray(punkt.bucket_table(types)),
-            number_first=jnp.uint32(number_first),
-            kind=kind,
-        )
+        if kind == "punkt":
+            lookup = sentences.SentenceTable.build(token_bytes, punkt.load_parameters(parameters))
+        elif kind == "punkt_untrained":
+            lookup = sentences.SentenceTable.build(token_bytes, punkt.Parameters())
+        elif kind == "newline":
+            lookup = jnp.asarray(np.array([_line_flags(entry) for entry in token_bytes], np.uint8))
+        else:
+            lookup = None
+        return cls(lookup=lookup, kind=kind)
+
+
+def check_kind(kind: str, parameters: str = ""):
+    """Refuses an unknown `segments.kind`, and `segments.punkt` where it would not be read.
+
+    Raises:
+      UserError: one line with the key and what it may be.
+    """
+    name, colon, size = kind.partition(":")
+    if name == "fixed" and colon:
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise UserError(f"segments.kind={kind}: N of fixed:N is a number of tokens, 1 or more")
+    elif kind not in KINDS or kind == "fixed:N":
+        raise UserError(f"segments.kind={kind!r} is unknown: use one of {', '.join(KINDS)}")
+    if parameters and kind not in ("punkt", "nltk"):
+        raise UserError(f"segments.punkt={parameters} is not read by segments.kind={kind}; leave it empty")
 
 
 def segment(table: SegmentTable, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Numbers the sentences of each response.
+    """Numbers the segments of each response.
 
     Args:
       table: of the tokenizer that the ids are of. Ids past its end read as its last token.
@@ -72,253 +99,34 @@ def segment(table: SegmentTable, tokens_BT: jax.Array, mask_BT: jax.Array) -> ja
     """
     with jax.named_scope("segment"):
         mask_BT = mask_BT.astype(bool)
-        row_BTC = jnp.take(table.token_VC, tokens_BT, axis=0, mode="clip")
-        row_BTC = jnp.where(mask_BT[:, :, None], row_BTC, _WHITE_SPACE_11C)
-        text = _Text(row_BTC)
-        break_BT, match_inside_BT = _sentence_breaks(table, row_BTC, text)
-        first_BT = _first_tokens(text, break_BT, match_inside_BT)
-        return jnp.where(mask_BT, jnp.cumsum(first_BT.astype(jnp.int32), axis=1), -1)
+        if table.kind == "nltk":
+            number_BT = table.lookup
+        elif table.kind in ("punkt", "punkt_untrained"):
+            number_BT = scans.count(sentences.first_tokens(table.lookup, tokens_BT, mask_BT))
+        elif table.kind == "newline":
+            number_BT = scans.count(_first_of_lines(table.lookup, tokens_BT, mask_BT))
+        else:
+            size = 1 if table.kind == "token" else int(table.kind.removeprefix("fixed:"))
+            number_BT = (scans.count(mask_BT) - 1) // size
+        return jnp.where(mask_BT, number_BT, -1)
 
 
-_WHITE_SPACE_11C = np.array([[punkt.NO_TEXT]], np.uint32)
+def _first_of_lines(flags_V, tokens_BT, mask_BT):
+    """bool [B, T]: the first token of each line but the first. Lines without text have no token."""
+    flags_BT = jnp.where(mask_BT, jnp.take(flags_V, tokens_BT, mode="clip"), 0)
+    core_BT = flags_BT & _CORE != 0
+    # A line end counts for the next token with text: from behind this one's text, or from white space.
+    end_BT = flags_BT & _LINE_END_AFTER != 0
+    core_before_BT = scans.preceding(scans.last_until(core_BT), -1)
+    end_before_BT = scans.preceding(scans.last_until(end_BT), -1)
+    new_line_BT = (flags_BT & _LINE_END_BEFORE != 0) | (end_before_BT >= core_before_BT)
+    return core_BT & (core_before_BT >= 0) & new_line_BT
 
 
-def _next(x_BT, fill):
-    """x at the next position; `fill` at the last."""
-    return jnp.concatenate([x_BT[:, 1:], jnp.full_like(x_BT[:, :1], fill)], axis=1)
-
-
-def _previous(x_BT, fill):
-    """x at the previous position; `fill` at the first."""
-    return jnp.concatenate([jnp.full_like(x_BT[:, :1], fill), x_BT[:, :-1]], axis=1)
-
-
-class _Text:
-    """How tokens join into chunks (between white space) and words; arrays are [B, T]."""
-
-    def __init__(self, row_BTC):
-        self.flags_BT = flags_BT = row_BTC[:, :, punkt.FLAGS]
-        before_BT, after_BT = _previous(flags_BT, 0), _next(flags_BT, 0)
-        self.core_BT = self.has(punkt.CORE)
-        joins_BT = self.core_BT & (before_BT & punkt.CORE != 0)
-        joins_BT &= ~self.has(punkt.LEAD) & (before_BT & punkt.TRAIL == 0)
-        self.joins_next_BT = _next(joins_BT, False)
-        self.chunk_start_BT = self.core_BT & ~joins_BT
-        self.next_flags_BT = jnp.where(self.joins_next_BT, after_BT, 0)
-        self.dot_before_BT = joins_BT & (before_BT & punkt.LAST_DOT != 0)
-
-        # A comma inside 1,000 is part of the word; one before a closing quote or the chunk's end is
-        # not.
-        comma_BT = self.has(punkt.LONE_COMMA)
-        comma_BT &= ~self.joins_next_BT | (self.next_flags_BT & punkt.FIRST_NON_WORD != 0)
-        starts_BT = self.chunk_start_BT | self.has(punkt.SPLIT_BEFORE) | comma_BT
-        starts_BT |= before_BT & punkt.CLOSED_END != 0
-        lone_BT = self.has(punkt.LONE_SOFT) & starts_BT
-        self.word_start_BT = starts_BT | (joins_BT & _previous(lone_BT, False))
-
-        self.position_1T = jnp.arange(flags_BT.shape[1], dtype=jnp.int32)[None, :]
-        self.next_chunk_BT = _next(self.first_from(self.chunk_start_BT), flags_BT.shape[1])
-
-    def has(self, flag):
-        return self.flags_BT & flag != 0
-
-    def last_until(self, event_BT):
-        """Position of the last event at or before each position; -1 without one."""
-        return lax.cummax(jnp.where(event_BT, self.position_1T, -1), axis=1)
-
-    def first_from(self, event_BT):
-        """Position of the first event at or after each position; T without one."""
-        end = event_BT.shape[1]
-        return lax.cummin(jnp.where(event_BT, self.position_1T, end), axis=1, reverse=True)
-
-
-def _join_traits(before, after):
-    """Traits of a word made of two parts: their union, and SECOND if both have a character."""
-    both = before & after & punkt.FIRST != 0
-    return before | after | jnp.where(both, punkt.SECOND, np.uint32(0))
-
-
-def _join_tails(left, right):
-    """Joins (hash, power, hash restarts, traits, word restarts) of what ends at a position."""
-    hash_a, power_a, hyphen_a, traits_a, restart_a = left
-    hash_b, power_b, hyphen_b, traits_b, restart_b = right
-    return (
-        jnp.where(hyphen_b, hash_b, hash_a + power_a * hash_b),
-        jnp.where(hyphen_b, power_b, power_a * power_b),
-        hyphen_a | hyphen_b,
-        jnp.where(restart_b, traits_b, _join_traits(traits_a, traits_b)),
-        restart_a | restart_b,
-    )
-
-
-def _join_heads(later, earlier):
-    """Joins (hash, power, closed) of what starts at a position; reverse scans pass later first."""
-    hash_b, power_b, closed_b = later
-    hash_a, power_a, closed_a = earlier
-    return (
-        jnp.where(closed_a, hash_a, hash_a + power_a * hash_b),
-        jnp.where(closed_a, power_a, power_a * power_b),
-        closed_a | closed_b,
-    )
-
-
-def _look_up(table: SegmentTable, hash_BT):
-    """What is known of the word types with these hashes: punkt.ABBREVIATION and so on."""
-    bits = table.word_HW.shape[0].bit_length() - 1
-    width = table.word_HW.shape[1] // 2
-    bucket_BT = (hash_BT * np.uint32(punkt.BUCKET_MULTIPLIER)) >> np.uint32(32 - bits)
-    row_BTW = jnp.take(table.word_HW, bucket_BT.astype(jnp.int32), axis=0, mode="clip")
-    found_BTW = row_BTW[:, :, :width] == hash_BT[:, :, None]
-    known_BT = jnp.sum(jnp.where(found_BTW, row_BTW[:, :, width:], 0), axis=2, dtype=jnp.uint32)
-    return jnp.where(jnp.any(found_BTW, axis=2), known_BT, punkt.UNKNOWN_WORD)
-
-
-def _word_before(row_BTC, text: _Text):
-    """Hash, traits of the word that ends before a token's mark."""
-    restart_BT = text.word_start_BT | text.has(punkt.MANY_WORDS) | ~text.core_BT
-    tails = (
-        row_BTC[:, :, punkt.TAIL],
-        row_BTC[:, :, punkt.TAIL_POWER],
-        restart_BT | text.has(punkt.TAIL_HYPHEN),
-        row_BTC[:, :, punkt.TRAITS] & ((1 << punkt.STEM_SHIFT) - 1),
-        restart_BT,
-    )
-    empty = (0, 1, True, 0, True)
-    so_far = lax.associative_scan(_join_tails, tails, axis=1)
-    so_far = [_previous(x_BT, fill) for x_BT, fill in zip(so_far, empty, strict=True)]
-    split_BT = text.word_start_BT | text.has(punkt.MARK_SPLIT)
-    stem = (
-        row_BTC[:, :, punkt.STEM],
-        row_BTC[:, :, punkt.STEM_POWER],
-        split_BT | text.has(punkt.MARK_HYPHEN),
-        row_BTC[:, :, punkt.TRAITS] >> punkt.STEM_SHIFT,
-        split_BT,
-    )
-    hash_BT, _, _, traits_BT, _ = _join_tails(so_far, stem)
-    return hash_BT, traits_BT
-
-
-def _word_at_start(table, row_BTC, text: _Text):
-    """What is known of the first word of a chunk, at the chunk's first token."""
-    closed_BT = text.has(punkt.MANY_WORDS) | ~text.joins_next_BT | _next(text.word_start_BT, True)
-    heads = (row_BTC[:, :, punkt.HEAD], row_BTC[:, :, punkt.HEAD_POWER], closed_BT)
-    hash_BT, _, _ = lax.associative_scan(_join_heads, heads, axis=1, reverse=True)
-    return _look_up(table, hash_BT)
-
-
-def _ends_sentence(word, traits_BT, ellipsis_BT, number_first, following):
-    """Punkt's decision on a full stop, from the word before it and what follows it.
-
-    Args:
-      word: what is known of the word before, without its full stop.
-      traits_BT: its traits.
-      ellipsis_BT: the word is a run of full stops instead.
-      number_first: SegmentTable.number_first.
-      following: (known word, starts upper, starts lower) of the word after.
-
-    Source: PunktSentenceTokenizer._first_pass_annotation and ._second_pass_annotation of NLTK.
-    """
-    known_BT, upper_BT, lower_BT = following
-    is_word_BT = (traits_BT & punkt.FIRST != 0) & ~ellipsis_BT
-    numeric = traits_BT & (punkt.NOT_NUMERIC | punkt.DIGIT) == punkt.DIGIT
-    number_BT = is_word_BT & numeric
-    initial_BT = is_word_BT & (traits_BT & (punkt.SECOND | punkt.NOT_LETTER) == 0)
-    abbreviation_BT = is_word_BT & (word & punkt.ABBREVIATION != 0)
-
-    collocation_BT = jnp.where(number_BT, number_first, word) >> punkt.FIRST_SHIFT
-    collocation_BT &= known_BT >> punkt.SECOND_SHIFT
-    collocation_BT &= (1 << punkt.COLLOCATION_BITS) - 1
-    punctuation_BT = known_BT & punkt.IS_PUNCTUATION != 0
-    starter_BT = upper_BT & (known_BT & punkt.STARTER != 0)
-    no_starter_BT = punctuation_BT | (lower_BT & (known_BT & punkt.NO_STARTER != 0))
-    often_first_BT = upper_BT & (known_BT & punkt.OFTEN_FIRST != 0)
-    always_upper_BT = upper_BT & (known_BT & punkt.SEEN_LOWER == 0)
-
-    soft_BT = (abbreviation_BT | ellipsis_BT) & ~initial_BT
-    goes_on_BT = (initial_BT | number_BT) & no_starter_BT
-    goes_on_BT |= initial_BT & ~starter_BT & always_upper_BT
-    goes_on_BT |= abbreviation_BT | ellipsis_BT
-    ends_BT = (soft_BT & (starter_BT | often_first_BT)) | ~goes_on_BT
-    return ends_BT & ~(is_word_BT & (collocation_BT != 0))
-
-
-def _sentence_breaks(table: SegmentTable, row_BTC, text: _Text):
-    """Tokens in which a sentence ends, and whether their mark has more of the core behind it.
-
-    Punkt looks at the last mark of a chunk; it ends a sentence if it, or a mark before it in the
-    chunk, does. A mark is followed by a NON_WORD character or by white space and another chunk.
-    """
-    end = text.flags_BT.shape[1]
-    mark_BT, inside_BT = text.has(punkt.MARK), text.has(punkt.MARK_INSIDE)
-    before_non_word_BT = inside_BT | (text.next_flags_BT & punkt.FIRST_NON_WORD != 0)
-    before_non_word_BT &= mark_BT
-    before_space_BT = mark_BT & ~text.joins_next_BT & ~inside_BT & (text.next_chunk_BT < end)
-    # Of "!!" before a letter or the end of the text, the first mark is the one that counts.
-    earlier_BT = text.has(punkt.MARK_EARLIER) & ~before_non_word_BT & ~before_space_BT
-    inside_BT |= earlier_BT
-    before_non_word_BT |= earlier_BT
-
-    hash_BT, traits_BT = _word_before(row_BTC, text)
-    word_BT = _look_up(table, hash_BT)
-    dot_first_BT = (row_BTC[:, :, punkt.TRAITS] >> punkt.STEM_SHIFT == 0) & ~text.has(
-        punkt.MARK_SPLIT
-    )
-    ellipsis_BT = text.has(punkt.MARK_ELLIPSIS) | (text.dot_before_BT & dot_first_BT)
-    always_BT = ~text.has(punkt.MARK_IN_DOUBT) | earlier_BT
-
-    punctuation_BT = jnp.where(
-        inside_BT,
-        text.has(punkt.MARK_PUNCTUATION),
-        text.next_flags_BT & punkt.FIRST_PUNCTUATION != 0,
-    )
-    no_case_BT = jnp.zeros_like(mark_BT)
-    sign = (jnp.where(punctuation_BT, punkt.IS_PUNCTUATION, np.uint32(0)), no_case_BT, no_case_BT)
-    ends_BT = _ends_sentence(word_BT, traits_BT, ellipsis_BT, table.number_first, sign)
-    ends_inner_BT = before_non_word_BT & (always_BT | ends_BT)
-    # The "!" of "!..." is no match, yet a word of its own that ends a sentence.
-    run_next_BT = text.next_flags_BT & (punkt.DASHES | punkt.DOTS) != 0
-    ends_inner_BT |= mark_BT & ~inside_BT & always_BT & run_next_BT
-    ends_inner_BT |= text.has(punkt.MARK_EARLIER)
-
-    # What a mark before white space needs to know of the next chunk is packed there and gathered.
-    known_BT = _word_at_start(table, row_BTC, text)
-    chunk_ends_BT = text.first_from(ends_inner_BT) < text.next_chunk_BT
-    upper_bit, lower_bit, ends_bit = (np.uint32(1 << i) for i in (29, 30, 31))
-    packed_BT = known_BT | jnp.where(text.has(punkt.FIRST_UPPER), upper_bit, np.uint32(0))
-    packed_BT |= jnp.where(text.has(punkt.FIRST_LOWER), lower_bit, np.uint32(0))
-    packed_BT |= jnp.where(chunk_ends_BT, ends_bit, np.uint32(0))
-    packed_BT = jnp.take_along_axis(packed_BT, jnp.minimum(text.next_chunk_BT, end - 1), axis=1)
-    following = (packed_BT, packed_BT & upper_bit != 0, packed_BT & lower_bit != 0)
-    ends_BT = _ends_sentence(word_BT, traits_BT, ellipsis_BT, table.number_first, following)
-    # Punkt reads the next chunk along with the mark, so a sentence end inside it counts.
-    ends_BT |= packed_BT & ends_bit != 0
-    ends_outer_BT = before_space_BT & (always_BT | ends_BT)
-
-    match_BT = before_non_word_BT | before_space_BT
-    last_BT = match_BT & (_next(text.first_from(match_BT), end) >= text.next_chunk_BT)
-    ends_BT = ends_inner_BT | ends_outer_BT
-    any_BT = text.last_until(ends_BT) >= text.last_until(text.chunk_start_BT)
-    return last_BT & any_BT, inside_BT
-
-
-def _first_tokens(text: _Text, break_BT, inside_BT):
-    """The first token of each sentence but the first.
-
-    Closing quotes and brackets up to white space (or --) stay with the sentence before them.
-    """
-    closers_BT = text.has(punkt.ALL_CLOSERS)
-    next_other_BT = text.first_from(text.core_BT & ~closers_BT)
-    next_dashes_BT = text.first_from(text.has(punkt.DASHES))
-    closing_BT = closers_BT & (
-        (next_other_BT >= text.next_chunk_BT) | (next_other_BT == next_dashes_BT)
-    )
-    next_closes_BT = ~text.joins_next_BT | _next(closing_BT, False)
-    next_closes_BT |= text.next_flags_BT & punkt.DASHES != 0
-    # The next sentence starts behind the mark in the same token, so the token after it is its
-    # first.
-    within_BT = break_BT & inside_BT & ~(text.has(punkt.REST_CLOSERS) & next_closes_BT)
-
-    written_BT = text.core_BT & ~closing_BT
-    waiting_BT = text.last_until(break_BT & ~within_BT) >= text.last_until(written_BT)
-    waiting_BT &= text.last_until(written_BT) >= 0
-    return (written_BT & _previous(waiting_BT, False)) | _previous(within_BT, False)
+def _line_flags(entry: bytes) -> int:
+    text = entry.decode("utf-8", "surrogateescape")
+    before = "".join(itertools.takewhile(punkt.is_space, text))
+    core = text[len(before) :]
+    flags = _CORE if core else 0
+    flags |= _LINE_END_BEFORE if core and "\n" in before else 0
+    return int(flags | (_LINE_END_AFTER if "\n" in (core or text) else 0))

@@ -1,9 +1,11 @@
 """The mesh, and where every array of a run lives: rules are data, one table for all models."""
 
 import functools
+import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,8 +14,10 @@ from opd_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Logical axis of a parameter -> mesh axis. An axis whose size the mesh axis does not divide stays whole.
+# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole.
 RULES = {
+    "batch": ("data", "fsdp"),
+    "replica": "data",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -25,12 +29,15 @@ RULES = {
 def make_mesh(sizes, devices=None) -> Mesh:
     """A mesh with axes data, fsdp and tensor.
 
+    Where the devices are several slices, the data axis alone runs across them: it needs the least
+    traffic, one sum of the gradients a step, and the network between slices is the slowest.
+
     Args:
       sizes: the config's `mesh`; at most one of its sizes is -1 and takes the devices that are left.
       devices: all of them if None.
 
     Raises:
-      UserError: the sizes do not fit the number of devices.
+      UserError: the sizes do not fit the number of devices, or of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
@@ -44,7 +51,18 @@ def make_mesh(sizes, devices=None) -> Mesh:
         raise UserError(
             f"{named} does not fit {len(devices)} devices; set one axis to -1 to take what is left"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    types = (jax.sharding.AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.data={shape[0]} does not fit {slices} slices, over which it runs; "
+            f"use a multiple of {slices}"
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def check_batch(mesh: Mesh, name: str, size: int):
@@ -61,13 +79,59 @@ def check_batch(mesh: Mesh, name: str, size: int):
         )
 
 
+def on(mesh: Mesh, fn):
+    """fn, traced with the mesh in sight of `constrain` and `gather_weight`."""
+
+    @functools.wraps(fn)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return fn(*args)
+
+    return traced
+
+
+def constrain(x, *axes):
+    """x laid out by the logical names of its leading axes (None or absent: whole), its gradient too.
+
+    The compiler would otherwise cut activations by width wherever a weight is, and sum them over the
+    mesh after every product. Outside of `on`, x as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = (*axes, *(None,) * (x.ndim - len(axes)))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_weight(weight, axes):
+    """A weight as products need it, whole along fsdp; its gradient is cut as the weight is stored."""
+    return constrain(weight, *(None if RULES.get(axis) == "fsdp" else axis for axis in axes))
+
+
+def _gather_weight_backward(axes, _, grad):
+    return (constrain(grad, *stored_axes(axes)),)
+
+
+gather_weight.defvjp(lambda weight, axes: (gather_weight(weight, axes), None), _gather_weight_backward)
+
+
+def stored_axes(axes) -> tuple:
+    """Logical axes that a parameter is cut along: none for vectors, which cost a message for each use."""
+    return axes if sum(axis != "layers" for axis in axes) > 1 else (None,) * len(axes)
+
+
 def spec(shape, axes, mesh: Mesh, rules=None) -> P:
     """PartitionSpec of an array from its logical axes."""
     rules = RULES if rules is None else rules
+
+    def pieces(name):
+        return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
+
     names = [rules.get(axis) for axis in axes]
     return P(
         *(
-            name if name is not None and size % mesh.shape[name] == 0 else None
+            name if name is not None and size % pieces(name) == 0 else None
             for name, size in zip(names, shape, strict=True)
         )
     )
@@ -81,7 +145,7 @@ def param_shardings(mesh: Mesh, abstract, axes, rules=None):
       axes: the same tree with logical axis names, from models.transformer.logical_axes.
     """
     return jax.tree.map(
-        lambda a, names: NamedSharding(mesh, spec(a.shape, names, mesh, rules)), abstract, axes
+        lambda a, names: NamedSharding(mesh, spec(a.shape, stored_axes(names), mesh, rules)), abstract, axes
     )
 
 
@@ -109,11 +173,32 @@ def batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Numbers of the rows of a batch of `size` that this process's devices hold, ascending.
+
+    Where devices of several processes share a row (a tensor axis across hosts), each of them has it.
+    """
+    pieces = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    here = [any(d.process_index == jax.process_index() for d in piece) for piece in pieces]
+    return np.flatnonzero(np.repeat(here, size // len(here)))
+
+
+def key(mesh: Mesh, seed: int, purpose: int) -> jax.Array:
+    """A PRNG key of a seed for one purpose, the same on every device."""
+    with jax.transfer_guard("allow"):  # a seed is a host number
+        made = jax.random.fold_in(jax.random.key(seed), purpose)
+        # As plain words: a key array cannot be put onto devices of other processes.
+        words = jax.device_get(jax.random.key_data(made))
+        return jax.random.wrap_key_data(jax.device_put(words, replicated(mesh)))
+
+
 def put_batch(mesh: Mesh, local):
-    """Global arrays from each process's rows of them (NumPy, leading axis this process's share)."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(batch(mesh), np.asarray(x)), local
-    )
+    """Global arrays from each process's `local_rows` of them (NumPy)."""
+    # JAX counts this transfer as implicit where there are several processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(batch(mesh), np.asarray(x)), local
+        )
 
 
 def gather(mesh: Mesh, tree):
@@ -121,12 +206,12 @@ def gather(mesh: Mesh, tree):
     return jax.device_get(_everywhere(mesh)(tree))
 
 
-def local_rows(tree):
+def local_values(tree):
     """NumPy copies of this process's rows of batch-sharded arrays, in the order `put_batch` took them."""
-    return jax.tree.map(_local_rows, tree)
+    return jax.tree.map(_local_values, tree)
 
 
-def _local_rows(x):
+def _local_values(x):
     shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}  # replicas have one start
     return np.concatenate(jax.device_get([shards[start] for start in sorted(shards)]))
 

@@ -3,7 +3,8 @@
     python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
     python -m opd_jax.train --config=configs/demo.py --config.release.rule=none --workdir=runs/full
 
-Started again with the same --workdir it goes on from the newest checkpoint.
+Started again with the same --workdir it goes on from the newest checkpoint. SIGTERM ends it after the step
+that is running, with a checkpoint and exit status 75. docs/pods.md tells how to run it on a TPU pod.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from opd_jax import benchmark_run, data, metrics, sharding
+from opd_jax import benchmark_run, data, distributed, metrics, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -33,6 +34,9 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
 
     Returns:
       The final TrainState.
+
+    Raises:
+      distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c, mesh = job.config, job.mesh
     metrics.write_run_files(workdir, c)
@@ -53,8 +57,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         c.data.prompt_tokens,
         job.student.pad_id,
         c.seed,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(mesh, c.rollout.batch),
         start=position,
         parts=job.prompts.parts,
     )
@@ -64,6 +67,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
     # ---- The loop. Metrics of a step are read after the next one is on its way.
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
+        preemption = stack.enter_context(distributed.Preemption())
         clock = stack.enter_context(metrics.PhaseClock())
         writer = stack.enter_context(
             metrics.MetricWriter(
@@ -74,6 +78,10 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
                 resume_step=done,
             )
         )
+        # What is recorded of the step to go on from, as process 0 sees it.
+        asked = [("eval", None), *(("benchmark", exam.benchmark.name) for exam in job.exams)]
+        recorded = distributed.gathered([name in writer.recorded for name in asked])[0]
+        there = {name for name, found in zip(asked, recorded, strict=True) if found}
         stack.enter_context(jax.transfer_guard("disallow"))
         read = Reader(job, writer, clock)
 
@@ -83,24 +91,27 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         def evaluated(step: int, state, result: dict | None = None) -> float:
             result = dict(result or evaluate(job, state.params, teacher_params))
             rows = result.pop("rows")
-            writer.write({"kind": "eval", "step": step} | result)
             writer.write_evaluations([{"step": step} | row for row in rows])
+            writer.write({"kind": "eval", "step": step} | result)
             read.restart()
             return result["kl"]
 
-        def examined(step: int, state):
-            for exam in job.exams:
+        def examined(step: int, state, exams):
+            for exam in exams:
                 result = benchmark_run.answer(exam, responder, state.params, c.eval.samples)
                 benchmark_run.write(Path(workdir) / benchmark_run.FOLDER, step, result)
                 del result["rows"]
                 writer.write({"kind": "benchmark", "step": step} | result)
-                read.restart()
+            read.restart()
 
-        if done is None and due(c.eval.benchmark_every, 0):
-            examined(0, state)
-        if done is None and due(c.eval.every, 0):
-            evaluated(0, state, start_evaluation)
-        for step in range((done or 0) + 1, c.train.steps + 1):
+        # The start; or what there was no time for after the step at which the run was stopped.
+        first = done or 0
+        if due(c.eval.benchmark_every, first):
+            left = [exam for exam in job.exams if ("benchmark", exam.benchmark.name) not in there]
+            examined(first, state, left)
+        if due(c.eval.every, first) and ("eval", None) not in there:
+            evaluated(first, state, start_evaluation if done is None else None)
+        for step in range(first + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
             batch = sharding.put_batch(mesh, local)
@@ -112,21 +123,28 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
                 rollouts = job.sample(state.params, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
             reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
+            table = job.segment_table(rollouts)
             state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, job.table, release_key, *reward
+                state, teacher_params, rollouts, table, release_key, *reward
             )
             clock.watch("train", step, measured["loss"])
             read.finish()
             read.begin(step, measured, data_seconds, rollouts, supervision)
-            evaluating, saving = due(c.eval.every, step), due(c.checkpoint.every, step)
-            examining = bool(job.exams) and due(c.eval.benchmark_every, step)
-            if evaluating or saving or examining:
+            stopping = preemption.reached(step)
+            evaluating = due(c.eval.every, step) and not stopping
+            examining = bool(job.exams) and due(c.eval.benchmark_every, step) and not stopping
+            saving = due(c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
+            if evaluating or examining or saving:
                 read.finish()
             if examining:
-                examined(step, state)
+                examined(step, state, job.exams)
             kl = evaluated(step, state) if evaluating else None
             if saving:
+                writer.sync()
                 checkpoints.save(step, state, prompts.state(), kl)
+            if stopping:
+                writer.say(f"told to stop after step {step}; start again with the same --workdir to go on")
+                raise distributed.Preempted
         read.finish()
     return state
 
@@ -184,6 +202,7 @@ def main(_):
         raise UserError("--workdir is not set; give a folder for the run, such as runs/first")
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/demo.py")
+    distributed.initialize()
     train(prepare(flags.FLAGS.config, flags.FLAGS.workdir), flags.FLAGS.workdir)
 
 

@@ -1,12 +1,15 @@
 """Benchmarks: problems from files and generators, answers counted, and the entry points."""
 
 import dataclasses
+import itertools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
-from opd_jax import benchmark_run, benchmarks, compare
+from opd_jax import benchmark_run, benchmarks, compare, distributed
 from opd_jax.benchmarks import Benchmark, Problem
 from opd_jax.errors import UserError
 from opd_jax.grading import Grader
@@ -71,6 +74,7 @@ def test_built_in_problems_need_no_file():
         ("gpqa:{file}", "Incorrect Answer 1"),
         ("rg:chain_sm", "did you mean chain_sum"),
         ("rg:chain_sum:many", "no number of problems"),
+        ("a/b:{file}", "names files"),
     ],
 )
 def test_a_benchmark_that_is_not_there_ends_in_one_line(tmp_path, spec, said):
@@ -164,6 +168,50 @@ def test_benchmarks_run_in_training_on_the_program_that_samples(finished, job):
     assert job.sample._cache_size() == 1, "another sampler was compiled"
 
 
+def benchmark_steps(workdir):
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in records if record["kind"] == "benchmark"]
+
+
+def test_benchmarks_that_a_stop_left_no_time_for_are_made_up_once(finished, job, tmp_path):
+    calls = itertools.count(1)
+
+    def train_step(*arguments):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return job.train_step(*arguments)
+
+    told = dataclasses.replace(job)
+    told.__dict__["train_step"] = train_step
+    with pytest.raises(distributed.Preempted):
+        train(told, tmp_path)
+    assert benchmark_steps(tmp_path) == [0]
+    train(job, tmp_path)
+    assert benchmark_steps(tmp_path) == [0, 2, 3]
+    train(job, tmp_path)
+    assert benchmark_steps(tmp_path) == [0, 2, 3]
+    for step in (2, 3):
+        name = f"benchmarks/ours-{step}.jsonl"
+        assert (tmp_path / name).read_text() == (finished / name).read_text()
+
+
+def test_two_benchmarks_of_one_name_are_refused(job, questions):
+    with pytest.raises(UserError, match="ours is there more than once"):
+        benchmark_run.prepare([f"ours:{questions}"] * 2, job.tokenizer, job.config.data)
+
+
+def test_results_are_found_by_name_and_newest_step(finished, tmp_path):
+    rows = (finished / "benchmarks" / "ours-3.jsonl").read_text()
+    for name in ("a-b-9", "a-b-10", "a-b-10-greedy", "c-model", "notes"):
+        (tmp_path / f"{name}.jsonl").write_text(rows if name != "a-b-9" else rows.splitlines()[0])
+    found = compare.measured(tmp_path)
+    assert {name: len(measured.text_N) for name, measured in found.items()} == {
+        "a-b": 5,
+        "a-b (greedy)": 5,
+        "c": 5,
+    }
+
+
 def test_the_entry_answers_as_training_did_or_a_folder_alone(finished, models, questions, tmp_path):
     spec = f"--benchmark=ours:{questions}"
     done = tiny.entry("opd_jax.evaluate", f"--workdir={finished}", spec, "--samples=2", f"--out={tmp_path}")
@@ -215,7 +263,7 @@ def test_a_run_compared_with_itself_is_not_told_apart(finished, capsys):
 def test_prompts_of_a_benchmark_carry_no_training_instruction(job):
     section = job.config.data.copy_and_resolve_references()
     section.instruction = "Box it."
-    exam = benchmark_run.prepare(job.config.eval.benchmark[0], job.tokenizer, section)
+    (exam,) = benchmark_run.prepare(job.config.eval.benchmark, job.tokenizer, section)
     assert exam.prompts == job.exams[0].prompts
     conversation = Conversation([{"role": "user", "content": exam.benchmark.problems[0].text}], "0")
     assert exam.prompts[0].text == conversation.messages[0]["content"]

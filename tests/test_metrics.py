@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -94,15 +95,40 @@ def test_new_run_drops_what_an_attempt_without_a_checkpoint_left(tmp_path):
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_answers_whose_evaluation_was_cut_short_are_dropped_and_what_is_there_is_known(tmp_path):
+    with writer(tmp_path) as out:
+        out.write({"kind": "eval", "step": 2, "kl": 0.5})
+        out.write_evaluations([{"step": 2, "prompt": 0}])
+        out.write(train_line(4))
+        out.write({"kind": "benchmark", "step": 4, "benchmark": "ours", "response_length": 3.0})
+        out.write_evaluations([{"step": 4, "prompt": 0}])
+    with writer(tmp_path, resume_step=4) as out:
+        assert out.recorded == {("train", None), ("benchmark", "ours")}
+        out.write_evaluations([{"step": 4, "prompt": 0}, {"step": 4, "prompt": 1}])
+    rows = lines(tmp_path / "evaluations.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [(2, 0), (4, 0), (4, 1)]
+
+
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     stream = io.StringIO()
     with writer(tmp_path / "run", tensorboard=True, stream=stream) as out:
         out.write(train_line(1))
         out.write_rollouts([{"step": 1}])
+        out.say("told to stop")
+        out.sync()
     metrics.write_run_files(tmp_path / "run", {"seed": 0})
     assert not (tmp_path / "run").exists()
     assert stream.getvalue() == ""
+
+
+def test_sync_puts_every_record_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    with writer(tmp_path) as out:
+        out.sync()
+    names = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
+    assert sorted(synced) == sorted(str(tmp_path / name) for name in names)
 
 
 def test_tensorboard_file_holds_the_scalars(tmp_path):

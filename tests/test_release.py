@@ -28,7 +28,7 @@ def scores_of(contrast_BT):
     """Scores that are 0 but for the margin."""
     zero_BT = jnp.zeros_like(contrast_BT)
     zero_BTK = jnp.stack([zero_BT] * 4, axis=-1)
-    return Scores(zero_BT, contrast_BT, zero_BT, zero_BT, zero_BTK, zero_BTK, zero_BT)
+    return Scores(zero_BT, contrast_BT, zero_BT, zero_BT, zero_BTK, zero_BTK, zero_BT, zero_BT)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from opd_jax import report, report_figures, report_page, run_record
+from opd_jax import report, report_figures, report_page, report_rollouts, run_record
 from opd_jax.errors import UserError
 
 BINS = 4
@@ -34,7 +34,8 @@ def train_line(step: int, rng: np.random.Generator, released: bool) -> dict:
         "gain": 12.0 if released else None,
         "response_length": 40.0,
         "finished_share": 0.9,
-        "stop_probability": 0.8,
+        "stop_probability": 0.02,
+        "teacher_stop_probability": 0.01,
         "tokens_per_second": 100.0,
         "seconds_sample": 2.0,
         "seconds_train": 1.0,
@@ -135,7 +136,7 @@ def test_page_is_well_formed_and_loads_nothing(page):
 
 def test_every_plot_is_valid_svg_with_labelled_axes_and_colours_of_the_page(page):
     plots = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
-    assert len(plots) == 13
+    assert len(plots) == 14
     for plot in plots:
         root = ElementTree.fromstring(plot)
         labels = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
@@ -233,9 +234,9 @@ def test_kept_and_released_sentences_differ_and_carry_their_margin(page):
 
 def test_rollouts_of_the_latest_step_come_first_and_those_with_a_release_before_others():
     stored = [rollout(s, accepted=a) for s in (1, 5, 9) for a in (False, True, False)]
-    shown = [(r["step"], r["accepted"]) for r in report_page._choose(stored)]
+    shown = [(r["step"], r["accepted"]) for r in report_rollouts._choose(stored)]
     assert shown == [(9, True), (9, False), (9, False), (1, True), (1, False)]
-    assert list(report_page._choose([])) == []
+    assert list(report_rollouts._choose([])) == []
 
 
 @pytest.mark.parametrize(

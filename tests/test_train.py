@@ -1,7 +1,9 @@
 """The loop: what a run leaves behind, that a kill changes nothing, and that no transfer hides in it."""
 
 import dataclasses
+import itertools
 import json
+import os
 import signal
 import subprocess
 import time
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax import distributed
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.job import Job, prepare
 from opd_jax.train import train
@@ -81,6 +84,42 @@ def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
     planted.__dict__["train_step"] = job.train_step  # compiled already
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train(planted, tmp_path)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(
+    finished, job, tmp_path, step
+):
+    """Step 4 is to be evaluated, which waits until the run goes on."""
+    calls = itertools.count(1)
+
+    def train_step(*arguments):
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return job.train_step(*arguments)
+
+    told = dataclasses.replace(job)
+    told.__dict__["train_step"] = train_step
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        train(told, tmp_path)
+    assert ended.value.code == distributed.PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest == step
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl") if r["kind"] == "eval"] == [0, 2]
+
+    state = train(job, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, finished[1])
+    again, whole = (
+        [(r["kind"], r["step"], r["kl"]) for r in lines(folder / "metrics.jsonl")]
+        for folder in (tmp_path, finished[0])
+    )
+    assert again == whole
+def test_segments_cut_by_nltk_on_the_host_train_as_those_cut_on_device(models, finished, tmp_path):
+    settings = {"train.steps": 2, "segments.kind": "nltk", "eval.every": 0, "checkpoint.every": 0}
+    train(prepare(tiny.config(models, **settings)), tmp_path)
+    assert losses(tmp_path) == losses(finished[0])[:2]
 
 
 STEPS = 40

@@ -347,7 +347,7 @@ def by_hand(accepted):
         teacher_topk_logp_BTK=zero_BTK,
         student_topk_logp_BTK=zero_BTK,
         overlap_BT=zero_BT,
-        teacher_stop_BT=zero_BT,
+        teacher_stop_BT=np.where(mask_BT, 0.125, 9),
     )
     return jax.tree.map(jnp.asarray, (rollouts, Supervision(scores=scores, release=release)))
 
@@ -359,6 +359,7 @@ def test_the_numbers_of_a_case_worked_by_hand():
         "advantage_std": np.std([-1.0] * 4 + [-0.5] * 20),
         "contrast": 2,
         "stop_probability": 0.25,
+        "teacher_stop_probability": 0.125,
         "response_tokens": 24,
         "supervised_tokens": 21,
         "kept_share": 21 / 24,

@@ -28,9 +28,12 @@ class KVCache:
 
 
 def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
-    """The blocks' weights, layer by layer, in the compute dtype."""
-    blocks = jax.tree.map(lambda w: w.astype(config.dtype), params["blocks"])
-    return tuple(jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(config.layers))
+    """The blocks' weights, layer by layer, in the compute dtype, gathered once for all steps."""
+    blocks = params["blocks"]
+    return tuple(
+        transformer.gather_block(config, {name: w[i] for name, w in blocks.items()})
+        for i in range(config.layers)
+    )
 
 
 def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP):

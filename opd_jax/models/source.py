@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, a GGUF file, or one inside a Python package."""
+"""Where a model comes from: a Hugging Face folder, a GGUF file, one inside a Python package, or a preset."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from opd_jax.errors import UserError
-from opd_jax.models import gguf, hf
+from opd_jax.models import gguf, hf, presets
 from opd_jax.models.config import ModelConfig
 
 
@@ -19,7 +19,7 @@ class Source(NamedTuple):
 
 
 def resolve(path, key: str = "student.path") -> Source:
-    """Finds what a config value names; nothing is imported, downloaded or read.
+    """Finds the files that a config value names; nothing is imported, downloaded or read.
 
     Args:
       path: a folder with config.json ("~" is expanded), a file ending in .gguf, or "pkg:NAME", the
@@ -30,6 +30,11 @@ def resolve(path, key: str = "student.path") -> Source:
       UserError: nothing is there.
     """
     text = str(path)
+    if text.startswith(presets.PREFIX):
+        raise UserError(
+            f"{key}={text} has shapes and no weights or tokenizer: it serves preflight alone; "
+            "give a model folder, a .gguf file or pkg:NAME"
+        )
     if text.startswith("pkg:"):
         return Source("gguf", _in_package(text.removeprefix("pkg:"), key))
     where = Path(text).expanduser()
@@ -54,7 +59,9 @@ def load(path, *, key: str = "student.path", mesh=None, shardings=None, dtype=jn
 
 
 def config(path, key: str = "student.path") -> ModelConfig:
-    """The ModelConfig alone; no weight is read."""
+    """The ModelConfig alone, of a preset ("preset:NAME") too; no weight is read."""
+    if str(path).startswith(presets.PREFIX):
+        return presets.read_config(str(path).removeprefix(presets.PREFIX), key)
     source = resolve(path, key)
     reader = hf if source.kind == "folder" else gguf
     return reader.read_config(source.path, key)

@@ -4,12 +4,14 @@ Parameters are a plain nested dict ("params") with every block's weights stacked
 axis; the forward pass is a pure function that scans over it, so compile time does not grow with depth.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opd_jax import sharding
 from opd_jax.models import attention
 from opd_jax.models.config import ModelConfig
 
@@ -116,8 +118,8 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
     Returns:
       (x_BLD, what `attend` returned beside its output).
     """
-    dtype = config.dtype
-    p = {name: value.astype(dtype) for name, value in p.items()}
+    p = gather_block(config, p)
+    x_BLD = sharding.constrain(x_BLD, "batch")
     with jax.named_scope("attention"):
         h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
         q, k, v = (project(h_BLD, p[name]) for name in ("query", "key", "value"))
@@ -136,6 +138,18 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
         return x_BLD + project(gated_BLF, p["down"]), kept
 
 
+def gather_block(config: ModelConfig, p: dict) -> dict:
+    """One block's weights in the compute dtype, whole along fsdp."""
+    axes = block_axes(config)
+    return {name: sharding.gather_weight(w.astype(config.dtype), axes[name]) for name, w in p.items()}
+
+
+@functools.cache
+def block_axes(config: ModelConfig) -> dict:
+    """Logical axes of one block's weights, without the layers'."""
+    return {name: axes[1:] for name, axes in logical_axes(config)["blocks"].items()}
+
+
 def project(x, weight, inputs: int = 1):
     """x times a weight matrix: the last `inputs` axes of x against the first ones of weight.
 
@@ -148,8 +162,11 @@ def project(x, weight, inputs: int = 1):
 
 
 def embed(config: ModelConfig, params: dict, tokens):
-    """Embedding rows of integer ids of any shape, in the compute dtype: [..., D]."""
-    return params["embedding"][tokens].astype(config.dtype)
+    """Embedding rows of integer ids [B, ...], in the compute dtype: [B, ..., D]."""
+    # Every device looks its columns up for all rows: moving what was found is cheaper than the table.
+    x = params["embedding"][sharding.constrain(tokens, "replica")].astype(config.dtype)
+    x = sharding.constrain(x, "replica", *(None,) * (tokens.ndim - 1), "embed")
+    return sharding.constrain(x, "batch")
 
 
 def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
@@ -185,8 +202,13 @@ def positions(mask_BL):
 
 
 def head(config: ModelConfig, params: dict):
-    """The output matrix [V, D] in the compute dtype."""
-    return params["embedding" if config.tie_embeddings else "head"].astype(config.dtype)
+    """The output matrix [V, D] in the compute dtype, whole along fsdp."""
+    return gather_head(config, params["embedding" if config.tie_embeddings else "head"])
+
+
+def gather_head(config: ModelConfig, head_VD):
+    """A stored output matrix in the compute dtype, whole along fsdp."""
+    return sharding.gather_weight(head_VD.astype(config.dtype), ("vocab", "embed"))
 
 
 def logits(config: ModelConfig, head_VD, hidden):

@@ -1,0 +1,60 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; sourced, never run. Takes --dry-run off the words of the script.
+
+# Exit status of a run that was told to stop and has saved: opd_jax/distributed.py, PREEMPTED.
+# shellcheck disable=SC2034  # used by the scripts that source this
+PREEMPTED=75
+DRY_RUN=${DRY_RUN:-}
+if [[ ${1:-} == --dry-run ]]; then
+  DRY_RUN=1
+  shift
+fi
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+  echo "error: this is bash $BASH_VERSION; install bash 5.1 or newer" >&2
+  exit 2
+fi
+
+# fail MESSAGE: one line, and status 2.
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# quoted WORD...: the words as a shell would read them back, quoted only where they must be.
+quoted() {
+  local word line=
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then line+=" $word"; else line+=" ${word@Q}"; fi
+  done
+  echo "${line# }"
+}
+
+# call COMMAND...: runs it; under --dry-run prints it instead.
+call() {
+  if [[ -n $DRY_RUN ]]; then quoted "$@"; else "$@"; fi
+}
+
+# read_settings FILE: sources a settings file; it must name each setting of settings.example.sh, and no other.
+read_settings() {
+  [[ -f $1 ]] || fail "no settings file $1; copy launch/settings.example.sh there and fill it in"
+  local known given name
+  known=$(grep -oE '^[A-Z_]+=' "$(dirname "${BASH_SOURCE[0]}")/settings.example.sh" | tr -d '=')
+  given=$(grep -oE '^[A-Z_]+=' "$1" | tr -d '=')
+  for name in $given; do
+    grep -qx "$name" <<<"$known" || fail "$1: $name is no setting; see launch/settings.example.sh"
+  done
+  for name in $known; do
+    grep -qx "$name" <<<"$given" || fail "$1: $name is missing; copy its line from launch/settings.example.sh"
+  done
+  # shellcheck source=launch/settings.example.sh
+  source "$1"
+}
+
+# need NAME...: refuses settings that are empty.
+need() {
+  local name
+  for name in "$@"; do
+    [[ -n ${!name:-} ]] || fail "$name is not set in the settings file; see launch/settings.example.sh"
+  done
+}

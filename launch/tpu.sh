@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# Runs a job on TPU VMs: one slice or several, spot or on demand.
+#
+#   [SETTINGS=FILE] launch/tpu.sh [--dry-run] COMMAND
+#
+#   run       all of it: create, setup, start, then watch; a slice that is taken away is asked for again, and
+#             the job goes on from its newest checkpoint
+#   create    ask for the slices (a queued resource) and wait until they are there
+#   setup     copy the project to every worker and install it there
+#   start     start the job on every worker; it outlives this connection
+#   watch     wait for the end of the job; the exit status is the job's
+#   status    state of the slices, and of the job on every worker
+#   logs      follow the log of process 0
+#   errors    the end of the log of every worker whose job failed
+#   stop      SIGTERM to every worker; the job saves and ends
+#   collect   fetch the run's records and the log of process 0 to runs/NAME, without the checkpoints
+#   delete    give the slices back
+#
+# --dry-run prints every command and runs none. Settings: launch/settings.example.sh.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+
+settings=${SETTINGS:-$here/settings.sh}
+read_settings "$settings"
+need NAME PROJECT ZONE ACCELERATOR RUNTIME PROVISIONING SLICES CONFIG SHARED WORKDIR POLL MAX_RESTARTS
+[[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES must be 1 or more"
+where=(--project="$PROJECT" --zone="$ZONE")
+archive=/tmp/opd-$NAME.tar.gz
+exec 3>&1 # where a dry run prints what is called for its output
+
+# The TPU VMs of the queued resource: NAME, or NAME-0, NAME-1, ... where there are several slices.
+nodes=("$NAME")
+if ((SLICES > 1)); then
+  nodes=()
+  for ((i = 0; i < SLICES; i++)); do nodes+=("$NAME-$i"); done
+fi
+
+# on WORKERS NODE COMMAND: runs a command on workers of one slice. Its lines are kept in order of arrival.
+on() { call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker="$1" --command="$3"; }
+
+# everywhere COMMAND: runs a command on every worker of every slice, slices side by side.
+everywhere() {
+  local node pids=() pid status=0
+  for node in "${nodes[@]}"; do
+    if [[ -n $DRY_RUN ]]; then
+      on all "$node" "$1"
+    else
+      on all "$node" "$1" &
+      pids+=($!)
+    fi
+  done
+  for pid in "${pids[@]+"${pids[@]}"}"; do wait "$pid" || status=$?; done
+  return "$status"
+}
+
+# slice_state: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; ABSENT where there is no such queued resource.
+slice_state() {
+  local command=(gcloud compute tpus queued-resources list "${where[@]}"
+    --filter="name~/$NAME\$" --format="value(state.state)") found
+  if [[ -n $DRY_RUN ]]; then
+    quoted "${command[@]}" >&3
+    echo "${ASSUME:-ACTIVE}"
+  else
+    found=$("${command[@]}") || fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
+    echo "${found:-ABSENT}"
+  fi
+}
+
+request() {
+  local command=(gcloud compute tpus queued-resources create "$NAME" "${where[@]}"
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME")
+  if ((SLICES > 1)); then
+    command+=(--node-count="$SLICES" --node-prefix="$NAME")
+  else
+    command+=(--node-id="$NAME")
+  fi
+  case $PROVISIONING in
+    spot) command+=(--spot) ;;
+    reserved) command+=(--reserved) ;;
+    on-demand) ;;
+    *) fail "PROVISIONING=$PROVISIONING must be spot, on-demand or reserved" ;;
+  esac
+  if [[ -n $VALID_FOR ]]; then command+=(--valid-until-duration="$VALID_FOR"); fi
+  if [[ -n $NETWORK ]]; then command+=(--network="$NETWORK"); fi
+  if [[ -n $SUBNETWORK ]]; then command+=(--subnetwork="$SUBNETWORK"); fi
+  if [[ -n $SERVICE_ACCOUNT ]]; then command+=(--service-account="$SERVICE_ACCOUNT"); fi
+  call "${command[@]}"
+}
+
+# create: until the slices are there; a request that has ended is deleted and made anew.
+create() {
+  local now before=
+  while true; do
+    now=$(ASSUME=ABSENT slice_state)
+    if [[ $now != "$before" && -z $DRY_RUN ]]; then echo "$(date +%T) $NAME: $now" >&2; fi
+    before=$now
+    case $now in
+      ACTIVE) return ;;
+      ABSENT) request ;;
+      SUSPENDED | FAILED) delete ;;
+      *) call sleep "$POLL" ;;
+    esac
+    if [[ -n $DRY_RUN ]]; then return; fi
+  done
+}
+
+# Only files that git tracks, and the settings, are sent.
+setup() {
+  local node list
+  list=$(mktemp)
+  git -C "$here/.." ls-files -z >"$list"
+  call tar -C "$here/.." --null -czf "$archive" -T "$list"
+  rm -f "$list"
+  for node in "${nodes[@]}"; do
+    call gcloud compute tpus tpu-vm scp "$archive" "$settings" "$node:/tmp/" "${where[@]}" --worker=all
+  done
+  everywhere "mkdir -p opd_jax && tar -xzf $archive -C opd_jax && mv /tmp/$(basename "$settings") \
+opd_jax/launch/settings.sh && bash opd_jax/launch/worker.sh setup"
+}
+
+start() { everywhere "bash opd_jax/launch/worker.sh start"; }
+
+job_states() { everywhere "bash opd_jax/launch/worker.sh status"; }
+
+# watch: until the job ends. Status 0 done, 1 failed or stopped, 3 the slices are gone.
+watch() {
+  local lines states
+  while true; do
+    if [[ $(slice_state) != ACTIVE ]]; then return 3; fi
+    # Right after a preemption the workers cannot be reached while the slice still says ACTIVE.
+    lines=$(job_states) || lines=
+    if [[ -n $DRY_RUN ]]; then
+      echo "$lines"
+      return
+    fi
+    states=$(grep -oE '^status [^ ]+ [a-z]+' <<<"$lines" | awk '{ print $3 }' | sort -u | tr '\n' ' ')
+    case $states in
+      *failed*)
+        errors >&2
+        return 1
+        ;;
+      "done ") return ;;
+      "absent ") fail "no job runs on $NAME; start it with: launch/tpu.sh start" ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+errors() { everywhere "bash opd_jax/launch/worker.sh errors"; }
+
+run() {
+  local status restarts=0
+  while true; do
+    create
+    setup
+    start
+    status=0
+    watch || status=$?
+    ((status == 3)) || return "$status"
+    ((++restarts <= MAX_RESTARTS)) || fail "$NAME was taken away $restarts times (MAX_RESTARTS=$MAX_RESTARTS)"
+    echo "$(date +%T) $NAME was taken away; asking for it again ($restarts of $MAX_RESTARTS)" >&2
+  done
+}
+
+status() {
+  local now
+  now=$(slice_state)
+  if [[ -z $DRY_RUN ]]; then echo "$NAME: $now"; fi
+  job_states
+}
+
+logs() { on 0 "${nodes[0]}" "bash opd_jax/launch/worker.sh log"; }
+
+stop() { everywhere "bash opd_jax/launch/worker.sh stop"; }
+
+collect() {
+  local packed=/tmp/opd-$NAME-records.tar.gz
+  on 0 "${nodes[0]}" "bash opd_jax/launch/worker.sh pack"
+  call gcloud compute tpus tpu-vm scp "${nodes[0]}:$packed" "$packed" "${where[@]}" --worker=0
+  call mkdir -p "$here/../runs"
+  call tar -C "$here/../runs" -xzf "$packed"
+}
+
+delete() { call gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet; }
+
+case ${1:-} in
+  run | create | setup | start | watch | status | logs | errors | stop | collect | delete) "$1" ;;
+  *) fail "launch/tpu.sh [--dry-run] run|create|setup|start|watch|status|logs|errors|stop|collect|delete" ;;
+esac

@@ -1,0 +1,44 @@
+"""Keeps compiled programs on disk, so that a run that starts again does not compile again."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from opd_jax.errors import UserError
+
+
+def enable(setting: str) -> str | None:
+    """Turns JAX's persistent compilation cache on or off for this process; call before compiling.
+
+    Args:
+      setting: the config's compile.cache: a folder; "off"; or "auto", which is $JAX_COMPILATION_CACHE_DIR
+        where that is set, else ~/.cache/opd_jax/compiled (or $XDG_CACHE_HOME/opd_jax/compiled) on TPU and
+        GPU, and off on CPU.
+
+    Returns:
+      The folder; None where it is off.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    if setting == "auto":
+        if jax.config.jax_compilation_cache_dir:
+            return jax.config.jax_compilation_cache_dir
+        if jax.default_backend() == "cpu":
+            return None
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(home).expanduser() / "opd_jax" / "compiled"
+    elif setting == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    else:
+        folder = Path(setting).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"compile.cache={setting}: cannot make {folder} ({error.strerror}); give another folder, or off"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return str(folder)

@@ -1,0 +1,85 @@
+"""What a step needs, counted from its shapes: FLOPs, and bytes between HBM and the compute units.
+
+FLOPs are multiplications and additions of matrix products and causal attention, nothing else. Bytes are
+those of arrays too large to stay on the chip; docs/preflight.md lists the terms.
+"""
+
+from opd_jax.models.config import ModelConfig
+
+SCORE_BYTES = 12  # an attention score: written and read in float32, its weight in bfloat16
+LOGIT_BYTES = 12  # a logit: written once and read twice in float32
+
+
+def attention_flops(model: ModelConfig, start: int, count: int) -> int:
+    """FLOPs of `count` tokens' attention whose first sees start + 1 keys, each its causal past."""
+    keys = count * start + count * (count + 1) // 2
+    return 4 * keys * model.heads * model.head_size * model.layers
+
+
+def phase_flops(student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t: int) -> dict:
+    """FLOPs of each phase of a step at batch x (p + t) tokens."""
+    block, whole = (student.matmul_flops_per_token(head=h) for h in (False, True))
+    head = whole - block
+    length = p + t
+    sample = p * block + t * whole + attention_flops(student, 0, length)
+    score = length * teacher.matmul_flops_per_token(head=False)
+    score += t * 2 * teacher.vocab_size * teacher.width + attention_flops(teacher, 0, length)
+    update = 3 * (length * block + t * head + attention_flops(student, 0, length))
+    return {"sample": batch * sample, "score": batch * score, "update": batch * update}
+
+
+def block_values(model: ModelConfig) -> int:
+    """Activations that the blocks write for one token, values."""
+    attention = model.head_size * (3 * model.heads + 4 * model.kv_heads)
+    return model.layers * (attention + 6 * model.width + 3 * model.ffn)
+
+
+def weight_bytes(model: ModelConfig, tensor: int) -> int:
+    """One device's bfloat16 copy of a model's weights as the products read them, whole along fsdp."""
+    return 2 * model.parameter_count() // tensor
+
+
+def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
+    """HBM traffic of one device's blocks over rows x length tokens, plain attention."""
+    scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
+    activations = 2 * 2 * rows * length * block_values(model) // tensor  # each written and read
+    return 2 * weight_bytes(model, tensor) + activations + SCORE_BYTES * scores
+
+
+def sample_bytes(model: ModelConfig, rows: int, p: int, t: int, tensor: int, stages: int) -> int:
+    """HBM traffic of one device that samples t tokens for each of its rows.
+
+    Args:
+      rows: of one device.
+      stages: rollout.cache_stages.
+    """
+    slots = p + t * (stages + 1) / (2 * stages)
+    kv_heads = -(-model.kv_heads // tensor)
+    cache = 2 * 2 * rows * model.layers * kv_heads * model.head_size * slots
+    logits = LOGIT_BYTES * rows * model.vocab_size // tensor
+    step = weight_bytes(model, tensor) + cache + logits
+    return int(forward_bytes(model, rows, p, tensor) + t * step)
+
+
+def train_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, mesh_shape, mu_bytes: int) -> int:
+    """HBM traffic of one device in score, gradient and update.
+
+    Args:
+      rows: of one device in one micro-batch.
+      pieces: micro-batches.
+    """
+    tensor = mesh_shape["tensor"]
+    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + 3 * student.vocab_size) // tensor
+    scored = forward_bytes(teacher, rows, p + t, tensor)
+    learnt = 4 * forward_bytes(student, rows, p + t, tensor)  # forward, again, and a backward of two
+    own = student.parameter_count() // (mesh_shape["fsdp"] * tensor)
+    accumulated = 8 * own  # float32 gradients, read and written
+    update = own * (4 + 2 * 4 + 2 * mu_bytes + 2 * 4)  # gradient, parameters, both moments
+    return pieces * (scored + learnt + logits + accumulated) + update
+
+
+def divergence_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, tensor: int) -> int:
+    """HBM traffic of one device in the evaluation's KL."""
+    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + student.vocab_size) // tensor
+    models = sum(forward_bytes(model, rows, p + t, tensor) for model in (student, teacher))
+    return pieces * (models + logits)

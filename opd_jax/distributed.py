@@ -1,0 +1,105 @@
+"""Several processes as one run: how they find each other, and how they stop together.
+
+A process belongs to a larger run where JAX_NUM_PROCESSES says so (with JAX_COORDINATOR_ADDRESS and
+JAX_PROCESS_ID, as launch/local_pod.sh sets them), or where it runs on a TPU host that may be one of many.
+Anywhere else it is alone and needs none of this.
+"""
+
+import glob
+import importlib.util
+import os
+import signal
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from opd_jax.errors import UserError
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: what was started here can go on later
+
+
+class Preempted(SystemExit):
+    """Ends the program because it was told to stop; exit status PREEMPTED asks to be started again."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED)
+
+
+def initialize():
+    """Joins the processes of this run; call it before anything touches a device.
+
+    Raises:
+      UserError: the environment describes half a run, or the others cannot be reached.
+    """
+    environment = os.environ
+    try:
+        if environment.get("JAX_NUM_PROCESSES"):
+            jax.distributed.initialize(
+                environment["JAX_COORDINATOR_ADDRESS"],
+                int(environment["JAX_NUM_PROCESSES"]),
+                int(environment["JAX_PROCESS_ID"]),
+            )
+        elif _may_be_one_of_many_tpu_hosts(environment):
+            jax.distributed.initialize()  # asks the host's metadata
+    except KeyError as error:
+        raise UserError(
+            f"JAX_NUM_PROCESSES is set but {error} is not; set both and JAX_PROCESS_ID, or none"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the other processes of this run cannot be found ({error}); start it on every host, or unset "
+            "JAX_NUM_PROCESSES (on a TPU host that is alone, set TPU_SKIP_MDS_QUERY=1)"
+        ) from error
+
+
+def _may_be_one_of_many_tpu_hosts(environment) -> bool:
+    """Whether this is a TPU host, and nothing says that it is the only one."""
+    platforms = jax.config.jax_platforms
+    if platforms and "tpu" not in platforms.split(","):
+        return False
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        return False
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if hosts:
+        return "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    return "TPU_SKIP_MDS_QUERY" not in environment
+
+
+def gathered(values: Any) -> np.ndarray:
+    """Every process's values, a row each, in every process; call it in all, with equal shapes."""
+    with jax.transfer_guard("allow"):  # the values are host numbers
+        return multihost_utils.process_allgather(np.asarray(values))
+
+
+class Preemption:
+    """Whether this run has been told to stop by SIGTERM; a context manager around the loop.
+
+    In a run of several processes the notice of any reaches all, and all stop after the same step. There
+    the signal is caught from `initialize` on; a lone process catches it inside the context alone.
+    """
+
+    def __init__(self):
+        self._told = False
+        self._before = None
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after `step`; call it at every step, in every process."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told
+
+    def _tell(self, *_):
+        self._told = True
+
+    def __enter__(self) -> Self:
+        if not jax.distributed.is_initialized():
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *_):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

@@ -1,0 +1,310 @@
+"""What a compiled program does, read from its text: loops, collectives, host transfers, large arrays.
+
+Shapes in the text are one device's. A loop's body stands there once, so everything in it is counted as
+often as the loop runs: by its own limit where the text shows one, else by a number that the caller gives.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
+_CALLED = re.compile(r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([^\s,})]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BYTES = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
+# Callbacks reach the host by custom calls or by send and recv; S(5) is the host's memory.
+_HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"|\{[^}]*S\(5\)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array in the text: element type, dimensions, and the memory space of its layout (0 is HBM)."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of tiles."""
+        width = _BYTES.get(self.dtype) or int(re.sub(r"\D", "", self.dtype.partition("e")[0]) or 8) / 8
+        return int(self.elements * width)
+
+    def __str__(self):
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `op` is the operation's path in the traced program."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    text: str
+    root: bool
+
+    @property
+    def op(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation: devices in a group, result bytes a device, times it runs."""
+
+    kind: str
+    group: int
+    bytes: int
+    times: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends in all, on a ring."""
+        share = (self.group - 1) / self.group
+        each = {
+            "all-gather": share,
+            "all-reduce": 2 * share,
+            "reduce-scatter": self.group - 1,
+            "all-to-all": share,
+            "collective-permute": 1,
+        }[self.kind]
+        return self.bytes * each * self.times
+
+
+class Program:
+    """A compiled module's text, parsed.
+
+    Args:
+      text: `compiled.as_text()`.
+      unknown_trips: how often a loop runs whose limit the text does not show.
+    """
+
+    def __init__(self, text: str, unknown_trips: int = 1):
+        self.unknown_trips = unknown_trips
+        self.computations, self.entry = _parse(text)
+        self.times = self._times()
+
+    def __iter__(self):
+        """(instruction, times it runs, whether it stands inside a fusion and so need not be in memory)."""
+        for name, instructions in self.computations.items():
+            for instruction in instructions:
+                yield instruction, self.times[name], name in self._fused
+
+    def collectives(self) -> list[Collective]:
+        """Every collective, one that is split into parts counted once."""
+        found = {}
+        for instruction, times, _ in self:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES or not times:
+                continue
+            group = _group_size(instruction.text)
+            if group < 2:
+                continue
+            arrays = instruction.arrays
+            if instruction.opcode.endswith("-start"):
+                arrays = [array for array in arrays if array.dims]  # without the signals' scalars
+                arrays = arrays[len(arrays) // 2 :]  # operands stand before results
+            size = sum(array.bytes for array in arrays)
+            if kind == "all-reduce" and self._scattered(instruction):
+                kind, size = "reduce-scatter", size // group
+            channel = re.search(r"channel_id=(\d+)", instruction.text)
+            key = channel[1] if channel else instruction.name
+            found[key] = max(
+                Collective(kind, group, size, times), found.get(key, Collective(kind, group, 0, 0)),
+                key=lambda c: c.bytes * c.times,
+            )
+        return list(found.values())
+
+    def host_transfers(self) -> list[str]:
+        """Instructions that move data between device and host, or call it."""
+        return [
+            f"{i.opcode} {i.op}".strip()
+            for i, _, _ in self
+            if i.opcode in ("infeed", "outfeed") or _HOST.search(i.text)
+        ]
+
+    def vocabulary_arrays(self, rows: int, vocabularies, widths=()) -> list[str]:
+        """Arrays of the size of logits at `rows` positions or more, in any layout.
+
+        Args:
+          rows: rollouts x response positions of one device.
+          vocabularies: the V, or parts of it, that a device may hold.
+          widths: D, or parts of it, of weights [V, D], which may be as large and are no logits.
+        """
+        found = {}
+        weights = {(v, d) for v in vocabularies for d in widths}
+        weights |= {(d, v) for v, d in weights if d != rows}
+        for instruction, _, _ in self:
+            for array in instruction.arrays:
+                if tuple(n for n in array.dims if n > 1) in weights or array in found:
+                    continue
+                for v in vocabularies:
+                    if array.elements >= rows * v and _holds(array.dims, v):
+                        found[array] = f"{array} {instruction.op}".strip()
+        return list(found.values())
+
+    def largest(self, count: int) -> list[tuple[Array, str]]:
+        """The largest arrays in HBM that operations write, one of each shape, and where they come from."""
+        found = {}
+        skip = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
+        for instruction, _, fused in self:
+            if fused or instruction.opcode in skip:
+                continue
+            for array in instruction.arrays:
+                if array.space == 0:
+                    found.setdefault(array, instruction.op)
+        return sorted(found.items(), key=lambda item: -item[0].bytes)[:count]
+
+    def _scattered(self, instruction: Instruction) -> bool:
+        """Whether an all-reduce is the first half of a reduce-scatter, as TPUs write one."""
+        return any(
+            instruction in instructions and name.startswith("all-reduce-scatter")
+            for name, instructions in self.computations.items()
+        )
+
+    def _times(self) -> collections.Counter:
+        self._fused = set()
+        times = collections.Counter({self.entry: 1})
+        order, seen = [], set()
+
+        def visit(name):
+            if name not in seen:
+                seen.add(name)
+                for callee, _ in self._callees(name):
+                    visit(callee)
+                order.append(name)
+
+        visit(self.entry)
+        for name in reversed(order):
+            for callee, trips in self._callees(name):
+                times[callee] += times[name] * trips
+        return times
+
+    def _callees(self, name):
+        for instruction in self.computations.get(name, ()):
+            called = dict(_CALLED.findall(instruction.text))
+            branches = _BRANCHES.search(instruction.text)
+            names = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else []
+            trips = 1
+            if instruction.opcode == "while":
+                trips = self._trips(instruction, called["condition"])
+            if instruction.opcode == "fusion":
+                self._fused.update(called.values())
+            for callee in [*called.values(), *names]:
+                if callee in self.computations:
+                    yield callee, trips
+
+    def _trips(self, loop: Instruction, condition: str) -> int:
+        known = re.search(r'known_trip_count":?\{"n":"?(\d+)', loop.text)
+        if known:
+            return int(known[1])
+        lines = self.computations[condition]
+        root = next(line for line in lines if line.root)
+        limits = {line.name: re.search(r"constant\((\d+)\)", line.text) for line in lines}
+        operands = re.search(r"compare\(([^)]*)\)", root.text)
+        if operands and "direction=LT" in root.text:
+            limit = limits.get(operands[1].split("%")[-1].strip())
+            if limit:
+                return int(limit[1])
+        return self.unknown_trips
+
+
+def _parse(text):
+    computations, entry, current = {}, "", None
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and " = " in line:
+            name, _, rest = line.strip().partition(" = ")
+            kind = rest[: _type_end(rest)]
+            opcode = rest[len(kind) :].strip().partition("(")[0]
+            arrays = tuple(_array(*match) for match in _SHAPE.findall(kind))
+            root = name.startswith("ROOT ")
+            name = name.removeprefix("ROOT ").lstrip("%")
+            current.append(Instruction(name, opcode, arrays, rest, root))
+    return computations, entry
+
+
+def _type_end(rest: str) -> int:
+    """Where the type at the start of a line ends: at the first space outside of parentheses."""
+    depth = 0
+    for place, character in enumerate(rest):
+        depth += (character in "({") - (character in ")}")
+        if character == " " and depth == 0:
+            return place
+    return len(rest)
+
+
+def _array(dtype, dims, layout) -> Array:
+    space = re.search(r"S\((\d+)\)", layout)
+    return Array(dtype, tuple(int(n) for n in dims.split(",") if n), int(space[1]) if space else 0)
+
+
+def _group_size(text: str) -> int:
+    """Devices that one group of a collective has."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
+    if listed:
+        return listed[1].count(",") + 1
+    return 2 if "source_target_pairs=" in text else 1
+
+
+def _holds(dims, v: int) -> bool:
+    """Whether V is one of the dimensions, a factor of one (flattened), or folded into two neighbours."""
+    folded = [a * b for a, b in itertools.pairwise(dims) if 128 in (a, b)]
+    return any(n % v == 0 for n in dims if n) or any(v <= n < v + 128 for n in folded)
+
+
+def jaxpr_host_calls(jaxpr) -> list[str]:
+    """Names of the primitives of a traced program, inner ones included, that reach the host."""
+    return sorted({
+        e.primitive.name
+        for e, _ in _equations(jaxpr, 1, 1)
+        if "callback" in e.primitive.name or e.primitive.name in ("infeed", "outfeed", "debug_print")
+    })
+
+
+def matmul_flops(jaxpr, unknown_trips: int = 1) -> int:
+    """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included."""
+    total = 0
+    for e, times in _equations(jaxpr, 1, unknown_trips):
+        if e.primitive.name == "dot_general":
+            (contract, _), _ = e.params["dimension_numbers"]
+            lhs = e.invars[0].aval.shape
+            total += 2 * times * math.prod(e.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+    return total
+
+
+def _equations(jaxpr, times: int, unknown_trips: int):
+    """Every equation with the number of times it runs."""
+    for e in jaxpr.eqns:
+        yield e, times
+        inner = times
+        if e.primitive.name == "scan":
+            inner *= e.params["length"]
+        elif e.primitive.name == "while":
+            inner *= unknown_trips
+        for value in e.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                part = getattr(part, "jaxpr", part)
+                if hasattr(part, "eqns"):
+                    yield from _equations(part, inner, unknown_trips)

@@ -1,0 +1,63 @@
+"""Compiles a run's programs for a TPU slice that is not attached, and says whether and how fast they run.
+
+    python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1
+    python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --search
+    python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --json
+
+Weights and tokenizers are not read where the paths are presets (preset:Qwen3-1.7B). Ends with status 1 where
+memory does not suffice, or a program reaches the host or holds logits of all positions.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+from absl import flags
+
+from opd_jax import preflight_check as check
+from opd_jax import preflight_table as table
+from opd_jax import programs, sharding, topology
+from opd_jax.config import run, validate
+from opd_jax.errors import UserError
+
+
+def plan(config, devices) -> programs.Programs:
+    """The programs of a config on given devices.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    validate(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    student, teacher = programs.models(config, mesh)
+    valid = min(student.valid_vocab, teacher.valid_vocab)
+    student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))
+    programs.check_sizes(config, mesh, student, teacher)
+    return programs.Programs.of(config, mesh, student, teacher)
+
+
+def main(_):
+    if flags.FLAGS.config is None:
+        raise UserError("--config is not set; give a file of configs/, such as configs/small_pod.py")
+    config = flags.FLAGS.config
+    chip, devices = topology.describe(flags.FLAGS.topology)
+    if flags.FLAGS.search:
+        found = check.search(config, devices, chip, plan)
+        print(table.search(found))
+        sys.exit(0 if any(step.ok for *_, step in found) else 1)
+    report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest)
+    if flags.FLAGS.json:
+        print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=1))
+    else:
+        print(table.step(report, f"{flags.FLAGS.topology}, {len(devices)} devices"))
+    sys.exit(0 if report.ok else 1)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # the slice is described, not attached
+    flags.DEFINE_string("topology", "v5e:4x4", "The slice, KIND:SHAPE, such as v5e:4x4 or v5p:4x4x4.")
+    flags.DEFINE_bool("json", False, "Print the report as JSON.")
+    flags.DEFINE_bool("largest", True, "Look for the largest micro-batch: some more compiles.")
+    flags.DEFINE_bool("search", False, "Compile other mesh shapes and micro-batches, and rank them.")
+    run(main)

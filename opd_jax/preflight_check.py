@@ -1,0 +1,306 @@
+"""Compiles each program of a run from shapes, and judges what came out."""
+
+import copy
+import dataclasses
+import math
+import re
+import time
+
+import jax
+
+from opd_jax import costs, hlo, programs, topology
+
+
+@dataclasses.dataclass
+class ProgramReport:
+    """One compiled program; bytes and seconds are one device's.
+
+    Attributes:
+      name: sample, train_step or evaluation.
+      arguments, temporaries, peak: bytes, as the compiler counts them; peak has the first two in it.
+      resident: bytes of the run that lie in memory meanwhile and are not the program's arguments.
+      capacity: bytes that a program may use.
+      flops: of the model's matrix products and causal attention, a device.
+      program_flops: of every matrix product of the program, a device, what is masked and recomputed included.
+      bytes: HBM traffic, counted from shapes.
+      compute_seconds, memory_seconds, link_seconds: each alone at its peak.
+      collectives: kind -> [times, result bytes, bytes sent].
+      compile_seconds: wall time of tracing and compiling.
+      largest: [bytes, shape, operation] of the largest arrays that it writes.
+      faults: what must not be in it, a line each.
+      shortage: what the compiler said where it found no room, else "".
+    """
+
+    name: str
+    arguments: int = 0
+    temporaries: int = 0
+    peak: int = 0
+    resident: int = 0
+    capacity: int = 0
+    flops: float = 0.0
+    program_flops: float = 0.0
+    bytes: float = 0.0
+    compute_seconds: float = 0.0
+    memory_seconds: float = 0.0
+    link_seconds: float = 0.0
+    collectives: dict = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
+    largest: list = dataclasses.field(default_factory=list)
+    faults: list = dataclasses.field(default_factory=list)
+    shortage: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortage and self.peak + self.resident <= self.capacity
+
+    @property
+    def seconds(self) -> float:
+        """The slowest of the three, which the others may hide behind."""
+        return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
+
+    @property
+    def bound(self) -> str:
+        sides = {"compute": self.compute_seconds, "HBM": self.memory_seconds, "links": self.link_seconds}
+        return max(sides, key=sides.get)
+
+
+@dataclasses.dataclass
+class StepReport:
+    """A step on one slice.
+
+    Attributes:
+      programs: sample, train_step, evaluation.
+      seconds: predicted time of sample and train_step at full-length responses.
+      tokens_a_second: response tokens a second a device, at that time.
+      held: what lies in a device's memory between programs, name -> bytes.
+      micro_batch: the config's.
+      largest_micro_batch: the largest with which train_step fits; None where none does or was sought.
+    """
+
+    programs: list[ProgramReport]
+    seconds: float
+    tokens_a_second: float
+    held: dict
+    micro_batch: int
+    largest_micro_batch: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        return all(program.fits and not program.faults for program in self.programs)
+
+
+def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True) -> StepReport:
+    """Compiles sample, train_step and the evaluation's program.
+
+    Args:
+      chip: what a device of the plan's mesh can do.
+      largest: also look for the largest micro-batch, at the price of compiling train_step a few times more.
+    """
+    c, mesh = plan.config, plan.mesh
+    b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    rows = b // (mesh.shape["data"] * mesh.shape["fsdp"])
+    pieces = b // c.train.micro_batch
+    tensor = mesh.shape["tensor"]
+    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
+    writer = plan.teacher if plan.teacher_writes else plan.student
+    sample, writer_params = plan.sample, plan.abstract_state().params
+    if plan.teacher_writes:
+        sample, writer_params = plan.sample_teacher, plan.abstract_teacher()
+    held = held_bytes(plan)
+    moments = held["optimizer state"]
+    other = held["student parameters" if plan.teacher_writes else "teacher parameters"]
+    evaluated = plan.abstract_state().params, plan.abstract_teacher(), plan.abstract_rollouts()
+    reports = [
+        _compile(
+            plan,
+            chip,
+            "sample",
+            sample,
+            (writer_params, *plan.abstract_draw()),
+            rows=rows,
+            flops=flops["sample"],
+            moved=costs.sample_bytes(writer, rows, p, t, tensor, c.rollout.cache_stages),
+            beside=moments + other,
+            loop=t // c.rollout.cache_stages,
+        ),
+        train_step(plan, chip),
+        _compile(
+            plan,
+            chip,
+            "evaluation",
+            plan.divergence,
+            evaluated,
+            rows=rows // pieces,
+            flops=flops["update"] / 3 + flops["score"],
+            moved=costs.divergence_bytes(plan.student, plan.teacher, rows // pieces, pieces, p, t, tensor),
+            beside=moments,
+        ),
+    ]
+    seconds = reports[0].seconds + reports[1].seconds
+    report = StepReport(
+        programs=reports,
+        seconds=seconds,
+        tokens_a_second=b * t / seconds / mesh.devices.size if seconds else 0.0,
+        held=held,
+        micro_batch=c.train.micro_batch,
+    )
+    if largest:
+        report.largest_micro_batch = _largest(plan, chip, reports[1])
+    return report
+
+
+def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
+    """The training step's report alone."""
+    c, mesh = plan.config, plan.mesh
+    b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    pieces = b // c.train.micro_batch
+    rows = c.train.micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
+    mu_bytes = 2 if c.optimizer.mu_dtype == "bfloat16" else 4
+    moved = costs.train_bytes(plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes)
+    arguments = [plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()]
+    arguments += [plan.abstract_table(), plan.abstract_key()]
+    if c.reward.weight:
+        arguments.append(plan.abstract_reward())
+    flops = flops["score"] + flops["update"]
+    return _compile(
+        plan, chip, "train_step", plan.train_step, arguments, rows=rows, flops=flops, moved=moved
+    )
+
+
+def search(config, devices, chip, planned) -> list:
+    """Compiles train_step over mesh shapes and micro-batches.
+
+    Args:
+      planned: (config, devices) -> Programs.
+
+    Returns:
+      [(mesh sizes, micro-batch, StepReport of all programs)], what works first, fastest first.
+    """
+    found = []
+    count = len(devices)
+    for tensor in (n for n in (1, 2, 4, 8) if count % n == 0):
+        pieces = count // tensor
+        micro_batch = pieces
+        while config.rollout.batch % micro_batch == 0 and micro_batch <= config.rollout.batch:
+            tried = copy.deepcopy(config)
+            with tried.unlocked():
+                tried.mesh.data, tried.mesh.fsdp, tried.mesh.tensor = 1, pieces, tensor
+                tried.train.micro_batch = micro_batch
+            report = check(planned(tried, devices), chip, largest=False)
+            found.append((dict(tried.mesh), micro_batch, report))
+            if not report.programs[1].fits:
+                break
+            micro_batch *= 2
+    return sorted(found, key=lambda item: (not item[2].ok, item[2].seconds))
+
+
+def held_bytes(plan: programs.Programs) -> dict:
+    """Bytes of one device that lie there for the whole run."""
+    state = plan.abstract_state()
+    return {
+        "student parameters": device_bytes(state.params),
+        "optimizer state": device_bytes(state.opt_state),
+        "teacher parameters": device_bytes(plan.abstract_teacher()),
+    }
+
+
+def device_bytes(tree) -> int:
+    """Bytes of one device's shards of abstract arrays."""
+    shards = jax.tree.map(lambda a: a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)), tree)
+    return sum(jax.tree.leaves(shards))
+
+
+def _compile(
+    plan, chip, name, fn, arguments, *, rows, flops, moved, beside: int = 0, loop: int = 1
+) -> ProgramReport:
+    """Compiles fn(*arguments).
+
+    Args:
+      rows: rollouts of one device whose activations are alive at a time.
+      beside: bytes of one device that the run holds and that are no arguments.
+      flops: over all devices; moved: bytes of one device.
+      loop: how often a loop without a fixed number of rounds runs.
+    """
+    c, mesh = plan.config, plan.mesh
+    started = time.perf_counter()
+    traced = fn.trace(*arguments)
+    count = mesh.devices.size
+    report = ProgramReport(
+        name=name,
+        capacity=chip.hbm_bytes,
+        flops=flops / count,
+        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, loop) / count,
+        bytes=moved,
+        memory_seconds=moved / chip.hbm_bandwidth,
+        faults=[f"calls the host: {call}" for call in hlo.jaxpr_host_calls(traced.jaxpr.jaxpr)],
+    )
+    report.compute_seconds = report.program_flops / chip.flops
+    if report.faults:
+        return report
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        report.shortage = shortage(str(error))
+        report.compile_seconds = time.perf_counter() - started
+        return report
+    report.compile_seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    report.arguments, report.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    report.peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    report.resident = beside
+    program = hlo.Program(compiled.as_text(), loop)
+    for collective in program.collectives():
+        total = report.collectives.setdefault(collective.kind, [0, 0, 0.0])
+        total[0] += collective.times
+        total[1] += collective.bytes * collective.times
+        total[2] += collective.wire_bytes
+    sent = sum(total[2] for total in report.collectives.values())
+    report.link_seconds = sent / (2 * chip.link_bandwidth)  # both directions of one axis of the torus
+    report.largest = [[array.bytes, str(array), op] for array, op in program.largest(5)]
+    report.faults += [f"reaches the host: {line}" for line in program.host_transfers()]
+    report.faults += [
+        f"holds logits of all positions: {line}"
+        for line in program.vocabulary_arrays(
+            rows * c.rollout.max_tokens, *_vocabularies((plan.student, plan.teacher), mesh)
+        )
+    ]
+    return report
+
+
+def _vocabularies(models, mesh):
+    """(the numbers of vocabulary rows a device may hold, the widths of weights that hold them)."""
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    sizes = {v for m in models for v in (m.vocab_size, m.vocab_size // tensor)}
+    widths = {d for m in models for d in (m.width, m.width // fsdp)}
+    return sorted(sizes), sorted(widths)
+
+
+def shortage(message: str) -> str:
+    """What the compiler's out-of-memory message says, in a line."""
+    found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    if found:
+        return f"needs {found[1]} of {found[2]}"
+    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
+    return f"needs {found[1]} of {found[2]}" if found else message.splitlines()[0]
+
+
+def _largest(plan, chip, report: ProgramReport) -> int | None:
+    """The largest micro-batch with which train_step fits, by bisection over the divisors of the batch."""
+    batch, own = plan.config.rollout.batch, plan.config.train.micro_batch
+    least = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+    sizes = [n for n in range(least, batch + 1, least) if batch % n == 0]
+    place = sizes.index(own)
+    fitting, failing = (place, len(sizes)) if report.fits else (-1, place)
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        config = copy.deepcopy(plan.config)
+        with config.unlocked():
+            config.train.micro_batch = sizes[middle]
+        if train_step(dataclasses.replace(plan, config=config), chip).fits:
+            fitting = middle
+        else:
+            failing = middle
+    return sizes[fitting] if fitting >= 0 else None

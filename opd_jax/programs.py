@@ -1,0 +1,300 @@
+"""The compiled programs of a run: what they are made of, their shardings, and their arguments' shapes.
+
+Nothing here reads weights, prompts or tokenizers, so the same programs are built for devices that are not
+attached: every argument is also there as shapes, dtypes and shardings alone (the `abstract_` methods).
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from opd_jax import objectives, rollout, scoring, segments, sharding
+from opd_jax import train_step as steps
+from opd_jax.errors import UserError
+from opd_jax.models import source, transformer
+from opd_jax.models.config import ModelConfig
+
+# Sections of the config that the training step reads; a run's seed and data are arguments of it.
+TRAIN_STEP_READS = (
+    "objective",
+    "optimizer",
+    "release",
+    "reward",
+    "rollout",
+    "scoring",
+    "segments",
+    "train",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """A checked config and the programs that follow from it; build it with `of`.
+
+    Attributes:
+      config: the resolved config.
+      mesh: the devices.
+      student, teacher: the models; the student as it is trained, pruned.
+      optimizer: the optax transformation.
+      state_shardings, teacher_shardings: where each array lives.
+    """
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    student: ModelConfig
+    teacher: ModelConfig
+    optimizer: optax.GradientTransformation
+    state_shardings: steps.TrainState
+    teacher_shardings: dict
+
+    @classmethod
+    def of(cls, config, mesh, student: ModelConfig, teacher: ModelConfig, **more):
+        """The programs of a validated config for two models on a mesh; `more` is a subclass's own."""
+        optimizer = steps.make_optimizer(config)
+        params = param_shardings(mesh, student)
+        opt_state = _abstract_state(student, optimizer).opt_state
+        return cls(
+            config=config,
+            mesh=mesh,
+            student=student,
+            teacher=teacher,
+            optimizer=optimizer,
+            state_shardings=steps.TrainState(
+                step=sharding.replicated(mesh),
+                params=params,
+                opt_state=sharding.like_params(mesh, opt_state, params),
+            ),
+            teacher_shardings=param_shardings(mesh, teacher),
+            **more,
+        )
+
+    def abstract_state(self) -> steps.TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return _placed(_abstract_state(self.student, self.optimizer), self.state_shardings)
+
+    def abstract_teacher(self) -> dict:
+        """Of the teacher's parameters, in its dtype."""
+        return _placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
+
+    def abstract_draw(self) -> tuple:
+        """Of (tokens_BP, mask_BP, key, step), what `sample` takes beside the parameters."""
+        shape = self.config.rollout.batch, self.config.data.prompt_tokens
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        return (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+            jax.ShapeDtypeStruct(shape, bool, sharding=rows),
+            self.abstract_key(),
+            jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        )
+
+    def abstract_key(self):
+        """Of a PRNG key."""
+        return _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
+
+    def abstract_table(self) -> segments.SegmentTable:
+        """Of the SegmentTable: as many rows as the tokenizer has ids; of segments.kind=nltk, one batch's."""
+        c = self.config
+        if c.segments.kind == "nltk":
+            number_BT = jax.ShapeDtypeStruct((c.rollout.batch, c.rollout.max_tokens), jnp.int32)
+            return _placed(segments.SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
+        text = [b""] * self.student.valid_vocab
+        table = segments.SegmentTable.from_token_bytes(text, c.segments.kind, c.segments.punkt)
+        return _placed(table, sharding.replicated(self.mesh))
+
+    def abstract_reward(self):
+        """Of reward_B."""
+        shape = (self.config.rollout.batch,)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch(self.mesh))
+
+    def abstract_rollouts(self) -> rollout.Rollouts:
+        """Of what `sample` returns."""
+        like = jax.eval_shape(self.sample, self.abstract_state().params, *self.abstract_draw())
+        return _placed(like, sharding.batch(self.mesh))
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the responses to train on are the teacher's."""
+        return objectives.OBJECTIVES[self.config.objective.name].writer == "teacher"
+
+    @property
+    def sample(self):
+        """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
+        return sample_program(self.mesh, self.student, sampling(self.config))
+
+    @property
+    def sample_teacher(self):
+        """As `sample`, of the teacher's parameters: its Rollouts hold the teacher's probabilities."""
+        return sample_program(self.mesh, self.teacher, sampling(self.config))
+
+    @functools.cached_property
+    def train_step(self):
+        """Compiled train_step(state, teacher_params, rollouts, table, key); the state is donated.
+
+        With a reward.weight it takes one argument more, what `reward` returns.
+        """
+        settings = self.config.to_dict()
+        read = json.dumps({name: settings[name] for name in TRAIN_STEP_READS}, sort_keys=True)
+        return _train_step_program(self.mesh, self.student, self.teacher, read)
+
+    @property
+    def divergence(self):
+        """Compiled divergence(params, teacher_params, rollouts) -> per rollout sums, on every host.
+
+        Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B.
+        """
+        c = self.config
+        micro_batches = c.rollout.batch // c.train.micro_batch
+        return _divergence_program(self.mesh, self.student, self.teacher, c.scoring.chunk, micro_batches)
+
+
+def sampling(config) -> rollout.Sampling:
+    """How a config samples."""
+    c = config
+    return rollout.Sampling(
+        max_tokens=c.rollout.max_tokens,
+        candidates=c.scoring.candidates,
+        temperature=c.rollout.temperature,
+        top_k=c.rollout.top_k,
+        top_p=c.rollout.top_p,
+        cache_stages=c.rollout.cache_stages,
+    )
+
+
+# Jobs of one process share what is compiled for them where they agree in what it reads.
+@functools.lru_cache(maxsize=8)
+def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
+    """What `Programs.sample` compiles."""
+
+    def sample(params, tokens_BP, mask_BP, key, step):
+        key = jax.random.fold_in(key, step)
+        return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
+
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        sharding.on(mesh, sample),
+        in_shardings=(param_shardings(mesh, student), rows, rows, whole, whole),
+        out_shardings=rows,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _train_step_program(mesh, student: ModelConfig, teacher: ModelConfig, settings: str):
+    config = ConfigDict(json.loads(settings))
+    p = Programs.of(config, mesh, student, teacher)
+    step = steps.make_train_step(student, teacher, config, p.optimizer)
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    table = rows if config.segments.kind == "nltk" else whole
+    reward = (rows,) if config.reward.weight else ()
+    return jax.jit(
+        sharding.on(mesh, step),
+        in_shardings=(p.state_shardings, p.teacher_shardings, rows, table, whole, *reward),
+        out_shardings=(p.state_shardings, whole, rows),
+        donate_argnums=0,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int, micro_batches: int):
+    def divergence(params, teacher_params, rollouts):
+        kl_BT = scoring.reverse_kl(
+            student,
+            params,
+            teacher,
+            teacher_params,
+            rollouts,
+            chunk=chunk,
+            micro_batches=micro_batches,
+        )
+        return {
+            "kl_B": kl_BT.sum(axis=1),
+            "tokens_B": rollouts.mask_BT.sum(axis=1),
+            "finished_B": rollouts.finished_B,
+        }
+
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        sharding.on(mesh, divergence),
+        in_shardings=(param_shardings(mesh, student), param_shardings(mesh, teacher), rows),
+        out_shardings=whole,
+    )
+
+
+def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
+    """(student, teacher) as they run on the mesh: compute dtypes resolved, the student pruned.
+
+    Raises:
+      UserError: no such model, or layers to drop that it has not.
+    """
+    student = model(config.student.path, "student.path", mesh, config.student.compute_dtype)
+    teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
+    drop = config.student.drop_layers
+    if drop and not (set(drop) < set(range(student.layers))):
+        raise UserError(
+            f"student.drop_layers={tuple(drop)} does not fit a model of {student.layers} layers; "
+            f"give indices from 0 to {student.layers - 1}, and keep at least one"
+        )
+    return student.replace(layers=student.layers - len(set(drop))), teacher
+
+
+def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
+    """One model as it runs on the mesh; `key` names the path in messages, a dtype of auto is resolved."""
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return source.config(path, key).replace(compute_dtype=dtype)
+
+
+def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
+    """Refuses sizes that the mesh cannot cut or the models do not have.
+
+    Raises:
+      UserError: names the config key.
+    """
+    sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
+    check_length(config, "student.path", student)
+    check_length(config, "teacher.path", teacher)
+    valid = min(student.valid_vocab, teacher.valid_vocab)
+    if config.scoring.candidates > valid:
+        raise UserError(f"scoring.candidates={config.scoring.candidates} exceeds {valid} token ids")
+    if config.objective.top_k >= valid:
+        raise UserError(f"objective.top_k={config.objective.top_k} must be below the {valid} token ids")
+
+
+def check_length(config, key: str, model: ModelConfig):
+    """Refuses a prompt and response longer than a model's positions.
+
+    Raises:
+      UserError: names the model's key.
+    """
+    length = config.data.prompt_tokens + config.rollout.max_tokens
+    if length > model.max_positions:
+        raise UserError(
+            f"data.prompt_tokens + rollout.max_tokens = {length} is more than the "
+            f"{model.max_positions} positions of {key}; lower one of them"
+        )
+
+
+def param_shardings(mesh, model: ModelConfig) -> dict:
+    """Where each parameter of a model lives."""
+    return sharding.param_shardings(mesh, transformer.abstract(model), transformer.logical_axes(model))
+
+
+def _abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+    params = transformer.abstract(student)
+    return steps.TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+    )
+
+
+def _placed(abstract, shardings):
+    """The abstract arrays with shardings: a tree of them, or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings), abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)

