@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
     # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, parquet,
     # tfds, rg:TASK (a generator of reasoning-gym), or mixture. docs/data.md has the formats.
     c.data.source = "demo"
-    # jsonl, parquet: the file. tfds: the data set's name or folder. Others: unused.
+    # jsonl, parquet: the file, or several: deepmath-*.parquet. tfds: the data set's name or folder. Others:
+    # unused.
     c.data.path = ""
     # jsonl, parquet, tfds: columns of the prompt (text or messages) and of the reference answer, dotted where
     # nested (reward_model.ground_truth). "": messages, prompt, question or problem; and answer.

@@ -15,12 +15,18 @@ def read(path: str, key: str) -> list[dict[str, Any]]:
     """The records of a file, by the ending of its name.
 
     Args:
+      path: the file; or several, in the order of their names, where its name has a *.
       key: the config key or flag that names the file, for messages.
 
     Raises:
       UserError: no such file, another ending, a line that is no object, or no record at all.
     """
     where = Path(path).expanduser()
+    if "*" in where.name:
+        found = sorted(where.parent.glob(where.name))
+        if not found:
+            raise UserError(f"{key}={path}: no file has such a name; check the folder and the pattern")
+        return [record for file in found for record in read(str(file), key)]
     if not path or not where.is_file():
         raise UserError(f"{key}={path!r}: no such file; give one of {', '.join(ENDINGS)}")
     if where.suffix not in ENDINGS:
