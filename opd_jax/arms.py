@@ -1,8 +1,8 @@
 """The arms of an ablation: named sets of config overrides, and seeds.
 
 An ablation is a config file (configs/ablations/) whose get_config(recipe) returns what all arms start from,
-whose arms(config) returns {name: {dotted key: value}}, the first arm being what others are compared with, and
-whose SEEDS are the seeds of every arm.
+whose arms(config) returns {name: {dotted key: value}}, and whose SEEDS are the seeds of every arm. Arms are
+compared with the first one, or with what the file's against(name) returns, where it has that.
 """
 
 import copy
@@ -32,9 +32,10 @@ def grid(values: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any] | None = 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One run: its arm, seed, overrides, workdir and whole, checked config."""
+    """One run: its arm, the arm to compare it with, seed, overrides, workdir and whole, checked config."""
 
     arm: str
+    against: str
     seed: int
     overrides: Mapping[str, Any]
     workdir: Path
@@ -66,6 +67,8 @@ def plan(
     for name in only:
         if name not in arms:
             raise UserError(f"--arms={name}: no such arm{nearest(name, arms)}; there are {', '.join(arms)}")
+    first = next((name for name in arms if not only or name in only), None)
+    against = getattr(module, "against", lambda name: first)
     runs = []
     for name, overrides in arms.items():
         if not NAME.fullmatch(name):
@@ -82,5 +85,5 @@ def plan(
                 raise UserError(f"arm {name} of {path}: {what}") from error
             if not only or name in only:
                 workdir = Path(out) / name / f"seed-{seed}"
-                runs.append(Planned(name, seed, overrides, workdir, validate(changed)))
+                runs.append(Planned(name, against(name), seed, overrides, workdir, validate(changed)))
     return runs

@@ -17,9 +17,10 @@ SECONDS = ("sample", "train", "data", "other")
 NOTE = """\
 KL: KL(student ‖ teacher) on held-out prompts after the last step, nats a token, mean over seeds. Its 95%
 interval is Student's over seeds where an arm has two or more, else the bootstrap's over prompts. Difference:
-the arm less the first one, on the same prompts and seeds, with its 95% bootstrap interval over prompts and
-the p-value of a paired permutation test, uncorrected for the number of arms. Accuracy of benchmarks likewise.
-Supervised: tokens in the loss, mean over seeds. Seconds a step: medians, without the first step."""
+the arm less the one it is compared with (the first, or the first of its group) on the same prompts and seeds,
+with its 95% bootstrap interval over prompts and the p-value of a paired permutation test, uncorrected for the
+number of arms. Accuracy of benchmarks likewise. Supervised: tokens in the loss, mean over seeds. Seconds a
+step: medians, without the first step."""
 
 
 def write(runs: Sequence[Planned], out: Path) -> str:
@@ -46,21 +47,21 @@ def write(runs: Sequence[Planned], out: Path) -> str:
 def table(runs: Sequence[Planned]) -> list[dict[str, Any]]:
     """One row an arm: column -> number or text, in the order of the arms."""
     by_arm: dict[str, dict[int, Path]] = {}
+    against = {planned.arm: planned.against for planned in runs}
     for planned in runs:
         by_arm.setdefault(planned.arm, {})[planned.seed] = planned.workdir
     found = {
         arm: {seed: compare.measured(workdir) for seed, workdir in seeds.items()}
         for arm, seeds in by_arm.items()
     }
-    first = next(iter(found.values()))
-    return [_row(arm, seeds, found[arm], first) for arm, seeds in by_arm.items()]
+    return [_row(arm, seeds, found[arm], found.get(against[arm], {})) for arm, seeds in by_arm.items()]
 
 
 def _row(
     arm: str,
     workdirs: Mapping[int, Path],
     found: Mapping[int, Mapping[str, Measured]],
-    first: Mapping[int, Mapping[str, Measured]],
+    other: Mapping[int, Mapping[str, Measured]],
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"arm": arm, "seeds": len(workdirs)}
     names = sorted({name for measured in found.values() for name in measured}, key=lambda n: (n != "KL", n))
@@ -73,9 +74,9 @@ def _row(
         else:
             low, high = estimates.bootstrap_ratio(whole.total_N, whole.count_N)
         row |= {name: float(np.mean(values)), f"{name} low": low, f"{name} high": high}
-        shared = [seed for seed in seeds if name in first.get(seed, {})]
-        if shared and found is not first:
-            ours, theirs = (_together([part[seed][name] for seed in shared]) for part in (found, first))
+        shared = [seed for seed in seeds if name in other.get(seed, {})]
+        if shared and found is not other:
+            ours, theirs = (_together([part[seed][name] for seed in shared]) for part in (found, other))
             if ours.text_N == theirs.text_N:
                 change = estimates.paired(theirs.total_N, theirs.count_N, ours.total_N, ours.count_N)
                 parts = zip(("", " low", " high", " p"), change)

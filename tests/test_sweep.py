@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -10,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_jax import arms, config, report_figures, sweep_table
+from opd_jax import arms, config, objectives, release, report_figures, rules, sweep, sweep_table
 from opd_jax.errors import UserError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("[a-z]*.py"))
+PAPER = ROOT / "configs" / "ablations" / "paper.py"
+ABLATIONS = sorted(set((ROOT / "configs" / "ablations").glob("[a-z]*.py")) - {PAPER})
 STEPS = 8
 
 
@@ -106,23 +110,25 @@ def test_a_sweep_killed_and_started_again_gives_the_same_table(finished, ablatio
     assert rows(tmp_path) == rows(finished[0])
 
 
-def test_a_finished_sweep_started_again_runs_nothing_and_says_the_same(finished, ablation, cache):
+def runs(ablation, out, only=(), seeds=()):
+    return arms.plan(str(ablation), config.load(str(ablation)), out, only, seeds)
+
+
+def test_a_finished_sweep_started_again_runs_nothing_and_says_the_same(finished, ablation, capsys):
     out, said = finished
-    again = tiny.entry("opd_jax.sweep", f"--config={ablation}", f"--out={out}", env=cache)
-    assert again.stdout.count(": done") == 4
-    assert again.stdout.partition("| arm |")[2] == said.partition("| arm |")[2]
+    planned = runs(ablation, out)
+    sweep.carry_out(planned)
+    assert capsys.readouterr().out.count(": done") == 4
+    assert sweep_table.write(planned, out).partition("| arm |")[2] in said.partition("| arm |")[2]
 
 
 def test_job_files_are_whole_commands_that_end_as_the_sweep_does(finished, ablation, cache, tmp_path):
-    arguments = f"--config={ablation}", f"--out={tmp_path}", "--arms=half", "--seeds=1"
-    done = tiny.entry("opd_jax.sweep", *arguments, "--jobs", env=cache)
-    (job,) = (tmp_path / "jobs").iterdir()
-    assert done.stdout.startswith(str(job))
-    command = job.read_text().splitlines()[1].removeprefix("exec python -m ").split()
-    ran = tiny.entry(*command, env=cache)
-    assert ran.returncode == 0, ran.stderr
-    table = tiny.entry("opd_jax.sweep", *arguments, env=cache)
-    assert "[1/1] half, seed 1: done" in table.stdout
+    planned = runs(ablation, tmp_path, ["half"], [1])
+    (job,) = sweep.write_jobs(planned, tmp_path / "jobs", str(ablation), [])
+    command = shlex.split(job.read_text().splitlines()[1].removeprefix("exec python -m "))
+    done = tiny.entry(*command, env=cache)
+    assert done.returncode == 0, done.stderr
+    assert sweep.write_jobs(planned, tmp_path / "jobs", str(ablation), []) == []
     alone, whole = (out / "half" / "seed-1" / "metrics.jsonl" for out in (tmp_path, finished[0]))
     losses = [
         [r["loss"] for r in map(json.loads, path.read_text().splitlines()) if r["kind"] == "train"]
@@ -131,11 +137,75 @@ def test_job_files_are_whole_commands_that_end_as_the_sweep_does(finished, ablat
     assert losses[0] == losses[1]
 
 
+def test_job_files_of_a_pod_launch_every_arm_of_the_papers_table(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    path = "configs/ablations/paper.py"
+    planned = arms.plan(path, config.load(path), "/shared/runs/paper")
+    settings = tmp_path / "settings.sh"
+    settings.write_text((ROOT / "launch" / "settings.example.sh").read_text().replace("ZONE=", "ZONE=a", 1))
+    settings.write_text(settings.read_text().replace("PROJECT=", "PROJECT=mine", 1))
+    files = sweep.write_jobs(planned, tmp_path / "jobs", f"{path}:/shared", [], settings)
+    assert len(files) == len(planned) == 12
+    # Read as launch/tpu.sh and the worker read them.
+    file = next(file for file in files if file.stem == "1.7B-prefix_2048-seed-0")
+    assert file.read_text().startswith(f"# SETTINGS={file} launch/tpu.sh run\n")
+    environment = os.environ | {"SETTINGS": str(file)}
+    show = "set -euo pipefail; . launch/common.sh; read_settings $SETTINGS; "
+    show += "printf '%s\\n' \"$NAME\" --config=\"$CONFIG\" \"${CONFIG_ARGS[@]}\" --workdir=\"$WORKDIR\""
+    told = subprocess.run(["bash", "-c", show], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == [
+        "opd-first-1-7b-prefix-2048-seed-0",
+        "--config=configs/ablations/paper.py:/shared",
+        "--config.student.path=/shared/models/Qwen3-1.7B",
+        "--config.release.rule=prefix",
+        "--config.release.prefix_tokens=2048",
+        "--config.seed=0",
+        "--workdir=/shared/runs/paper/1.7B-prefix_2048/seed-0",
+    ]
+    dry = ["bash", "launch/tpu.sh", "--dry-run", "run"]
+    done = subprocess.run(dry, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_papers_table_compares_each_student_with_its_own_full_supervision(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    path = "configs/ablations/paper.py"
+    planned = arms.plan(path, config.load(path), tmp_path)
+    assert {run.against for run in planned if run.arm.startswith("8B")} == {"8B-full"}
+    for run in planned:
+        assert run.config.student.path.endswith(run.arm.partition("-")[0])
+        sizes = run.config.data.prompt_tokens + run.config.rollout.max_tokens, run.config.rollout.batch
+        assert sizes == (16384, 1024), "the paper's context and prompts a step"
+
+
 def test_a_sweep_over_another_one_is_refused(finished, ablation):
-    arguments = f"--config={ablation}", f"--out={finished[0]}", "--config.optimizer.learning_rate=1.0"
-    done = tiny.entry("opd_jax.sweep", *arguments)
-    assert done.returncode == 2
-    assert "optimizer.learning_rate" in done.stderr
+    base = config.load(str(ablation))
+    base.optimizer.learning_rate = 1.0
+    with pytest.raises(UserError, match="optimizer.learning_rate"):
+        sweep.carry_out(arms.plan(str(ablation), base, finished[0]))
+
+
+def test_a_run_that_lacks_its_last_benchmark_is_not_done(finished, ablation, tmp_path):
+    shutil.copytree(finished[0] / "full" / "seed-0", tmp_path / "full" / "seed-0")
+    (planned,) = runs(ablation, tmp_path, ["full"], [0])
+    assert sweep.is_done(planned)
+    path = planned.workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    last = f'"kind": "benchmark", "step": {STEPS}'
+    path.write_text("".join(line for line in lines if last not in line))
+    assert not sweep.is_done(planned)
+
+
+def test_every_rule_objective_and_rescale_has_an_arm(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+
+    def values(name, key):
+        path = f"configs/ablations/{name}.py"
+        return {config.get(run.config, key) for run in arms.plan(path, config.load(path), tmp_path)}
+
+    assert values("rule", "release.rule") == set(rules.RULES)
+    assert values("objective", "objective.name") == set(objectives.OBJECTIVES)
+    assert values("rescale", "release.rescale") == set(release.RESCALES)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

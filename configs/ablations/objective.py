@@ -5,6 +5,7 @@
 
 from opd_jax.arms import grid
 from opd_jax.config import load
+from opd_jax.objectives import OBJECTIVES
 
 SEEDS = (0, 1, 2)
 
@@ -16,5 +17,5 @@ def get_config(recipe="configs/demo.py"):
 
 def arms(config):
     """Every objective, the sampled-token policy gradient first."""
-    names = ("policy_gradient", "reverse_kl", "forward_kl", "jsd", "sft", "eopd", "aopd")
+    names = sorted(OBJECTIVES, key=lambda name: name != "policy_gradient")
     return grid({"objective.name": names}, {"release.rule": "none"})

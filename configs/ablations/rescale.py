@@ -5,6 +5,7 @@
 
 from opd_jax.arms import grid
 from opd_jax.config import load
+from opd_jax.release import RESCALES
 
 SEEDS = (0, 1, 2)
 
@@ -16,6 +17,5 @@ def get_config(recipe="configs/demo.py"):
 
 def arms(config):
     """Rules by rescale, and full supervision, which has nothing to rescale."""
-    rules, rescales = ("paper", "prefix", "shuffled"), ("sequence", "batch", "none")
-    cut = grid({"release.rule": rules, "release.rescale": rescales})
+    cut = grid({"release.rule": ("paper", "prefix", "shuffled"), "release.rescale": RESCALES})
     return {"full": {"release.rule": "none"}} | cut
