@@ -61,6 +61,15 @@ def test_usual_data_sets_are_read_by_their_columns(tokenizer, tmp_path, name, ki
     assert [(p.text, p.answer) for p in prompts] == [("Q?", answer)] * 2
 
 
+def test_a_pattern_reads_all_its_files_in_order_and_one_that_fits_none_is_refused(tokenizer, tmp_path):
+    for part in (1, 0):
+        write(tmp_path / f"part-{part}.jsonl", [{"prompt": f"{part}?"}])
+    prompts = load(tokenizer, path=str(tmp_path / "part-*.jsonl")).train
+    assert [p.text for p in prompts] == ["0?", "1?"]
+    with pytest.raises(UserError, match="no file has such a name"):
+        load(tokenizer, path=str(tmp_path / "other-*.jsonl"))
+
+
 def test_a_column_that_is_not_there_is_named(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "Q?"}])
     with pytest.raises(UserError, match=r"record 1 .*'query'.*data.columns.prompt"):
