@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from opd_jax import benchmark_run, compile_cache, programs, sharding, tokenizers
 from opd_jax.config import validate
 from opd_jax.errors import UserError
-from opd_jax.grading import Grader
+from opd_jax.grading import shared as shared_grader
 from opd_jax.job import prepare
 from opd_jax.models import source
 
@@ -76,7 +76,7 @@ def of_model(config) -> tuple[benchmark_run.Responder, dict]:
         key=sharding.key(mesh, config.seed, benchmark_run.KEY),
         mesh=mesh,
         tokenizer=tokenizer,
-        grader=Grader(),
+        grader=shared_grader(),
     )
     return responder, params
 

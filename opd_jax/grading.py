@@ -6,6 +6,7 @@ Workers import neither JAX nor what the caller runs.
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import select
@@ -81,6 +82,12 @@ class Grader:
 
     def __exit__(self, *_):
         self.close()
+
+
+@functools.cache
+def shared() -> Grader:
+    """The pool of this process, for all that grade in it; ended with the process."""
+    return Grader()
 
 
 def _end(workers):

@@ -1,7 +1,6 @@
 """All that a run needs, checked before anything is compiled or written: mesh, models, prompts, programs."""
 
 import dataclasses
-import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from opd_jax import (
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
-from opd_jax.grading import Grader
+from opd_jax.grading import shared as shared_grader
 from opd_jax.models import source, transformer
 
 
@@ -90,7 +89,7 @@ class Job(programs.Programs):
             key=key,
             mesh=self.mesh,
             tokenizer=self.tokenizer,
-            grader=self.grader,
+            grader=shared_grader(),
         )
 
     def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
@@ -107,12 +106,7 @@ class Job(programs.Programs):
           rollouts: Rollouts on the mesh.
         """
         answers = [self.prompts.train[index].answer for index in index_B]
-        return rewards.reward_batch(self.mesh, self.tokenizer, self.grader, answers, rollouts)
-
-    @functools.cached_property
-    def grader(self) -> Grader:
-        """What grades answers; its processes start at the first use and end with this job."""
-        return Grader()
+        return rewards.reward_batch(self.mesh, self.tokenizer, shared_grader(), answers, rollouts)
 
 
 def prepare(config, workdir=None) -> Job:

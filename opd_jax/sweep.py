@@ -81,7 +81,6 @@ def carry_out(runs: Sequence[Planned]) -> None:
                 starts[key] = evaluate(job, job.start().params, job.teacher_params())
             start = starts[key]
         train(job, planned.workdir, start)
-        job.grader.close()
 
 
 def write_jobs(
