@@ -43,30 +43,24 @@ class Programs:
     def of(cls, config, mesh, student: ModelConfig, teacher: ModelConfig, **more):
         """The programs of a validated config for two models on a mesh; `more` is a subclass's own."""
         optimizer = steps.make_optimizer(config)
-        params = param_shardings(mesh, student)
-        opt_state = _abstract_state(student, optimizer).opt_state
         return cls(
             config=config,
             mesh=mesh,
             student=student,
             teacher=teacher,
             optimizer=optimizer,
-            state_shardings=steps.TrainState(
-                step=sharding.replicated(mesh),
-                params=params,
-                opt_state=sharding.like_params(mesh, opt_state, params),
-            ),
+            state_shardings=state_shardings(mesh, student, optimizer),
             teacher_shardings=param_shardings(mesh, teacher),
             **more,
         )
 
     def abstract_state(self) -> steps.TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return _placed(_abstract_state(self.student, self.optimizer), self.state_shardings)
+        return placed(abstract_state(self.student, self.optimizer), self.state_shardings)
 
     def abstract_teacher(self) -> dict:
         """Of the teacher's parameters, in its dtype."""
-        return _placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
+        return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self) -> tuple:
         """Of (tokens_BP, mask_BP, key, step), what `sample` takes beside the parameters."""
@@ -81,17 +75,17 @@ class Programs:
 
     def abstract_key(self):
         """Of a PRNG key."""
-        return _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
+        return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
 
     def abstract_table(self) -> segments.SegmentTable:
         """Of the SegmentTable: as many rows as the tokenizer has ids; of segments.kind=nltk, one batch's."""
         c = self.config
         if c.segments.kind == "nltk":
             number_BT = jax.ShapeDtypeStruct((c.rollout.batch, c.rollout.max_tokens), jnp.int32)
-            return _placed(segments.SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
+            return placed(segments.SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
         text = [b""] * self.student.valid_vocab
         table = segments.SegmentTable.from_token_bytes(text, c.segments.kind, c.segments.punkt)
-        return _placed(table, sharding.replicated(self.mesh))
+        return placed(table, sharding.replicated(self.mesh))
 
     def abstract_reward(self):
         """Of reward_B."""
@@ -101,7 +95,7 @@ class Programs:
     def abstract_rollouts(self) -> rollout.Rollouts:
         """Of what `sample` returns."""
         like = jax.eval_shape(self.sample, self.abstract_state().params, *self.abstract_draw())
-        return _placed(like, sharding.batch(self.mesh))
+        return placed(like, sharding.batch(self.mesh))
 
     @property
     def teacher_writes(self) -> bool:
@@ -205,15 +199,19 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
     Raises:
       UserError: no such model, or layers to drop that it has not.
     """
+    return student_model(config, mesh), _model(config, mesh, "teacher.path", config.teacher.dtype)
+
+
+def student_model(config, mesh) -> ModelConfig:
+    """The student of `models`."""
     student = _model(config, mesh, "student.path", config.student.compute_dtype)
-    teacher = _model(config, mesh, "teacher.path", config.teacher.dtype)
     drop = config.student.drop_layers
     if drop and not (set(drop) < set(range(student.layers))):
         raise UserError(
             f"student.drop_layers={tuple(drop)} does not fit a model of {student.layers} layers; "
             f"give indices from 0 to {student.layers - 1}, and keep at least one"
         )
-    return student.replace(layers=student.layers - len(set(drop))), teacher
+    return student.replace(layers=student.layers - len(set(drop)))
 
 
 def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
@@ -237,6 +235,17 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
         raise UserError(f"objective.top_k={config.objective.top_k} must be below the {valid} token ids")
 
 
+def state_shardings(mesh, model: ModelConfig, optimizer) -> steps.TrainState:
+    """Where the state of a model in training lives."""
+    params = param_shardings(mesh, model)
+    opt_state = abstract_state(model, optimizer).opt_state
+    return steps.TrainState(
+        step=sharding.replicated(mesh),
+        params=params,
+        opt_state=sharding.like_params(mesh, opt_state, params),
+    )
+
+
 def param_shardings(mesh, model: ModelConfig) -> dict:
     """Where each parameter of a model lives."""
     return sharding.param_shardings(mesh, transformer.abstract(model), transformer.logical_axes(model))
@@ -248,7 +257,8 @@ def _model(config, mesh, key: str, dtype: str) -> ModelConfig:
     return source.config(config[key.split(".")[0]].path, key).replace(compute_dtype=dtype)
 
 
-def _abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+def abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+    """Shapes and dtypes of a state."""
     params = transformer.abstract(student)
     return steps.TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
@@ -257,7 +267,7 @@ def _abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
     )
 
 
-def _placed(abstract, shardings):
+def placed(abstract, shardings):
     """The abstract arrays with shardings: a tree of them, or one for all."""
     if isinstance(shardings, jax.sharding.Sharding):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings), abstract)
