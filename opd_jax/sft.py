@@ -4,8 +4,8 @@
 
 Reads data.path, a JSONL file of {"messages": [...]} whose last message is the assistant's. Of the config's
 other sections it uses student, rollout.batch, rollout.max_tokens (the longest response), scoring.chunk,
-optimizer, train, eval, checkpoint, mesh and metrics; there is no teacher. Started again with the same --workdir
-it goes on from the newest checkpoint.
+optimizer, train, eval, checkpoint, mesh and metrics; there is no teacher. Started again with the same
+--workdir it goes on from the newest checkpoint.
 """
 
 import contextlib
@@ -98,7 +98,8 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
         longest = max(len(e.prompt.ids) for e in exchanges), max(len(e.response) for e in exchanges)
         raise UserError(
             f"data.path={path}: {dropped} lines are longer than data.prompt_tokens={limits[0]} or "
-            f"rollout.max_tokens={limits[1]}; set them to {longest[0]} and {longest[1]}, or data.over_long=drop"
+            f"rollout.max_tokens={limits[1]}; set them to {longest[0]} and {longest[1]}, or "
+            "data.over_long=drop"
         )
     kept, held = data.hold_out([e.prompt for e in fitting], config.data.heldout)
     response_of = {id(e.prompt): e.response for e in fitting}
@@ -295,7 +296,7 @@ def main(_):
     if not flags.FLAGS.workdir:
         raise UserError("--workdir is not set; give a folder for the run, such as runs/sft")
     if flags.FLAGS.config is None:
-        raise UserError("--config is not set; give a file of configs/, such as configs/study/sorting_teacher.py")
+        raise UserError("--config is not set; give a file such as configs/study/sorting_teacher.py")
     distributed.initialize()
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 

@@ -2,8 +2,8 @@
 
     python -m opd_jax.study.sorting --out=runs/sorting
 
-writes the problems (reasoning-gym's number_sorting), worked in sentences, and two model folders without weights.
-A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The smallest of 42 93 is 42. The
+writes the problems (reasoning-gym's number_sorting), worked in sentences, and two model folders without
+weights. A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The smallest of 42 93 is 42. The
 smallest of 93 is 93. So the order is 17 42 93."
 """
 
