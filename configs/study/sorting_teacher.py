@@ -22,7 +22,7 @@ def get_config():
     c.optimizer.warmup_steps = 100
     c.optimizer.schedule = "cosine"
     c.optimizer.b2 = 0.98
-    c.train.steps = 1500
+    c.train.steps = 1000
     c.train.remat = "none"
     c.eval.every = 150
     c.checkpoint.every = 500

@@ -14,7 +14,7 @@ from opd_jax.models.config import ModelConfig
 
 
 class Source(NamedTuple):
-    """A model on this machine's disk; path is the folder or the GGUF file, and exists. "random" has no weights."""
+    """A model on this machine's disk; path is the folder or the GGUF file, and exists."""
 
     kind: Literal["folder", "gguf", "random"]
     path: Path

@@ -3,8 +3,8 @@
     python -m opd_jax.study.sorting --out=runs/sorting
 
 writes the problems (reasoning-gym's number_sorting), worked in sentences, and two model folders without
-weights. A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The smallest of 42 93 is 42. The
-smallest of 93 is 93. So the order is 17 42 93."
+weights. A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The smallest of 42 93
+is 42. The smallest of 93 is 93. So the order is 17 42 93."
 """
 
 import json
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 # Blocks and width of the two models; both see the same problems, the student fewer times.
-SIZES = {"teacher": (4, 128), "student": (2, 96)}
+SIZES = {"teacher": (2, 96), "student": (2, 48)}
 
 
 def problems(count: int, seed: int) -> list[tuple[list[str], bool]]:
@@ -124,7 +124,7 @@ def write_models(out: Path) -> None:
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": width // 16,
-            "num_key_value_heads": width // 32,
+            "num_key_value_heads": width // 48,
             "head_dim": 16,
             "intermediate_size": 3 * width,
             "hidden_act": "silu",
