@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 # Blocks and width of the two models; both see the same problems, the student fewer times.
-SIZES = {"teacher": (2, 96), "student": (2, 48)}
+SIZES = {"teacher": (2, 96), "student": (2, 64)}
 
 
 def problems(count: int, seed: int) -> list[tuple[list[str], bool]]:
@@ -124,7 +124,7 @@ def write_models(out: Path) -> None:
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": width // 16,
-            "num_key_value_heads": width // 48,
+            "num_key_value_heads": 2,
             "head_dim": 16,
             "intermediate_size": 3 * width,
             "hidden_act": "silu",
