@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench · make preflight; each sets up what it needs.
+# make demo · make test · make lint · make bench · make ablations · make preflight; each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ ARGS ?=
 # Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint bench preflight clean
+.PHONY: demo test lint bench ablations preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -21,6 +21,11 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.bench $(SHAPE) $(ARGS)
+
+# Three rules with one seed, on the demo's models; ARGS=--seeds=0,1,2 gives intervals over seeds.
+ablations: $(VENV)/.installed
+	$(BIN)/python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/ablations \
+	  --arms=full,release,prefix --seeds=0 --config.train.steps=8 $(ARGS)
 
 # Compiles every recipe for its slice; no TPU is needed, but minutes each, one after another.
 preflight: $(VENV)/.tpu

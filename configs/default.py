@@ -31,10 +31,22 @@ def get_config() -> ConfigDict:
     c.teacher.dtype = "auto"
 
     c.data = ConfigDict()
-    # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, or tfds.
+    # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, parquet,
+    # tfds, rg:TASK (a generator of reasoning-gym), or mixture. docs/data.md has the formats.
     c.data.source = "demo"
-    # jsonl: the file. tfds: the data set's name or folder. demo: unused.
+    # jsonl, parquet: the file, or several: deepmath-*.parquet. tfds: the data set's name or folder. Others:
+    # unused.
     c.data.path = ""
+    # jsonl, parquet, tfds: columns of the prompt (text or messages) and of the reference answer, dotted where
+    # nested (reward_model.ground_truth). "": messages, prompt, question or problem; and answer.
+    c.data.columns = ConfigDict({"prompt": "", "answer": ""})
+    # mixture: ("WEIGHT KIND:PATH [prompt=COLUMN] [answer=COLUMN]", ...), as in ("3 rg:chain_sum",
+    # "1 jsonl:a.jsonl").
+    # Rows of the batches come from each source in proportion to its weight, whatever its size.
+    c.data.mixture = ()
+    # rg: how many problems are generated, and the seed they are generated from.
+    c.data.generated = 1000
+    c.data.generated_seed = 0
     # Where prepared data sets are kept; "" is ~/.cache/opd_jax (or $XDG_CACHE_HOME/opd_jax).
     c.data.cache = ""
     # P, the width every prompt is left-padded to, tokens. Costs compute for every padded token.
@@ -43,6 +55,12 @@ def get_config() -> ConfigDict:
     c.data.over_long = "error"
     # System message put before each prompt; "" leaves the chat template's own.
     c.data.system_prompt = ""
+    # Text put after each prompt, after a blank line, such as where to put the final answer.
+    c.data.instruction = ""
+    # JSONL file of {"prompt", "response"} shown as earlier turns before each prompt; "" shows none.
+    c.data.few_shot = ""
+    # Further arguments of the chat template, a JSON object such as {"enable_thinking": false}; "" is none.
+    c.data.template_args = ""
     # How many prompts are held out for evaluation, never trained on.
     c.data.heldout = 32
 
@@ -195,6 +213,13 @@ def get_config() -> ConfigDict:
     # Steps between evaluations on the held-out prompts, rollout.batch at a time; the first is before
     # training, the last after it. 0 never evaluates.
     c.eval.every = 10
+    # Benchmarks answered and graded during training, by the same compiled sampler: ("gsm8k:FILE", "champ",
+    # "rg:chain_sum"); docs/evaluation.md has the names.
+    c.eval.benchmark = ()
+    # Steps between these, beside the one after the last step.
+    c.eval.benchmark_every = 50
+    # Responses a problem there.
+    c.eval.samples = 1
 
     c.checkpoint = ConfigDict()
     # Steps between checkpoints, beside the one after the last step. 0 saves no checkpoint at all.

@@ -45,10 +45,6 @@ class Checkpoints:
         """Steps done in the checkpoint with the lowest held-out KL; None where none was evaluated."""
         return self._manager.best_step()
 
-    def evaluated(self, step: int) -> bool:
-        """Whether the checkpoint of `step` knows its held-out KL."""
-        return self._manager.metrics(step) is not None
-
     def save(self, step: int, state: TrainState, prompts: dict, kl: float | None):
         """Starts writing; the arrays are copied before this returns.
 

@@ -17,7 +17,6 @@ from opd_jax.segments import check_kind
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
-    "data.source": ("demo", "jsonl", "tfds"),
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,
@@ -63,7 +62,10 @@ RANGES = {
     "train.micro_batch": (0, None),
     "train.updates_per_rollout": (1, None),
     "train.clip_ratio": (1e-6, 1),
+    "data.generated": (1, None),
     "eval.every": (0, None),
+    "eval.benchmark_every": (1, None),
+    "eval.samples": (1, None),
     "checkpoint.every": (0, None),
     "checkpoint.keep": (1, None),
     "metrics.rollouts_every": (0, None),
@@ -116,6 +118,11 @@ def validate(config: ConfigDict, *, teacher: bool = True) -> ConfigDict:
         raise UserError(
             f"release.fopd_start={config.release.fopd_start} is more than "
             f"release.fopd_end={config.release.fopd_end}; the prefix grows, so give a smaller start"
+        )
+    if config.eval.samples > 1 and config.rollout.temperature == 0:
+        raise UserError(
+            f"eval.samples={config.eval.samples} needs rollout.temperature above 0, since greedy responses"
+            " are all the same; set it to 1"
         )
     for key in ("objective.advantage_clip", "reward.weight"):
         if get(config, key) and not objectives.OBJECTIVES[config.objective.name].advantage:

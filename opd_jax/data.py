@@ -1,12 +1,14 @@
 """Prompts: read, render with the chat template, hold some out, and batch in a reproducible order.
 
-Sources (`data.source`): "demo" (built in), "jsonl" (a file) and "tfds" (any prepared or registered
-dataset). Batches come from grain; an iterator's whole state is one step number, so a resumed run
-sees exactly the prompts that it would have seen.
+Sources (`data.source`): "demo" (built in), "jsonl" and "parquet" (files), "tfds" (any prepared or
+registered dataset), "rg:TASK" (a generator of reasoning-gym), and "mixture" of these. Batches come from
+grain; an iterator's whole state is one step number, so a resumed run sees exactly the prompts that it would
+have seen.
 """
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,11 +35,15 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of a run; no text is in both lists. `dropped` counts the over-long ones."""
+    """The prompts of a run; no text is in both lists. `dropped` counts the over-long ones.
+
+    `parts` are (prompts, weight) of a mixture's sources, in the order of `train`; one part has all of them.
+    """
 
     train: list[Prompt]
     heldout: list[Prompt]
     dropped: int
+    parts: tuple[tuple[int, float], ...] = ()
 
 
 class PromptBatch(NamedTuple):
@@ -60,10 +66,7 @@ def load(config: Any, tokenizer: Any) -> Prompts:
     """Reads, renders and splits the prompts that `config.data` describes.
 
     Args:
-      config: the `data` section of a config: `source`, `path`, `prompt_tokens`, `over_long`,
-        `system_prompt`, `heldout` (a count), and optionally `cache` (folder of the demo prompts;
-        default `$XDG_CACHE_HOME/opd_jax`) and `template_args` (extra arguments of the chat
-        template, such as `enable_thinking`).
+      config: the `data` section of a config.
       tokenizer: a transformers tokenizer that has a chat template.
 
     Raises:
@@ -77,8 +80,8 @@ def load(config: Any, tokenizer: Any) -> Prompts:
         )
     if config.source == "demo":
         train, heldout = sources.read_demo(config.get("cache"))
-        prompts_train, dropped_train = _render(train, tokenizer, config)
-        prompts_heldout, dropped_heldout = _render(heldout, tokenizer, config)
+        prompts_train, dropped_train = render(train, tokenizer, config)
+        prompts_heldout, dropped_heldout = render(heldout, tokenizer, config)
         if config.heldout > len(prompts_heldout):
             raise UserError(
                 f"data.heldout={config.heldout}: the demo has {len(prompts_heldout)} held-out"
@@ -86,18 +89,54 @@ def load(config: Any, tokenizer: Any) -> Prompts:
             )
         prompts_heldout = prompts_heldout[: config.heldout]
         dropped = dropped_train + dropped_heldout
-    elif config.source in ("jsonl", "tfds"):
-        read = sources.read_jsonl if config.source == "jsonl" else sources.read_tfds
-        prompts, dropped = _render(read(config.path), tokenizer, config)
-        prompts_train, prompts_heldout = hold_out(prompts, config.heldout)
+        parts = ((len(prompts_train), 1.0),)
     else:
-        raise UserError(f"data.source={config.source!r}: must be 'demo', 'jsonl' or 'tfds'")
+        rendered = [(part, *render(sources.read(part, config), tokenizer, config)) for part in _parts(config)]
+        dropped = sum(over_long for _, _, over_long in rendered)
+        everything = [prompt for _, prompts, _ in rendered for prompt in prompts]
+        prompts_train, prompts_heldout = hold_out(everything, config.heldout)
+        held = {prompt.text for prompt in prompts_heldout}
+        parts = tuple(
+            (sum(prompt.text not in held for prompt in prompts), part.weight) for part, prompts, _ in rendered
+        )
+        empty = [part for part, (count, _) in zip((r[0] for r in rendered), parts) if not count]
+        if empty and prompts_train:
+            raise UserError(
+                f"data.mixture: no training prompt of {empty[0].kind}:{empty[0].path} is left; remove it, or"
+                " lower data.heldout or raise data.prompt_tokens"
+            )
     if not prompts_train:
         raise UserError(
             f"data.source={config.source}: no training prompt is left ({dropped} were longer than"
             f" data.prompt_tokens={config.prompt_tokens}, {len(prompts_heldout)} are held out)"
         )
-    return Prompts(prompts_train, prompts_heldout, dropped)
+    return Prompts(prompts_train, prompts_heldout, dropped, parts)
+
+
+def _parts(config: Any) -> list[sources.Part]:
+    """The sources that `data.source` names."""
+    if config.source == "mixture":
+        return sources.parse_mixture(config.mixture)
+    columns = sources.Columns(**config.columns)
+    if config.source.startswith("rg:"):
+        return [sources.Part("rg", config.source.removeprefix("rg:"), columns, 1.0)]
+    if config.source not in sources.KINDS:
+        raise UserError(
+            f"data.source={config.source!r}: must be demo, jsonl, parquet, tfds, rg:TASK or mixture"
+        )
+    return [sources.Part(config.source, config.path, columns, 1.0)]
+
+
+def duplicates(train: Sequence[str], evaluation: Sequence[str]) -> list[tuple[int, int]]:
+    """(number in train, number in evaluation) of texts with the same letters and digits, but for case."""
+
+    def normal(text: str) -> str:
+        return "".join(c for c in text.casefold() if c.isalnum())
+
+    found = {}
+    for number, text in enumerate(evaluation):
+        found.setdefault(normal(text), []).append(number)
+    return [(i, j) for i, text in enumerate(train) for j in found.get(normal(text), ())]
 
 
 def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -131,6 +170,7 @@ def batches(
     seed: int,
     rows: np.ndarray | None = None,
     start: Mapping[str, Any] | None = None,
+    parts: Sequence[tuple[int, float]] = (),
 ) -> "PromptIterator":
     """An endless iterator of training batches, reshuffled every epoch.
 
@@ -141,11 +181,12 @@ def batches(
     Args:
       rows: numbers of this process's rows of every batch, from `sharding.local_rows`; all of them if None.
       start: a `PromptIterator.state()` to go on from.
+      parts: (prompts, weight) of consecutive runs of `prompts`; each takes its weight's share of the rows.
 
     Raises:
       UserError: `start` belongs to other data.
     """
-    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start)
+    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start, parts)
 
 
 class PromptIterator:
@@ -160,6 +201,7 @@ class PromptIterator:
         seed: int,
         rows: np.ndarray | None,
         start: Mapping[str, Any] | None,
+        parts: Sequence[tuple[int, float]],
     ):
         import grain  # slow to import, and only training needs it
 
@@ -170,9 +212,11 @@ class PromptIterator:
             "batch": batch,
             "seed": seed,
         }
+        if len(parts) > 1:
+            self._origin["weights"] = [weight for _, weight in parts]
         self._step = 0
         if start is not None:
-            changed = [key for key, value in self._origin.items() if start[key] != value]
+            changed = [key for key, value in self._origin.items() if start.get(key) != value]
             if changed:
                 raise UserError(
                     f"the checkpoint's prompts differ from the config's in {', '.join(changed)}: "
@@ -180,9 +224,7 @@ class PromptIterator:
                 )
             self._step = start["step"]
         self._batches = (
-            grain.MapDataset.range(len(prompts))
-            .shuffle(seed=seed)
-            .repeat()
+            _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed)
             .batch(batch)
             .map(lambda index_B: index_B[rows])
             .map(lambda index_B: _collate(prompts, index_B, prompt_tokens, pad_id))
@@ -199,6 +241,15 @@ class PromptIterator:
     def state(self) -> dict[str, Any]:
         """What `batches(start=...)` needs to go on after the last batch taken; JSON-able."""
         return {"step": self._step, **self._origin}
+
+
+def _order(dataset: Any, parts: Sequence[tuple[int, float]], seed: int) -> Any:
+    """An endless dataset of prompt numbers: every part shuffled anew each epoch of its own, then mixed."""
+    orders, first = [], 0
+    for count, _ in parts:
+        orders.append(dataset.range(first, first + count).shuffle(seed=seed).repeat())
+        first += count
+    return orders[0] if len(orders) == 1 else dataset.mix(orders, [weight for _, weight in parts])
 
 
 def heldout_batches(
@@ -243,14 +294,39 @@ def _collate(
     )
 
 
-def _render(
-    conversations: Sequence[sources.Conversation], tokenizer: Any, config: Any
+def _template_args(text: str) -> dict[str, Any]:
+    """The object that `data.template_args` holds as JSON."""
+    try:
+        args = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"data.template_args={text!r} is not JSON ({error})") from error
+    if not isinstance(args, dict):
+        raise UserError(f"data.template_args={text!r}: write a JSON object")
+    return args
+
+
+def render(
+    conversations: Sequence[sources.Conversation], tokenizer: Any, config: Any, where: str = ""
 ) -> tuple[list[Prompt], int]:
-    """Renders and tokenises; returns the prompts that fit, and how many did not."""
+    """Renders and tokenises with the data section of a config.
+
+    Returns:
+      The prompts that fit, and how many did not.
+
+    Raises:
+      UserError: a prompt is too long and data.over_long is error; the message begins with `where`.
+    """
     system = config.system_prompt
-    template_args = dict(config.get("template_args") or {})
+    template_args = _template_args(config.template_args)
+    turns = sources.read_turns(config.few_shot) if config.few_shot else []
     rendered = []
     for messages, _ in conversations:
+        if config.instruction:
+            last = messages[-1]
+            asked = {**last, "content": f"{last['content']}\n\n{config.instruction}"}
+            messages = [*messages[:-1], asked]
+        own = messages[0]["role"] == "system"
+        messages = [*messages[:own], *turns, *messages[own:]]
         # A conversation that brings a system message of its own keeps it.
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
@@ -265,7 +341,7 @@ def _render(
     over_long = [len(row) for row in ids if len(row) > limit]
     if over_long and config.over_long == "error":
         raise UserError(
-            f"data.prompt_tokens={limit}: {len(over_long)} of {len(ids)} prompts are longer, the"
+            f"{where}data.prompt_tokens={limit}: {len(over_long)} of {len(ids)} prompts are longer, the"
             f" longest has {max(over_long)} tokens; set data.prompt_tokens={max(over_long)} or"
             " data.over_long=drop"
         )

@@ -1,8 +1,10 @@
-"""Held-out evaluation: the student answers prompts it never trains on, and its distance to the teacher.
+"""Evaluation: the student's distance to the teacher on held-out prompts, or its accuracy on benchmarks.
 
     python -m opd_jax.evaluate --workdir=runs/release               # newest checkpoint of a run
     python -m opd_jax.evaluate --workdir=runs/release --step=best
     python -m opd_jax.evaluate --config=configs/demo.py             # the student before training
+    python -m opd_jax.evaluate --workdir=runs/release --benchmark=rg:chain_sum --samples=4
+    python -m opd_jax.evaluate --model=FOLDER --benchmark=gsm8k:test.jsonl --out=results/base
 """
 
 import json
@@ -12,14 +14,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from opd_jax import data, distributed, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
+from opd_jax.estimates import bootstrap_ratio
 
 EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
-RESAMPLES = 1000
 
 
 def evaluate(job, params: dict, teacher_params: dict) -> dict:
@@ -93,20 +96,16 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     }
 
 
-def bootstrap_ratio(total_B, count_B) -> tuple[float, float]:
-    """95% percentile interval of sum(total) / sum(count) over resampled rows, from a fixed seed."""
-    pick = np.random.default_rng(0).integers(0, len(total_B), (RESAMPLES, len(total_B)))
-    ratios = total_B[pick].sum(axis=1) / count_B[pick].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def main(_):
-    from ml_collections import ConfigDict
-
+    from opd_jax import evaluate_benchmarks
     from opd_jax.job import prepare
 
     distributed.initialize()
+    if flags.FLAGS.benchmark:
+        evaluate_benchmarks.main(flags.FLAGS)
+        return
+    if flags.FLAGS.model:
+        raise UserError("--model needs --benchmark=NAME; the distance to a teacher is for runs alone")
     workdir = flags.FLAGS.workdir
     if (workdir is None) == (flags.FLAGS.config is None):
         raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
@@ -115,26 +114,40 @@ def main(_):
         _check_heldout(job)
         params = job.start().params
     else:
-        path = Path(workdir) / "config.json"
-        if not path.is_file():
-            raise UserError(f"--workdir={workdir} holds no run (no config.json)")
-        job = prepare(ConfigDict(json.loads(path.read_text())))
+        job = prepare(run_config(workdir))
         _check_heldout(job)
-        with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
-            wanted = flags.FLAGS.step
-            step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(wanted, wanted)
-            if step is None or not str(step).isdigit():
-                raise UserError(f"--step={wanted}: {workdir} has no such checkpoint")
-            params = checkpoints.restore(int(step), job.abstract_state())[0].params
+        params, step = restore(job, workdir, flags.FLAGS.step)
     result = evaluate(job, params, job.teacher_params())
     rows = result.pop("rows")
     if jax.process_index() != 0:
         return
-    for name, value in result.items():
-        print(f"{name:>16}  {value:.4g}" if isinstance(value, float) else f"{name:>16}  {value}")
+    show(result)
     if workdir is not None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(workdir) / f"evaluation_{step}.jsonl").write_text(lines)
+
+
+def run_config(workdir) -> ConfigDict:
+    """The config of the run in a workdir."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir={workdir} holds no run (no config.json)")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def restore(job, workdir, wanted: str) -> tuple[dict, int]:
+    """(parameters, steps done) of a run's checkpoint: latest, best, or a number."""
+    with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
+        step = {"latest": checkpoints.latest, "best": checkpoints.best}.get(wanted, wanted)
+        if step is None or not str(step).isdigit():
+            raise UserError(f"--step={wanted}: {workdir} has no such checkpoint")
+        return checkpoints.restore(int(step), job.abstract_state())[0].params, int(step)
+
+
+def show(result: dict):
+    """Prints a name and a value a line."""
+    for name, value in result.items():
+        print(f"{name:>16}  {value:.4g}" if isinstance(value, float) else f"{name:>16}  {value}")
 
 
 def _check_heldout(job):
@@ -144,5 +157,10 @@ def _check_heldout(job):
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "A run to evaluate.")
+    flags.DEFINE_string("model", None, "A model to evaluate: a folder, a .gguf file or pkg:NAME.")
+    flags.DEFINE_multi_string("benchmark", [], "NAME:FILE, champ or rg:TASK[:COUNT]; may be repeated.")
+    flags.DEFINE_integer("samples", None, "Responses a problem; the benchmark's usual number by default.")
+    flags.DEFINE_float("temperature", None, "Sampling temperature, 0 is greedy; the config's by default.")
+    flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/benchmarks by default.")
     flags.DEFINE_string("step", "latest", "Which checkpoint of it: latest, best, or a number.")
     run(main)

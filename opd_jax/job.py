@@ -1,14 +1,17 @@
 """All that a run needs, checked before anything is compiled or written: mesh, models, prompts, programs."""
 
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from opd_jax import (
+    benchmark_run,
     compile_cache,
     data,
     metrics,
@@ -24,6 +27,7 @@ from opd_jax import (
 from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
+from opd_jax.grading import Grader
 from opd_jax.models import source, transformer
 
 
@@ -34,12 +38,14 @@ class Job(programs.Programs):
     Attributes:
       tokenizer: the transformers tokenizer of both models.
       prompts: training and held-out prompts.
+      exams: the benchmarks of eval.benchmark, rendered.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
       others: see `programs.Programs`.
     """
 
     tokenizer: Any
     prompts: data.Prompts
+    exams: tuple[benchmark_run.Exam, ...]
     table: segments.SegmentTable | nltk_segments.Cutter
 
     def start(self) -> steps.TrainState:
@@ -58,11 +64,21 @@ class Job(programs.Programs):
 
     def key(self, purpose: int) -> jax.Array:
         """A PRNG key of the run's seed for one purpose, on the mesh."""
-        with jax.transfer_guard("allow"):  # a seed is a host number
-            key = jax.random.fold_in(jax.random.key(self.config.seed), purpose)
-            # As plain words: a key array cannot be put onto devices of other processes.
-            words = jax.device_get(jax.random.key_data(key))
-            return jax.random.wrap_key_data(jax.device_put(words, sharding.replicated(self.mesh)))
+        return sharding.key(self.mesh, self.config.seed, purpose)
+
+    def responder(self, key: jax.Array) -> benchmark_run.Responder:
+        """The student as it answers benchmarks: with the program that samples its rollouts."""
+        c = self.config
+        return benchmark_run.Responder(
+            sample=self.sample,
+            batch=c.rollout.batch,
+            prompt_tokens=c.data.prompt_tokens,
+            pad_id=self.student.pad_id,
+            key=key,
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+            grader=self.grader,
+        )
 
     def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
@@ -78,7 +94,12 @@ class Job(programs.Programs):
           rollouts: Rollouts on the mesh.
         """
         answers = [self.prompts.train[index].answer for index in index_B]
-        return rewards.reward_batch(self.mesh, self.tokenizer, answers, rollouts)
+        return rewards.reward_batch(self.mesh, self.tokenizer, self.grader, answers, rollouts)
+
+    @functools.cached_property
+    def grader(self) -> Grader:
+        """What grades answers; its processes start at the first use and end with this job."""
+        return Grader()
 
 
 def prepare(config, workdir=None) -> Job:
@@ -112,6 +133,9 @@ def prepare(config, workdir=None) -> Job:
             f"reward.weight={config.reward.weight} needs reference answers, and no training prompt has an "
             "`answer`; add that field to the data of data.path, or set reward.weight=0"
         )
+    exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data)
+    if shared := benchmark_run.shared_with_training(prompts, exams):
+        logging.warning("%s", shared)
     return Job.of(
         config,
         mesh,
@@ -119,6 +143,7 @@ def prepare(config, workdir=None) -> Job:
         teacher,
         tokenizer=tokenizer,
         prompts=prompts,
+        exams=exams,
         table=_segment_table(config.segments, tokenizer, mesh),
     )
 

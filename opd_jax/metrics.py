@@ -34,8 +34,8 @@ CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
 WANDB_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-# Config keys that a resumed run may change: how long it goes on, what it shows and stores.
-FREE_KEYS = ("train.steps", "eval.every", "checkpoint.every", "checkpoint.keep", "metrics.", "compile.")
+# Config keys that a resumed run may change: how long it goes on, and what it shows and stores.
+FREE_KEYS = ("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile.")
 
 
 class MetricWriter:
@@ -50,6 +50,9 @@ class MetricWriter:
         is there twice. None is a new run, and drops whatever an earlier attempt left.
       plain_every: where `stream` is no terminal, a progress line every so many steps.
       stream: where progress goes; standard error by default.
+
+    Attributes:
+      recorded: (kind, benchmark or None) of what process 0 found of the resume_step.
 
     Raises:
       UserError: W&B is asked for and not installed.
@@ -70,6 +73,7 @@ class MetricWriter:
         self._closing = contextlib.ExitStack()
         self._files: dict[str, TextIO] = {}
         self._tensorboard = self._wandb = None
+        self.recorded: frozenset[tuple[str, str | None]] = frozenset()
         if not self._active:
             return
         workdir = Path(workdir)
@@ -77,8 +81,13 @@ class MetricWriter:
             self._wandb = _start_wandb(workdir, wandb, resume_step)
             self._closing.callback(self._wandb.finish)
         workdir.mkdir(parents=True, exist_ok=True)
+        last = -1 if resume_step is None else resume_step
+        kept = _keep_until(workdir / METRICS_FILE, last)
+        self.recorded = frozenset((r["kind"], r.get("benchmark")) for r in kept if r["step"] == last)
+        _keep_until(workdir / ROLLOUTS_FILE, last)
+        # Answers come before the record that they are all there.
+        _keep_until(workdir / EVALUATIONS_FILE, last if ("eval", None) in self.recorded else last - 1)
         for name in (METRICS_FILE, ROLLOUTS_FILE, EVALUATIONS_FILE):
-            _keep_until(workdir / name, -1 if resume_step is None else resume_step)
             file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
             self._files[name] = self._closing.enter_context(file)
         if tensorboard:
@@ -93,7 +102,7 @@ class MetricWriter:
         self._closing.callback(self._progress.close)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record, a mapping with "kind" ("train" or "eval") and "step".
+        """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".
 
         Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
         is not finite is written as null, since JSON has none.
@@ -103,8 +112,9 @@ class MetricWriter:
         plain = {key: _plain(value) for key, value in record.items()}
         self._append(METRICS_FILE, plain)
         kind, step = plain["kind"], plain["step"]
+        group = f"{kind}/{plain['benchmark']}" if "benchmark" in plain else kind
         scalars = {
-            f"{kind}/{key}": float(value)
+            f"{group}/{key}": float(value)
             for key, value in record.items()
             if key not in ("kind", "step")
             and np.ndim(value) == 0
@@ -169,7 +179,8 @@ class _Progress:
     def show(self, record: Mapping[str, Any]) -> None:
         step = int(record["step"])
         if record["kind"] != "train":
-            self.line(f"eval  step {step}  {_summary(record)}")
+            named = f"  {record['benchmark']}" if "benchmark" in record else ""
+            self.line(f"{record['kind']:<5} step {step}{named}  {_summary(record)}")
         elif self._bar is not None:
             self._bar.set_postfix_str(_summary(record), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -201,6 +212,9 @@ def _summary(record: Mapping[str, Any]) -> str:
     parts = []
     if record.get("loss") is not None:
         parts.append(f"loss {record['loss']:.4f}")
+    if record.get("accuracy") is not None:
+        low, high = record["accuracy_low"], record["accuracy_high"]
+        parts.append(f"accuracy {record['accuracy']:.1%}  [{low:.1%}, {high:.1%}]")
     if record.get("kl") is not None:
         parts.append(f"kl {record['kl']:.4f}")
     if record.get("kl_low") is not None and record.get("kl_high") is not None:
@@ -229,18 +243,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a killed run left unfinished."""
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of later steps, and a last line that a killed run left unfinished; returns the rest."""
     if not path.exists():
-        return
-    kept = []
+        return []
+    kept, records = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            record = json.loads(line)
         except ValueError:
             continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+            records.append(record)
     _write_whole(path, "".join(kept))
+    return records
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -6,17 +6,31 @@ attached: every argument is also there as shapes, dtypes and shardings alone (th
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from opd_jax import objectives, rollout, scoring, segments, sharding
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import source, transformer
 from opd_jax.models.config import ModelConfig
+
+# Sections of the config that the training step reads; a run's seed and data are arguments of it.
+TRAIN_STEP_READS = (
+    "objective",
+    "optimizer",
+    "release",
+    "reward",
+    "rollout",
+    "scoring",
+    "segments",
+    "train",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,24 +119,12 @@ class Programs:
     @property
     def sample(self):
         """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
-        return _sample_program(self.mesh, self.student, self._sampling)
+        return sample_program(self.mesh, self.student, sampling(self.config))
 
     @property
     def sample_teacher(self):
         """As `sample`, of the teacher's parameters: its Rollouts hold the teacher's probabilities."""
-        return _sample_program(self.mesh, self.teacher, self._sampling)
-
-    @property
-    def _sampling(self) -> rollout.Sampling:
-        c = self.config
-        return rollout.Sampling(
-            max_tokens=c.rollout.max_tokens,
-            candidates=c.scoring.candidates,
-            temperature=c.rollout.temperature,
-            top_k=c.rollout.top_k,
-            top_p=c.rollout.top_p,
-            cache_stages=c.rollout.cache_stages,
-        )
+        return sample_program(self.mesh, self.teacher, sampling(self.config))
 
     @functools.cached_property
     def train_step(self):
@@ -130,16 +132,9 @@ class Programs:
 
         With a reward.weight it takes one argument more, what `reward` returns.
         """
-        step = steps.make_train_step(self.student, self.teacher, self.config, self.optimizer)
-        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
-        table = rows if self.config.segments.kind == "nltk" else whole
-        reward = (rows,) if self.config.reward.weight else ()
-        return jax.jit(
-            sharding.on(self.mesh, step),
-            in_shardings=(self.state_shardings, self.teacher_shardings, rows, table, whole, *reward),
-            out_shardings=(self.state_shardings, whole, rows),
-            donate_argnums=0,
-        )
+        settings = self.config.to_dict()
+        read = json.dumps({name: settings[name] for name in TRAIN_STEP_READS}, sort_keys=True)
+        return _train_step_program(self.mesh, self.student, self.teacher, read)
 
     @property
     def divergence(self):
@@ -152,9 +147,24 @@ class Programs:
         return _divergence_program(self.mesh, self.student, self.teacher, c.scoring.chunk, micro_batches)
 
 
-# Jobs of one process that differ in their training alone share what is compiled for the rest.
+def sampling(config) -> rollout.Sampling:
+    """How a config samples."""
+    c = config
+    return rollout.Sampling(
+        max_tokens=c.rollout.max_tokens,
+        candidates=c.scoring.candidates,
+        temperature=c.rollout.temperature,
+        top_k=c.rollout.top_k,
+        top_p=c.rollout.top_p,
+        cache_stages=c.rollout.cache_stages,
+    )
+
+
+# Jobs of one process share what is compiled for them where they agree in what it reads.
 @functools.lru_cache(maxsize=8)
-def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
+def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
+    """What `Programs.sample` compiles."""
+
     def sample(params, tokens_BP, mask_BP, key, step):
         key = jax.random.fold_in(key, step)
         return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
@@ -164,6 +174,22 @@ def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
         sharding.on(mesh, sample),
         in_shardings=(param_shardings(mesh, student), rows, rows, whole, whole),
         out_shardings=rows,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _train_step_program(mesh, student: ModelConfig, teacher: ModelConfig, settings: str):
+    config = ConfigDict(json.loads(settings))
+    p = Programs.of(config, mesh, student, teacher)
+    step = steps.make_train_step(student, teacher, config, p.optimizer)
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    table = rows if config.segments.kind == "nltk" else whole
+    reward = (rows,) if config.reward.weight else ()
+    return jax.jit(
+        sharding.on(mesh, step),
+        in_shardings=(p.state_shardings, p.teacher_shardings, rows, table, whole, *reward),
+        out_shardings=(p.state_shardings, whole, rows),
+        donate_argnums=0,
     )
 
 
@@ -199,12 +225,13 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
     Raises:
       UserError: no such model, or layers to drop that it has not.
     """
-    return student_model(config, mesh), _model(config, mesh, "teacher.path", config.teacher.dtype)
+    teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
+    return student_model(config, mesh), teacher
 
 
 def student_model(config, mesh) -> ModelConfig:
     """The student of `models`."""
-    student = _model(config, mesh, "student.path", config.student.compute_dtype)
+    student = model(config.student.path, "student.path", mesh, config.student.compute_dtype)
     drop = config.student.drop_layers
     if drop and not (set(drop) < set(range(student.layers))):
         raise UserError(
@@ -214,6 +241,13 @@ def student_model(config, mesh) -> ModelConfig:
     return student.replace(layers=student.layers - len(set(drop)))
 
 
+def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
+    """One model as it runs on the mesh; `key` names the path in messages, a dtype of auto is resolved."""
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    return source.config(path, key).replace(compute_dtype=dtype)
+
+
 def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
     """Refuses sizes that the mesh cannot cut or the models do not have.
 
@@ -221,13 +255,8 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
       UserError: names the config key.
     """
     sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
-    length = config.data.prompt_tokens + config.rollout.max_tokens
-    for key, model in (("student.path", student), ("teacher.path", teacher)):
-        if length > model.max_positions:
-            raise UserError(
-                f"data.prompt_tokens + rollout.max_tokens = {length} is more than the "
-                f"{model.max_positions} positions of {key}; lower one of them"
-            )
+    check_length(config, "student.path", student)
+    check_length(config, "teacher.path", teacher)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     if config.scoring.candidates > valid:
         raise UserError(f"scoring.candidates={config.scoring.candidates} exceeds {valid} token ids")
@@ -246,15 +275,23 @@ def state_shardings(mesh, model: ModelConfig, optimizer) -> steps.TrainState:
     )
 
 
+def check_length(config, key: str, model: ModelConfig):
+    """Refuses a prompt and response longer than a model's positions.
+
+    Raises:
+      UserError: names the model's key.
+    """
+    length = config.data.prompt_tokens + config.rollout.max_tokens
+    if length > model.max_positions:
+        raise UserError(
+            f"data.prompt_tokens + rollout.max_tokens = {length} is more than the "
+            f"{model.max_positions} positions of {key}; lower one of them"
+        )
+
+
 def param_shardings(mesh, model: ModelConfig) -> dict:
     """Where each parameter of a model lives."""
     return sharding.param_shardings(mesh, transformer.abstract(model), transformer.logical_axes(model))
-
-
-def _model(config, mesh, key: str, dtype: str) -> ModelConfig:
-    if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return source.config(config[key.split(".")[0]].path, key).replace(compute_dtype=dtype)
 
 
 def abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:

@@ -22,6 +22,7 @@ def build(
     titles: Sequence[str] | None = None,
     summary_rows: Sequence[Mapping[str, Any]] | None = None,
     answers: Sequence[Mapping[str, Any]] | None = None,
+    lead: str = "",
 ) -> Path:
     """Writes the page of `workdirs` to `out` and returns its path.
 
@@ -30,6 +31,7 @@ def build(
       summary_rows: further columns of the summary, a {column: value} for each workdir.
       answers: what models replied to the same prompts, each
         {"prompt": text, "answers": {label: text}}.
+      lead: HTML put before everything else.
 
     Raises:
       UserError: a workdir holds no run.
@@ -41,7 +43,7 @@ def build(
         row.update({key: str(value) for key, value in extra.items()})
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    page = report_page.render(runs, rows, answers or [])
+    page = report_page.render(runs, rows, answers or [], lead)
     # Decoded model text may hold lone surrogates, which UTF-8 has no form for.
     out.write_text(page, encoding="utf-8", errors="replace")
     return out

@@ -258,3 +258,24 @@ def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) ->
         axes.set_xlabel("seconds a step (median)")
 
     return _svg("Time of a step by phase", draw, height=1.3 + 0.4 * len(titles))
+
+
+def intervals(
+    unit: str,
+    labels: Sequence[str],
+    estimates: Sequence[tuple[float, float, float]],
+    runs: Sequence[int],
+) -> str:
+    """(value, low, high) of several runs below one another; `runs` are the numbers of their colours."""
+
+    def draw(axes: Axes) -> None:
+        for row, (run, (value, low, high)) in enumerate(zip(runs, estimates, strict=True)):
+            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            style = {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run), "capsize": 3}
+            axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, **style)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(f"{unit}, 95% interval")
+
+    return _svg(unit, draw, height=1.0 + 0.3 * len(labels))

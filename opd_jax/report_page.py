@@ -21,10 +21,14 @@ BINS = ("tokens", "contrast_sum", "advantage_sum", "advantage_sq_sum", "kept_tok
 
 
 def render(
-    runs: Sequence[Run], rows: Sequence[Mapping[str, str]], answers: Sequence[Mapping[str, Any]]
+    runs: Sequence[Run],
+    rows: Sequence[Mapping[str, str]],
+    answers: Sequence[Mapping[str, Any]],
+    lead: str = "",
 ) -> str:
-    """The whole page as text."""
+    """The whole page as text; `lead` is HTML for its beginning."""
     sections = [
+        lead,
         _summary(runs, rows),
         _progress(runs),
         _teachability(runs),

@@ -183,6 +183,15 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     return np.flatnonzero(np.repeat(here, size // len(here)))
 
 
+def key(mesh: Mesh, seed: int, purpose: int) -> jax.Array:
+    """A PRNG key of a seed for one purpose, the same on every device."""
+    with jax.transfer_guard("allow"):  # a seed is a host number
+        made = jax.random.fold_in(jax.random.key(seed), purpose)
+        # As plain words: a key array cannot be put onto devices of other processes.
+        words = jax.device_get(jax.random.key_data(made))
+        return jax.random.wrap_key_data(jax.device_put(words, replicated(mesh)))
+
+
 def put_batch(mesh: Mesh, local):
     """Global arrays from each process's `local_rows` of them (NumPy)."""
     # JAX counts this transfer as implicit where there are several processes.

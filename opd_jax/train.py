@@ -9,11 +9,12 @@ that is running, with a checkpoint and exit status 75. docs/pods.md tells how to
 
 import contextlib
 import time
+from pathlib import Path
 
 import jax
 from absl import flags
 
-from opd_jax import data, distributed, metrics, sharding
+from opd_jax import benchmark_run, data, distributed, metrics, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -21,7 +22,7 @@ from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
 from opd_jax.transcripts import transcripts
 
-SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1
+SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1, benchmarks 3
 
 
 def train(job: Job, workdir, start_evaluation: dict | None = None):
@@ -58,8 +59,10 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         c.seed,
         sharding.local_rows(mesh, c.rollout.batch),
         start=position,
+        parts=job.prompts.parts,
     )
     key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
+    responder = job.responder(job.key(benchmark_run.KEY))
 
     # ---- The loop. Metrics of a step are read after the next one is on its way.
     with contextlib.ExitStack() as stack:
@@ -75,6 +78,10 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
                 resume_step=done,
             )
         )
+        # What is recorded of the step to go on from, as process 0 sees it.
+        asked = [("eval", None), *(("benchmark", exam.benchmark.name) for exam in job.exams)]
+        recorded = distributed.gathered([name in writer.recorded for name in asked])[0]
+        there = {name for name, found in zip(asked, recorded, strict=True) if found}
         stack.enter_context(jax.transfer_guard("disallow"))
         read = Reader(job, writer, clock)
 
@@ -84,16 +91,27 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         def evaluated(step: int, state, result: dict | None = None) -> float:
             result = dict(result or evaluate(job, state.params, teacher_params))
             rows = result.pop("rows")
-            writer.write({"kind": "eval", "step": step} | result)
             writer.write_evaluations([{"step": step} | row for row in rows])
+            writer.write({"kind": "eval", "step": step} | result)
             read.restart()
             return result["kl"]
 
-        if done is None and due(c.eval.every, 0):
-            evaluated(0, state, start_evaluation)
-        if done is not None and due(c.eval.every, done) and not checkpoints.evaluated(done):
-            evaluated(done, state)  # there was no time for it before the run was stopped
-        for step in range((done or 0) + 1, c.train.steps + 1):
+        def examined(step: int, state, exams):
+            for exam in exams:
+                result = benchmark_run.answer(exam, responder, state.params, c.eval.samples)
+                benchmark_run.write(Path(workdir) / benchmark_run.FOLDER, step, result)
+                del result["rows"]
+                writer.write({"kind": "benchmark", "step": step} | result)
+            read.restart()
+
+        # The start; or what there was no time for after the step at which the run was stopped.
+        first = done or 0
+        if due(c.eval.benchmark_every, first):
+            left = [exam for exam in job.exams if ("benchmark", exam.benchmark.name) not in there]
+            examined(first, state, left)
+        if due(c.eval.every, first) and ("eval", None) not in there:
+            evaluated(first, state, start_evaluation if done is None else None)
+        for step in range(first + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
             batch = sharding.put_batch(mesh, local)
@@ -114,9 +132,12 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             read.begin(step, measured, data_seconds, rollouts, supervision)
             stopping = preemption.reached(step)
             evaluating = due(c.eval.every, step) and not stopping
+            examining = bool(job.exams) and due(c.eval.benchmark_every, step) and not stopping
             saving = due(c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
-            if evaluating or saving:
+            if evaluating or examining or saving:
                 read.finish()
+            if examining:
+                examined(step, state, job.exams)
             kl = evaluated(step, state) if evaluating else None
             if saving:
                 writer.sync()

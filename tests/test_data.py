@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from configs import default
 from opd_jax import data
 from opd_jax.errors import UserError
 
@@ -50,17 +50,9 @@ def demo_cache(tmp_path_factory):
 
 
 def config(**changes):
-    fields = {
-        "source": "jsonl",
-        "path": "",
-        "prompt_tokens": 2048,
-        "over_long": "error",
-        "system_prompt": "",
-        "heldout": 0,
-        "seed": 0,
-        "cache": "",
-    }
-    return ml_collections.ConfigDict(fields | changes)
+    section = default.get_config().data
+    section.update({"source": "jsonl", "prompt_tokens": 2048, "heldout": 0} | changes)
+    return section
 
 
 def write_jsonl(path: Path, records: list) -> str:
@@ -167,7 +159,7 @@ def test_prompt_is_the_template_with_system_prompt_and_generation_header(tokeniz
 
 def test_template_args_reach_the_template(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    prompts = data.load(config(path=path, template_args={"plain": True}), tokenizer).train
+    prompts = data.load(config(path=path, template_args='{"plain": true}'), tokenizer).train
     assert tokenizer.decode(prompts[0].ids).endswith("assistant\n<plain>")
 
 
@@ -187,7 +179,7 @@ def test_over_long_prompts_are_refused_or_dropped_and_counted(tokenizer, tmp_pat
     [
         ("{not json", "line 2"),
         ('["prompt"]', "line 2"),
-        ('{"question": "a"}', "line 2"),
+        ('{"text": "a"}', "record 2 .*messages or prompt or question or problem"),
         ('{"prompt": 3}', "not a string"),
         ('{"messages": []}', "nothing to answer"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing to answer"),
@@ -205,6 +197,14 @@ def test_bad_line_of_a_file_is_named_in_one_line(tokenizer, tmp_path, line, reas
     ("changes", "key"),
     [
         ({"source": "csv"}, "data.source"),
+        ({"source": "rg:no_such_task"}, "no task 'no_such_task'"),
+        ({"source": "rg:chain_sm"}, "did you mean chain_sum"),
+        ({"source": "mixture"}, "data.mixture is empty"),
+        ({"source": "mixture", "mixture": ("rg:chain_sum",)}, "'rg:chain_sum' is not 'WEIGHT"),
+        ({"source": "mixture", "mixture": ("-1 rg:chain_sum",)}, "a weight above 0"),
+        ({"source": "mixture", "mixture": ("1 csv:a.csv",)}, "a kind of jsonl"),
+        ({"source": "rg:chain_sum", "template_args": "{"}, "data.template_args"),
+        ({"source": "rg:chain_sum", "few_shot": "/nowhere.jsonl"}, "data.few_shot"),
         ({"path": "/nowhere.jsonl"}, "data.path"),
         ({"over_long": "cut"}, "data.over_long"),
         ({"source": "tfds", "path": "no_such_dataset"}, "data.path"),
@@ -217,7 +217,7 @@ def test_mistake_in_the_config_is_one_line_that_names_the_key(
     tokenizer, demo_cache, changes, key
 ):
     with pytest.raises(UserError, match=key) as caught:
-        data.load(config(**{"cache": demo_cache} | changes), tokenizer)
+        data.load(config(**{"generated": 4, "cache": demo_cache} | changes), tokenizer)
     assert "\n" not in str(caught.value)
 
 

@@ -8,7 +8,8 @@ from scipy import stats
 
 from opd_jax import metrics
 from opd_jax.checkpoint import Checkpoints
-from opd_jax.evaluate import bootstrap_ratio, evaluate
+from opd_jax.estimates import bootstrap_ratio
+from opd_jax.evaluate import evaluate
 from opd_jax.job import prepare
 from tests import tiny
 

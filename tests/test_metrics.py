@@ -95,6 +95,20 @@ def test_new_run_drops_what_an_attempt_without_a_checkpoint_left(tmp_path):
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_answers_whose_evaluation_was_cut_short_are_dropped_and_what_is_there_is_known(tmp_path):
+    with writer(tmp_path) as out:
+        out.write({"kind": "eval", "step": 2, "kl": 0.5})
+        out.write_evaluations([{"step": 2, "prompt": 0}])
+        out.write(train_line(4))
+        out.write({"kind": "benchmark", "step": 4, "benchmark": "ours", "response_length": 3.0})
+        out.write_evaluations([{"step": 4, "prompt": 0}])
+    with writer(tmp_path, resume_step=4) as out:
+        assert out.recorded == {("train", None), ("benchmark", "ours")}
+        out.write_evaluations([{"step": 4, "prompt": 0}, {"step": 4, "prompt": 1}])
+    rows = lines(tmp_path / "evaluations.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [(2, 0), (4, 0), (4, 1)]
+
+
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     stream = io.StringIO()

@@ -27,17 +27,28 @@ SIZES = {
     "data.heldout": 3,
     "checkpoint.every": 100,
     "metrics.rollouts_every": 0,
+    "data.prompt_tokens": 128,
+    "eval.benchmark_every": 2,
+    "eval.samples": 2,
 }
 
 
 @pytest.fixture(scope="module")
-def start(models, tmp_path_factory):
+def sizes(models):
+    """SIZES, and a benchmark of 5 problems with 2 responses each: 10 rows for batches of 8."""
+    path = models / "pod_questions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": "a"}) + "\n" for n in range(5)))
+    return SIZES | {"eval.benchmark": (f"ours:{path}",)}
+
+
+@pytest.fixture(scope="module")
+def start(models, sizes, tmp_path_factory):
     """start(workdir, *arguments): launches two processes on the tiny pair; returns the Popen."""
     folder = tmp_path_factory.mktemp("pod")
     recipe = folder / "recipe.py"
     recipe.write_text(
         "from pathlib import Path\nfrom tests import tiny\n\n\ndef get_config():\n"
-        f"    return tiny.config(Path({str(models)!r}), **{SIZES!r})\n"
+        f"    return tiny.config(Path({str(models)!r}), **{sizes!r})\n"
     )
 
     def start(workdir, *arguments):
@@ -72,19 +83,22 @@ def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_metrics_and_state_of_two_processes_are_those_of_one(pod, models, tmp_path):
-    job = prepare(tiny.config(models, **SIZES))
+def test_metrics_and_state_of_two_processes_are_those_of_one(pod, models, sizes, tmp_path):
+    job = prepare(tiny.config(models, **sizes))
     state = train(job, tmp_path)
     ours, theirs = records(pod), records(tmp_path)
     assert [(r["kind"], r["step"]) for r in ours] == [(r["kind"], r["step"]) for r in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        for name in ("loss", "kl", "grad_norm", "response_tokens", "supervised_tokens", "response_length"):
-            if name in other:
-                np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        names = {"loss", "kl", "grad_norm", "response_tokens", "supervised_tokens", "response_length"}
+        for name in names & other.keys():
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert [r["step"] for r in ours if r["kind"] == "benchmark"] == [0, 2]
+    ours, theirs = ((folder / "benchmarks" / "ours-2.jsonl").read_text() for folder in (pod, tmp_path))
+    assert ours == theirs
     assert json.loads((pod / "versions.json").read_text())["processes"] == 2
 
     # What two processes saved together comes back in one, cut another way.
-    cube = prepare(tiny.config(models, **SIZES, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
+    cube = prepare(tiny.config(models, **sizes, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}))
     with Checkpoints(pod, 2) as checkpoints:
         saved, position = checkpoints.restore(2, cube.abstract_state())
     assert position["step"] == 2

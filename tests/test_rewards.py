@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import rewards, sharding
+from opd_jax import answers, rewards, sharding
+from opd_jax.grading import Grader
 from tests import tiny
 
 RIGHT = [
@@ -28,8 +29,11 @@ RIGHT = [
     ("B", "The answer is B"),
     ("x^2+1", r"\boxed{1+x^2}"),
     ("Paris", "Let me see.\nParis."),
+    ("9*2=<<9*2=18>>18\n#### 1,018", "The answer is 1018."),
+    (r"So it is \boxed{\frac{1}{2}}.", "#### 0.5"),
 ]
 WRONG = [
+    ("9*2=<<9*2=18>>18\n#### 1,018", "18"),
     ("7", ""),
     ("7", "no idea"),
     ("7", r"\boxed{6} or 7"),
@@ -45,33 +49,34 @@ WRONG = [
 
 
 @pytest.mark.parametrize("answer, response", RIGHT)
-def test_a_right_final_answer_is_worth_one(answer, response):
-    assert rewards.grade(response, answer) == 1.0
+def test_a_right_final_answer_is_right(answer, response):
+    assert answers.grade(response, answer) is True
 
 
 @pytest.mark.parametrize("answer, response", WRONG)
-def test_a_wrong_final_answer_is_worth_nothing(answer, response):
-    assert rewards.grade(response, answer) == 0.0
+def test_a_wrong_final_answer_is_wrong(answer, response):
+    assert answers.grade(response, answer) is False
 
 
 def test_worked_answers_of_reasoning_gym_are_right_and_those_of_other_problems_wrong():
     gym = pytest.importorskip("reasoning_gym")
     items = list(gym.create_dataset("gsm_symbolic", size=40, seed=3))
     worked = [item["metadata"]["answer_cot"] for item in items]
-    graded = [rewards.grade(text, item["answer"]) for text, item in zip(worked, items)]
-    assert graded == [1.0] * len(items)
+    graded = [answers.grade(text, item["answer"]) for text, item in zip(worked, items)]
+    assert graded == [True] * len(items)
     others = worked[1:] + worked[:1]
     wrong = [i for i, (a, b) in enumerate(zip(items, items[1:] + items[:1])) if a["answer"] != b["answer"]]
     assert len(wrong) > 20
-    assert not any(rewards.grade(others[i], items[i]["answer"]) for i in wrong)
+    assert not any(answers.grade(others[i], items[i]["answer"]) for i in wrong)
 
 
 def test_rewards_stand_in_the_order_of_the_prompts_and_are_nan_without_an_answer():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     responses = ["It is 1.", "It is 2.", "It is 3.", "It is 4.", "", "6", "7", "9"]
     rollouts = tiny.written(responses, tiny.STUDENT, tiny.student_params(), width=16)
-    answers = ["1", "2", "0", None, "5", "6", None, "8"]
+    wanted = ["1", "2", "0", None, "5", "6", None, "8"]
     placed = sharding.put_batch(mesh, rollouts)
-    reward_B = rewards.reward_batch(mesh, tiny.tokenizer(), answers, placed)
+    with Grader(1) as grader:
+        reward_B = rewards.reward_batch(mesh, tiny.tokenizer(), grader, wanted, placed)
     assert reward_B.sharding == sharding.batch(mesh)
     np.testing.assert_array_equal(jax.device_get(reward_B), [1, 1, 0, np.nan, 0, 1, np.nan, 0])

@@ -1,12 +1,12 @@
-"""Where prompts come from: the built-in demo, JSONL files and TFDS datasets, as conversations."""
+"""Where prompts come from, as conversations: the demo, files, TFDS datasets, reasoning-gym's generators."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd_jax.errors import UserError
+from opd_jax.prompts import records
 
 QUESTION_COLUMNS = ("prompt", "question", "problem")
 
@@ -16,6 +16,87 @@ class Conversation(NamedTuple):
 
     messages: list[dict[str, str]]
     answer: str | None
+
+
+class Columns(NamedTuple):
+    """Names of the columns with the prompt and the answer, dotted where nested; "" is the usual names."""
+
+    prompt: str = ""
+    answer: str = ""
+
+
+class Part(NamedTuple):
+    """One source: its kind, its path or task, its columns, and its weight in a mixture."""
+
+    kind: str
+    path: str
+    columns: Columns
+    weight: float
+
+
+FILES = ("jsonl", "parquet")
+KINDS = (*FILES, "tfds", "rg")
+
+
+def parse_mixture(entries: Sequence[str]) -> list[Part]:
+    """Parts of `data.mixture`: "WEIGHT KIND:PATH [prompt=COLUMN] [answer=COLUMN]".
+
+    Raises:
+      UserError: an entry of another form.
+    """
+    parts = []
+    for entry in entries:
+        try:
+            weight, source, *columns = entry.split()
+            kind, _, path = source.partition(":")
+            named = dict(column.partition("=")[::2] for column in columns)
+            part = Part(kind, path, Columns(**named), float(weight))
+            usable = kind in KINDS and path and 0 < part.weight < float("inf")
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            raise UserError(
+                f"data.mixture: {entry!r} is not 'WEIGHT KIND:PATH [prompt=COLUMN] [answer=COLUMN]' with a "
+                f"weight above 0 and a kind of {', '.join(KINDS)}; write for example '2 jsonl:a.jsonl'"
+            )
+        parts.append(part)
+    if not parts:
+        raise UserError("data.mixture is empty: data.source=mixture needs entries such as '1 rg:chain_sum'")
+    return parts
+
+
+def read(part: Part, config: Any) -> list[Conversation]:
+    """The conversations of one source other than the demo; `config` is the data section."""
+    if part.kind == "rg":
+        where = f"data.source=rg:{part.path}"
+        pairs = generate(part.path, config.generated, config.generated_seed, where)
+        return [Conversation([{"role": "user", "content": q}], answer or None) for q, answer in pairs]
+    if part.kind == "tfds":
+        return read_tfds(part.path, part.columns)
+    return read_file(part.path, part.columns)
+
+
+def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str]]:
+    """(question, answer) pairs of a reasoning-gym generator.
+
+    Raises:
+      UserError: reasoning-gym is missing, or has no such task.
+    """
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise UserError(
+            f"{where}: the package reasoning-gym is missing; pip install reasoning-gym"
+        ) from error
+    if task not in DATASETS:
+        from opd_jax.config import nearest
+
+        raise UserError(
+            f"{where}: reasoning-gym has no task {task!r}{nearest(task, DATASETS)}; name one that it has"
+        )
+    dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
+    return [(item["question"], str(item["answer"] or "")) for item in dataset]
 
 
 def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]]:
@@ -38,7 +119,7 @@ def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]
     return train, heldout
 
 
-def read_tfds(path: str) -> list[Conversation]:
+def read_tfds(path: str, columns: Columns | None = None) -> list[Conversation]:
     """Reads the "train" split of a prepared folder, or of a dataset by its TFDS name."""
     import tensorflow_datasets as tfds
 
@@ -57,59 +138,88 @@ def read_tfds(path: str) -> list[Conversation]:
             f"data.path={path}: TFDS cannot read a 'train' split from it ({reason}); name a TFDS"
             " dataset or folder in array_record or parquet files"
         ) from error
-    return _from_columns(source, path)
+    return _from_columns(source, path, columns)
 
 
-def _from_columns(source: Sequence[Mapping[str, Any]], path: str = "") -> list[Conversation]:
+def _from_columns(
+    source: Sequence[Mapping[str, Any]], path: str = "", columns: Columns | None = None
+) -> list[Conversation]:
     def text(value: Any) -> str:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
+    columns = columns or Columns()
     rows = [source[i] for i in range(len(source))]
-    column = next((name for name in QUESTION_COLUMNS if rows and name in rows[0]), None)
+    wanted = (columns.prompt,) if columns.prompt else QUESTION_COLUMNS
+    column = next((name for name in wanted if rows and records.field(rows[0], name) is not None), None)
     if column is None:
         raise UserError(
-            f"data.path={path}: the dataset has none of the columns {', '.join(QUESTION_COLUMNS)};"
-            f" it has {', '.join(sorted(rows[0])) if rows else 'no rows'}"
+            f"data.path={path}: the dataset has none of the columns {', '.join(wanted)}; it has"
+            f" {', '.join(sorted(rows[0])) if rows else 'no rows'}; set data.columns.prompt"
         )
+    answers = (records.field(row, columns.answer or "answer") for row in rows)
     return [
         Conversation(
-            [{"role": "user", "content": text(row[column])}],
-            (text(row["answer"]) or None) if "answer" in row else None,
+            [{"role": "user", "content": text(records.field(row, column))}],
+            None if answer is None else text(answer) or None,
         )
-        for row in rows
+        for row, answer in zip(rows, answers, strict=True)
     ]
 
 
-def read_jsonl(path: str) -> list[Conversation]:
-    """Reads lines of {"prompt": str} or {"messages": [{"role", "content"}]}, "answer" optional."""
-    if not path or not Path(path).expanduser().is_file():
-        raise UserError(f"data.path={path!r}: no such file; data.source=jsonl needs a JSONL file")
+def read_file(path: str, columns: Columns | None = None) -> list[Conversation]:
+    """Reads a file of records, each a conversation.
+
+    Without a column for the prompt, a record has "messages" ([{"role", "content"}]) or one of "prompt",
+    "question" and "problem" (a string); "answer" is optional. A named column holds a string or messages.
+
+    Raises:
+      UserError: the file or one of its records is not that.
+    """
+    columns = columns or Columns()
     conversations = []
-    with open(Path(path).expanduser(), encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    conversations.append(_conversation(json.loads(line)))
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    raise UserError(
-                        f"data.path={path}: line {number} is not an object with 'prompt' (a string)"
-                        " or 'messages' (roles and contents, the last not the assistant's):"
-                        f" {type(error).__name__}: {error}"
-                    ) from error
-    if not conversations:
-        raise UserError(f"data.path={path}: the file holds no prompts")
+    for number, record in enumerate(records.read(path, "data.path"), start=1):
+        try:
+            conversations.append(_conversation(record, columns))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"data.path={path}: record {number} has no prompt that can be used"
+                f" ({type(error).__name__}: {error}); give 'prompt' (a string) or 'messages' (roles and"
+                " contents, the last not the assistant's), or name the column in data.columns.prompt"
+            ) from error
     return conversations
 
 
-def _conversation(record: Mapping[str, Any]) -> Conversation:
-    if "messages" in record:
-        messages = [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
-    else:
-        messages = [{"role": "user", "content": record["prompt"]}]
+def read_turns(path: str) -> list[dict[str, str]]:
+    """The earlier turns of `data.few_shot`: a user's and an assistant's for each {"prompt", "response"}.
+
+    Raises:
+      UserError: the file or one of its records is not that.
+    """
+    turns = []
+    for number, record in enumerate(records.read(path, "data.few_shot"), start=1):
+        pair = record.get("prompt"), record.get("response")
+        if not all(isinstance(text, str) for text in pair):
+            raise UserError(
+                f"data.few_shot={path}: record {number} needs the strings 'prompt' and 'response'"
+            )
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
+    return turns
+
+
+def _conversation(record: Mapping[str, Any], columns: Columns) -> Conversation:
+    names = (columns.prompt,) if columns.prompt else ("messages", *QUESTION_COLUMNS)
+    prompt = records.first_field(record, names)
+    if prompt is None:
+        raise KeyError(" or ".join(names))
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    elif not isinstance(prompt, list):
+        raise TypeError(f"{prompt!r} is not a string")
+    messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
     for value in (text for message in messages for text in message.values()):
         if not isinstance(value, str):
             raise TypeError(f"{value!r} is not a string")
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is nothing to answer")
-    answer = record.get("answer")
+    answer = records.field(record, columns.answer or "answer")
     return Conversation(messages, None if answer is None else str(answer))

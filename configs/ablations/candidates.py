@@ -1,0 +1,19 @@
+"""K, how many of the student's top tokens the teacher's margin is taken within; the paper's best is 4.
+
+    python -m opd_jax.sweep --config=configs/ablations/candidates.py --out=runs/candidates
+"""
+
+from opd_jax.arms import grid
+from opd_jax.config import load
+
+SEEDS = (0, 1, 2)
+
+
+def get_config(recipe="configs/demo.py"):
+    """The recipe that every arm starts from."""
+    return load(recipe)
+
+
+def arms(config):
+    """The paper's values, its own first."""
+    return grid({"scoring.candidates": (4, 2, 16, 32)}, {"release.rule": "paper"})

@@ -1,0 +1,19 @@
+"""Fewest sentences in which a drop is looked for; at 2 any drop fires. The paper leaves it open.
+
+    python -m opd_jax.sweep --config=configs/ablations/min_segments.py --out=runs/min_segments
+"""
+
+from opd_jax.arms import grid
+from opd_jax.config import load
+
+SEEDS = (0, 1, 2)
+
+
+def get_config(recipe="configs/demo.py"):
+    """The recipe that every arm starts from."""
+    return load(recipe)
+
+
+def arms(config):
+    """The default first."""
+    return grid({"release.min_segments": (4, 2, 3, 6, 8)}, {"release.rule": "paper"})

@@ -1,0 +1,21 @@
+"""What the student minimises at each position, under full supervision.
+
+    python -m opd_jax.sweep --config=configs/ablations/objective.py --out=runs/objective
+"""
+
+from opd_jax.arms import grid
+from opd_jax.config import load
+from opd_jax.objectives import OBJECTIVES
+
+SEEDS = (0, 1, 2)
+
+
+def get_config(recipe="configs/demo.py"):
+    """The recipe that every arm starts from."""
+    return load(recipe)
+
+
+def arms(config):
+    """Every objective, the sampled-token policy gradient first."""
+    names = sorted(OBJECTIVES, key=lambda name: name != "policy_gradient")
+    return grid({"objective.name": names}, {"release.rule": "none"})

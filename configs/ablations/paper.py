@@ -1,0 +1,82 @@
+"""The table of the paper (arXiv 2605.13643): students of 1.7B, 4B and 8B, full supervision against the rule.
+
+The word after the colon is a folder that every worker sees. It holds models/Qwen3-1.7B, -4B, -8B and the
+teacher, data/deepmath-*.parquet (DeepMath-103K) and benchmarks/ with aime25.jsonl, hmmt25_feb.jsonl,
+hmmt25_nov.jsonl, math500.jsonl, minerva.jsonl and gpqa.csv (columns: docs/evaluation.md).
+
+    python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper \
+      --jobs=runs/paper --settings=launch/settings.sh
+    SETTINGS=runs/paper/1.7B-release-seed-0.sh launch/tpu.sh run        # and so on, one slice a run
+    python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper --table
+
+The step-0 lines of metrics.jsonl are the column "base"; the teacher's is `python -m opd_jax.evaluate
+--model=TEACHER` on the same benchmarks. The paper's means of its five in-domain benchmarks, per cent:
+
+              base   full   release   controls of 1.7B: best fixed prefix 39.4, shuffled 38.0,
+    1.7B      24.9   36.8   40.1      std of the advantage 38.8
+    4B        32.5   51.6   53.9
+    8B        33.8   54.7   55.2      teacher 62.2
+
+Not run by us. Its learning rate, instruction and responses a problem are not known to us: here the rate is
+the default, the instruction that of the benchmarks, and 8 responses are averaged. Its teacher is a mixture of
+experts; for a dense one give --config.teacher.path.
+"""
+
+from pathlib import PurePath
+
+from configs import default
+from opd_jax.benchmarks import BOXED
+
+SEEDS = (0,)
+STUDENTS = ("1.7B", "4B", "8B")
+BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "math500", "minerva")
+
+
+def get_config(shared="/shared"):
+    """What all arms share; student.path is the first arm's."""
+    c = default.get_config()
+    c.student.path = f"{shared}/models/Qwen3-1.7B"
+    c.teacher.path = f"{shared}/models/Qwen3-30B-A3B-Instruct-2507"
+    c.data.source = "parquet"
+    c.data.path = f"{shared}/data/deepmath-*.parquet"
+    c.data.columns.prompt = "question"
+    c.data.columns.answer = "final_answer"
+    c.data.instruction = BOXED
+    c.data.template_args = '{"enable_thinking": false}'
+    c.data.prompt_tokens = 1024
+    c.data.over_long = "drop"
+    c.rollout.batch = 1024
+    c.rollout.max_tokens = 15360
+    c.scoring.chunk = 1024
+    c.train.steps = 100
+    c.train.micro_batch = 64
+    c.eval.every = 50
+    c.eval.benchmark = (
+        *(f"{name}:{shared}/benchmarks/{name}.jsonl" for name in BENCHMARKS),
+        f"gpqa:{shared}/benchmarks/gpqa.csv",
+    )
+    c.eval.benchmark_every = 100
+    c.eval.samples = 8
+    c.checkpoint.every = 10
+    return c
+
+
+def arms(config):
+    """Each student with and without the rule, and the controls of the smallest one."""
+    models = PurePath(config.student.path).parent
+    both = {"full": {"release.rule": "none"}, "release": {"release.rule": "paper"}}
+    rules = {size: dict(both) for size in STUDENTS}
+    for tokens in (1024, 2048, 4096, 8192):
+        rules["1.7B"][f"prefix_{tokens}"] = {"release.rule": "prefix", "release.prefix_tokens": tokens}
+    for rule in ("shuffled", "advantage_std"):
+        rules["1.7B"][rule] = {"release.rule": rule}
+    return {
+        f"{size}-{name}": {"student.path": f"{models}/Qwen3-{size}"} | overrides
+        for size, named in rules.items()
+        for name, overrides in named.items()
+    }
+
+
+def against(arm):
+    """Full supervision of the same student."""
+    return f"{arm.partition('-')[0]}-full"

@@ -1,0 +1,21 @@
+"""Dtype of the teacher's weights and activations.
+
+The held-out KL of each arm is to its own teacher: read the accuracy of a benchmark, rather, across arms.
+
+    python -m opd_jax.sweep --config=configs/ablations/teacher_precision.py --out=runs/teacher_precision
+"""
+
+from opd_jax.arms import grid
+from opd_jax.config import load
+
+SEEDS = (0, 1, 2)
+
+
+def get_config(recipe="configs/demo.py"):
+    """The recipe that every arm starts from."""
+    return load(recipe)
+
+
+def arms(config):
+    """float32 first, with the release rule."""
+    return grid({"teacher.dtype": ("float32", "bfloat16")}, {"release.rule": "paper"})

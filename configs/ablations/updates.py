@@ -1,0 +1,19 @@
+"""Optimizer updates on each rollout batch; more than one uses the clipped importance ratio.
+
+    python -m opd_jax.sweep --config=configs/ablations/updates.py --out=runs/updates
+"""
+
+from opd_jax.arms import grid
+from opd_jax.config import load
+
+SEEDS = (0, 1, 2)
+
+
+def get_config(recipe="configs/demo.py"):
+    """The recipe that every arm starts from."""
+    return load(recipe)
+
+
+def arms(config):
+    """Powers of two, with the release rule."""
+    return grid({"train.updates_per_rollout": (1, 2, 4)}, {"release.rule": "paper"})

@@ -1,0 +1,89 @@
+"""The arms of an ablation: named sets of config overrides, and seeds.
+
+An ablation is a config file (configs/ablations/) whose get_config(recipe) returns what all arms start from,
+whose arms(config) returns {name: {dotted key: value}}, and whose SEEDS are the seeds of every arm. Arms are
+compared with the first one, or with what the file's against(name) returns, where it has that.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_jax.config import get, nearest, validate
+from opd_jax.errors import UserError
+
+NAME = re.compile(r"[\w.=+-]+")
+
+
+def grid(values: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any] | None = None) -> dict[str, dict]:
+    """An arm for each combination, named "key=value", several joined by "+"; `fixed` is set in all."""
+    found = {}
+    for combination in itertools.product(*values.values()):
+        overrides = dict(zip(values, combination))
+        name = "+".join(f"{key.rpartition('.')[2]}={value}" for key, value in overrides.items())
+        found[name] = overrides | dict(fixed or {})
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run: its arm, the arm to compare it with, seed, overrides, workdir and whole, checked config."""
+
+    arm: str
+    against: str
+    seed: int
+    overrides: Mapping[str, Any]
+    workdir: Path
+    config: Any
+
+
+def plan(
+    path: str, config: Any, out: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Planned]:
+    """The runs of the ablation in the file `path`, arm by arm.
+
+    Args:
+      config: what its get_config returned, with the command line's changes.
+      out: the folder of the sweep; a run's workdir is OUT/ARM/seed-N.
+      only: names of the arms to run, () for all.
+      seeds: in place of the file's.
+
+    Raises:
+      UserError: the file describes no ablation, an arm is unknown or has a value that is not allowed.
+    """
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "arms") or not hasattr(module, "SEEDS"):
+        raise UserError(
+            f"--config={path} is no ablation, which needs arms(config) and SEEDS; see configs/ablations/"
+        )
+    arms = module.arms(config)
+    for name in only:
+        if name not in arms:
+            raise UserError(f"--arms={name}: no such arm{nearest(name, arms)}; there are {', '.join(arms)}")
+    first = next((name for name in arms if not only or name in only), None)
+    against = getattr(module, "against", lambda name: first)
+    runs = []
+    for name, overrides in arms.items():
+        if not NAME.fullmatch(name):
+            raise UserError(f"arm {name!r} of {path}: use letters, digits and any of . = + - _ alone")
+        for seed in seeds or module.SEEDS:
+            changed = copy.deepcopy(config)
+            try:
+                for key in overrides:
+                    get(config, key)
+                    changed.update_from_flattened_dict({key: overrides[key]})
+                changed.seed = seed
+            except (KeyError, TypeError) as error:
+                what = f"{key}={overrides[key]!r} does not fit configs/default.py ({error.args[0]})"
+                raise UserError(f"arm {name} of {path}: {what}") from error
+            if not only or name in only:
+                workdir = Path(out) / name / f"seed-{seed}"
+                runs.append(Planned(name, against(name), seed, overrides, workdir, validate(changed)))
+    return runs

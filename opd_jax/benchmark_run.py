@@ -1,0 +1,203 @@
+"""A model answers a benchmark: accuracy with its interval, pass@k, length, and a line a problem."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import data, distributed, estimates, sharding
+from opd_jax.benchmarks import Benchmark
+from opd_jax.benchmarks import load as load_benchmark
+from opd_jax.errors import UserError
+from opd_jax.grading import Grader, Task, Verdict
+from opd_jax.prompts.sources import Conversation
+
+KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
+# What a grader can say, as numbers that processes exchange.
+VERDICTS = (Verdict(False), Verdict(True), Verdict(False, "time"), Verdict(False, "crash"))
+FOLDER = "benchmarks"  # in a workdir: NAME-STEP.jsonl and NAME-STEP.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Responder:
+    """What writes responses and what reads them.
+
+    Attributes:
+      sample: compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts.
+      batch, prompt_tokens: B, over all processes, and P of that program.
+      pad_id: fills up prompts.
+      key: PRNG key on the mesh. One key is the same draws, so that two models differ by themselves alone.
+      mesh, tokenizer, grader: the devices, the transformers tokenizer, and what grades.
+    """
+
+    sample: Callable
+    batch: int
+    prompt_tokens: int
+    pad_id: int
+    key: jax.Array
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    grader: Grader
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """A benchmark as one model's prompts.
+
+    Attributes:
+      benchmark: the problems.
+      prompts: the rendered problems, each once, in order.
+    """
+
+    benchmark: Benchmark
+    prompts: list[data.Prompt]
+
+
+def prepare(
+    specs: Sequence[str], tokenizer: Any, config: Any, key: str = "eval.benchmark"
+) -> tuple[Exam, ...]:
+    """Reads benchmarks and renders them with the data section's system prompt, turns and template.
+
+    Raises:
+      UserError: as `benchmarks.load`, two have one name, or a problem is longer than data.prompt_tokens.
+    """
+    exams = tuple(_prepare(spec, tokenizer, config, key) for spec in specs)
+    names = [exam.benchmark.name for exam in exams]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{key}: {name} is there more than once, and results go by name; drop one")
+    return exams
+
+
+def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
+    benchmark = load_benchmark(spec, key)
+    conversations = [
+        Conversation([{"role": "user", "content": problem.text}], problem.answer)
+        for problem in benchmark.problems
+    ]
+    # A benchmark without some of its problems is another one, and has instructions of its own.
+    section = config.copy_and_resolve_references()
+    section.update({"over_long": "error", "instruction": ""})
+    return Exam(benchmark, data.render(conversations, tokenizer, section, f"{key}={spec}: ")[0])
+
+
+def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> str | None:
+    """One line on the training prompts that evaluation asks too; None where there is none."""
+    asked = {"the held-out prompts": [prompt.text for prompt in prompts.heldout]}
+    asked |= {e.benchmark.name: [problem.question for problem in e.benchmark.problems] for e in exams}
+    train = [prompt.text for prompt in prompts.train]
+    found = {name: data.duplicates(train, texts) for name, texts in asked.items()}
+    counts = [f"{len({j for _, j in pairs})} in {name}" for name, pairs in found.items() if pairs]
+    if not counts:
+        return None
+    first = train[next(pairs[0][0] for pairs in found.values() if pairs)]
+    return (
+        f"training prompts are evaluated on too, but for case and punctuation: {', '.join(counts)}"
+        f" (such as {first[:60]!r}); remove them from the training data"
+    )
+
+
+def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict:
+    """Samples `samples` responses to every problem and grades them; call it in every process.
+
+    Returns:
+      accuracy (avg@samples) with accuracy_low and accuracy_high, its 95% bootstrap interval over problems;
+      pass_2, pass_4, ... up to samples; response_length, tokens; finished_share; ungraded, the number of
+      responses that could not be graded within the limits and count as wrong; problems, samples; seconds;
+      and rows, one dict a problem.
+    """
+    started = time.perf_counter()
+    repeated = [prompt for prompt in exam.prompts for _ in range(samples)]
+    columns = []
+    mesh, tokenizer = responder.mesh, responder.tokenizer
+    batches = data.heldout_batches(
+        repeated,
+        responder.batch,
+        responder.prompt_tokens,
+        responder.pad_id,
+        sharding.local_rows(mesh, responder.batch),
+    )
+    for number, local in enumerate(batches):
+        placed = sharding.put_batch(mesh, local)
+        step = jax.device_put(np.int32(number), sharding.replicated(mesh))
+        rollouts = responder.sample(params, placed.tokens_BP, placed.mask_BP, responder.key, step)
+        written = rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
+        columns.append(sharding.gather(mesh, (placed.valid_B, *written)))
+    valid_B, tokens_BL, mask_BT, finished_B = (np.concatenate(x) for x in zip(*columns, strict=True))
+    response_BT = tokens_BL[:, -mask_BT.shape[1] :]
+    texts = [
+        tokenizer.decode(row_T[on_T], skip_special_tokens=True)
+        for row_T, on_T in zip(response_BT[valid_B], mask_BT[valid_B], strict=True)
+    ]
+    problems = [problem for problem in exam.benchmark.problems for _ in range(samples)]
+    tasks = [
+        Task(text, problem.answer, problem.generator)
+        for text, problem in zip(texts, problems, strict=True)
+    ]
+    verdicts = _grade(responder.grader, tasks)
+    shape = len(exam.prompts), samples
+    right_NS = np.array([verdict.right for verdict in verdicts]).reshape(shape)
+    failed_NS = np.array([verdict.failed for verdict in verdicts]).reshape(shape)
+    tokens_NS = mask_BT[valid_B].sum(axis=1).reshape(shape)
+    finished_NS = finished_B[valid_B].reshape(shape)
+    right_N = right_NS.sum(axis=1)
+    low, high = estimates.bootstrap_ratio(right_N, np.full(len(right_N), samples))
+    passes = {
+        f"pass_{2**n}": float(np.mean([estimates.pass_at_k(samples, int(c), 2**n) for c in right_N]))
+        for n in range(1, int(math.log2(samples)) + 1)
+    }
+    rows = [
+        {
+            "problem": n,
+            "text": problem.text,
+            "answer": problem.answer,
+            "right": right_NS[n].astype(int).tolist(),
+            "tokens": tokens_NS[n].tolist(),
+            "finished": finished_NS[n].tolist(),
+            "failed": failed_NS[n].tolist(),
+            "responses": texts[n * samples : (n + 1) * samples],
+        }
+        for n, problem in enumerate(exam.benchmark.problems)
+    ]
+    return {
+        "benchmark": exam.benchmark.name,
+        "accuracy": float(right_NS.mean()),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **passes,
+        "response_length": float(tokens_NS.mean()),
+        "finished_share": float(finished_NS.mean()),
+        "ungraded": int((failed_NS != "").sum()),
+        "problems": shape[0],
+        "samples": samples,
+        "tokens": int(tokens_NS.sum()),
+        "seconds": time.perf_counter() - started,
+        "rows": rows,
+    }
+
+
+def _grade(grader: Grader, tasks: Sequence[Task]) -> list[Verdict]:
+    """Verdicts of all tasks, of which each process grades its share."""
+    count = jax.process_count()
+    mine = grader.grade(tasks[jax.process_index() :: count])
+    code_N = np.zeros(-(-len(tasks) // count), np.int32)
+    code_N[: len(mine)] = [VERDICTS.index(verdict) for verdict in mine]
+    return [VERDICTS[code] for code in distributed.gathered(code_N).T.reshape(-1)[: len(tasks)]]
+
+
+def write(folder: str | Path, label: str, result: dict) -> Path:
+    """Writes FOLDER/NAME-LABEL.jsonl, a line a problem, and the summary beside it; returns the former."""
+    folder = Path(folder)
+    path = folder / f"{result['benchmark']}-{label}.jsonl"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in result["rows"]), encoding="utf-8")
+        summary = {name: value for name, value in result.items() if name != "rows"}
+        path.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return path

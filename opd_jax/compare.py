@@ -1,0 +1,145 @@
+"""Two runs or models side by side, problem by problem: is the difference more than chance?
+
+    python -m opd_jax.compare runs/full runs/release
+
+Each is a workdir, a folder of benchmark results, or one results file. Compared is every benchmark that
+both have (its newest results) and, for two workdirs, the KL of the last held-out evaluation.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from opd_jax.errors import UserError
+from opd_jax.estimates import Difference, paired
+
+LEVEL = 0.05
+# As benchmark_run.write names them: NAME-STEP, NAME-model, either with -greedy.
+RESULTS = re.compile(r"(?P<name>.+?)-(?P<label>\d+|model)(?P<greedy>-greedy)?")
+
+
+class Measured(NamedTuple):
+    """One quantity of one run, problem by problem: sums and counts, and the texts that pair them."""
+
+    total_N: np.ndarray
+    count_N: np.ndarray
+    text_N: list[str]
+
+    @property
+    def value(self) -> float:
+        return float(self.total_N.sum() / self.count_N.sum())
+
+
+def compare(a: str | Path, b: str | Path) -> dict[str, tuple[float, float, int, Difference]]:
+    """name -> (value of a, value of b, problems, difference b less a); the KL is named "KL".
+
+    Raises:
+      UserError: one of them holds no results, they share none, or the problems differ.
+    """
+    found_a, found_b = measured(a), measured(b)
+    shared = [name for name in found_a if name in found_b]
+    if not shared:
+        raise UserError(
+            f"{a} has {', '.join(found_a)} and {b} has {', '.join(found_b)}: nothing to compare; evaluate"
+            " both on one benchmark"
+        )
+    result = {}
+    for name in shared:
+        one, two = found_a[name], found_b[name]
+        if one.text_N != two.text_N:
+            raise UserError(f"{name}: {a} and {b} were evaluated on different problems; evaluate one again")
+        difference = paired(one.total_N, one.count_N, two.total_N, two.count_N)
+        result[name] = one.value, two.value, len(one.text_N), difference
+    return result
+
+
+def measured(path: str | Path) -> dict[str, Measured]:
+    """What a workdir, a folder of results or a results file holds."""
+    path = Path(path)
+    if path.is_file():
+        return {_benchmark(path): accuracy(read_lines(path))}
+    folder = path / "benchmarks" if (path / "benchmarks").is_dir() else path
+    files = [file for file in folder.glob("*.jsonl") if RESULTS.fullmatch(file.stem)]
+    newest = {_benchmark(file): file for file in sorted(files, key=_step)}
+    found = {name: accuracy(read_lines(file)) for name, file in sorted(newest.items())}
+    evaluations = read_lines(path / "evaluations.jsonl")
+    if evaluations:
+        last = max(row["step"] for row in evaluations)
+        found["KL"] = kl([row for row in evaluations if row["step"] == last])
+    if not found:
+        raise UserError(f"{path} holds no results; give a workdir, or what evaluate --out wrote")
+    return found
+
+
+def accuracy(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """Right responses and responses of each problem."""
+    rows = sorted(rows, key=lambda row: row["problem"])
+    right = np.array([sum(row["right"]) for row in rows], float)
+    return Measured(right, np.array([len(row["right"]) for row in rows], float), [r["text"] for r in rows])
+
+
+def kl(rows: Sequence[Mapping[str, Any]]) -> Measured:
+    """KL in nats and tokens of each held-out prompt."""
+    rows = sorted(rows, key=lambda row: row["prompt"])
+    tokens = np.array([row["tokens"] for row in rows], float)
+    nats = np.array([row["kl"] for row in rows], float) * tokens
+    return Measured(nats, tokens, [row["text"] for row in rows])
+
+
+def statement(name: str, value_a: float, value_b: float, problems: int, difference: Difference) -> str:
+    """The comparison as one sentence."""
+    if name == "KL":
+        numbers = f"{value_a:.4f} against {value_b:.4f} nats a token"
+        change = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        better = difference.value < 0
+    else:
+        numbers = f"{value_a:.1%} against {value_b:.1%}"
+        value, low, high = (100 * x for x in difference[:3])
+        change = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        better = difference.value > 0
+    verdict = f"B is {'better' if better else 'worse'}" if difference.p < LEVEL else "not told apart"
+    return f"{name}: {numbers}, B - A = {change}, p = {difference.p:.3g} over {problems} problems: {verdict}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; [] where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _benchmark(file: Path) -> str:
+    match = RESULTS.fullmatch(file.stem)
+    if match is None:
+        return file.stem
+    return match["name"] + (" (greedy)" if match["greedy"] else "")
+
+
+def _step(file: Path) -> int:
+    label = RESULTS.fullmatch(file.stem)["label"]
+    return int(label) if label.isdigit() else -1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m opd_jax.compare", description=__doc__)
+    parser.add_argument("a", help="A: a workdir, a folder of results, or a results file")
+    parser.add_argument("b", help="B: the same")
+    options = parser.parse_args(argv)
+    try:
+        found = compare(options.a, options.b)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"A: {options.a}\nB: {options.b}")
+    for name, values in found.items():
+        print(statement(name, *values))
+    if len(found) > 1:
+        print(f"{len(found)} comparisons: each p-value is of its own, none is corrected for the others.")
+
+
+if __name__ == "__main__":
+    main()

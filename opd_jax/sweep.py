@@ -1,0 +1,178 @@
+"""An ablation: every arm with every seed, one after another, then one table and one page.
+
+    python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule
+    python -m opd_jax.sweep --config=configs/ablations/rule.py:configs/mine.py --out=runs/rule --jobs=jobs
+    python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule --table
+
+Started again with the same --out it skips what is done and goes on where it stopped. --jobs writes a shell
+file for each run that is not done, in place of running it; with --settings, a settings file of launch/tpu.sh
+and launch/gke.sh. --table makes the table of the runs that are done, and runs nothing.
+"""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from opd_jax import arms, distributed, sweep_table
+from opd_jax.arms import Planned
+from opd_jax.compare import read_lines
+from opd_jax.config import run
+from opd_jax.errors import UserError
+from opd_jax.metrics import METRICS_FILE, config_conflict
+
+# What the student's start depends on: runs that agree in these share one evaluation of it.
+START_SECTIONS = ("seed", "student", "teacher", "data", "rollout", "scoring", "mesh")
+
+
+def is_done(planned: Planned) -> bool:
+    """Whether a run has its last step, and the evaluation, benchmarks and checkpoint after it."""
+    c = planned.config
+    lines = read_lines(planned.workdir / METRICS_FILE) if _whole(planned.workdir / METRICS_FILE) else []
+    last = [(line["kind"], line.get("benchmark")) for line in lines if line["step"] == c.train.steps]
+    wanted = 1 + bool(c.eval.every) + len(c.eval.benchmark)
+    saved = not c.checkpoint.every or (planned.workdir / "checkpoints" / str(c.train.steps)).is_dir()
+    return saved and ("train", None) in last and len(set(last)) >= wanted
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is there and its last line is complete."""
+    return path.is_file() and path.read_bytes().endswith(b"\n")
+
+
+def carry_out(runs: Sequence[Planned]) -> None:
+    """Runs what is not done, in order; call it in every process.
+
+    Raises:
+      UserError: a workdir holds a run of another config.
+    """
+    from opd_jax.evaluate import evaluate
+    from opd_jax.job import prepare
+    from opd_jax.train import train
+
+    for planned in runs:
+        conflict = config_conflict(planned.workdir, planned.config)
+        if conflict:
+            raise UserError(conflict)
+    # Looked at before anything runs, and by process 0 for all: the folders change while others look.
+    done = [is_done(planned) for planned in runs]
+    fresh = [not (planned.workdir / "checkpoints").is_dir() for planned in runs]
+    done, fresh = distributed.gathered([done, fresh])[0]
+    starts: dict[str, Mapping[str, Any]] = {}
+    for number, planned in enumerate(runs):
+        if jax.process_index() == 0:
+            what = "done" if done[number] else planned.workdir
+            print(f"[{number + 1}/{len(runs)}] {planned.arm}, seed {planned.seed}: {what}", flush=True)
+        if done[number]:
+            continue
+        job = prepare(planned.config, planned.workdir)
+        start = None
+        if job.config.eval.every and fresh[number]:
+            settings = job.config.to_dict()
+            key = json.dumps({name: settings[name] for name in START_SECTIONS}, sort_keys=True)
+            if key not in starts:
+                starts[key] = evaluate(job, job.start().params, job.teacher_params())
+            start = starts[key]
+        train(job, planned.workdir, start)
+        job.grader.close()
+
+
+def write_jobs(
+    runs: Sequence[Planned],
+    folder: Path,
+    config_argument: str,
+    changes: Sequence[str],
+    settings: Path | None = None,
+) -> list[Path]:
+    """Writes FOLDER/ARM-seed-N.sh for each run that is not done; returns the files.
+
+    Args:
+      config_argument, changes: --config=VALUE and the --config.KEY=VALUE of the command line.
+      settings: a settings file of launch/; each file is then a copy of it for its run, and says how to launch
+        it. Without, each file is the command.
+
+    Raises:
+      UserError: there is no such settings file.
+    """
+    if settings is not None and not settings.is_file():
+        raise UserError(f"--settings={settings}: no such file; copy launch/settings.example.sh there")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for planned in runs:
+        if is_done(planned):
+            continue
+        overrides = {**planned.overrides, "seed": planned.seed}
+        arguments = [*changes, *(f"--config.{key}={value}" for key, value in overrides.items())]
+        name = f"{planned.arm}-seed-{planned.seed}"
+        file = folder / f"{name}.sh"
+        if settings is None:
+            command = ["python", "-m", "opd_jax.train", f"--config={config_argument}"]
+            command += [*arguments, f"--workdir={planned.workdir}"]
+            file.write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n")
+            file.chmod(0o755)
+        else:
+            slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
+            file.write_text(
+                f"# SETTINGS={shlex.quote(str(file))} launch/tpu.sh run\n{settings.read_text()}\n"
+                f"# ---- {planned.arm}, seed {planned.seed}\nNAME=$NAME-{slug}\n"
+                f"CONFIG={shlex.quote(config_argument)}\nCONFIG_ARGS=({shlex.join(arguments)})\n"
+                f"WORKDIR={shlex.quote(str(planned.workdir))}\n"
+            )
+        files.append(file)
+    return files
+
+
+def main(_):
+    options = flags.FLAGS
+    distributed.initialize()
+    if options.config is None:
+        raise UserError("--config is not set; give a file of configs/ablations/")
+    if not options.out:
+        raise UserError("--out is not set; give a folder for the sweep, such as runs/rule")
+    argument = next(a for a in _config_arguments(sys.argv))
+    path = config_flags.get_config_filename(options["config"]).split(":")[0]
+    if not all(seed.isdigit() for seed in options.seeds):
+        raise UserError(f"--seeds={','.join(options.seeds)}: give whole numbers, such as 0,1,2")
+    seeds = [int(seed) for seed in options.seeds]
+    runs = arms.plan(path, options.config, options.out, options.arms, seeds)
+    if options.jobs:
+        changes = [a for a in sys.argv[1:] if a.startswith("--config.")]
+        settings = Path(options.settings) if options.settings else None
+        for file in write_jobs(runs, Path(options.jobs), argument, changes, settings):
+            print(file)
+        print(f"run these; then, where {options.out} is seen, the same with --table in place of --jobs")
+        return
+    if options.table:
+        runs = [planned for planned in runs if is_done(planned)]
+        if not runs:
+            raise UserError(f"--table: no run of {options.out} is done")
+    else:
+        carry_out(runs)
+    if jax.process_index() == 0:
+        print(sweep_table.write(runs, Path(options.out)))
+
+
+def _config_arguments(argv: Sequence[str]):
+    """The values of --config=VALUE and --config VALUE."""
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        if argument.startswith("--config="):
+            yield argument.partition("=")[2]
+        elif argument == "--config":
+            yield following
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "Folder of the sweep.")
+    flags.DEFINE_list("arms", [], "Only these arms, by name.")
+    flags.DEFINE_list("seeds", [], "These seeds in place of the file's.")
+    flags.DEFINE_string("jobs", None, "Write a shell file a run into this folder instead of running.")
+    flags.DEFINE_string("settings", None, "With --jobs: a settings file of launch/ to make one of each run.")
+    flags.DEFINE_bool("table", False, "Only the table of the runs that are done.")
+    run(main)
