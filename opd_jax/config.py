@@ -87,8 +87,11 @@ def nearest(word: str, words) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def validate(config: ConfigDict) -> ConfigDict:
+def validate(config: ConfigDict, *, teacher: bool = True) -> ConfigDict:
     """Checks every value and fills in what derives from others (train.micro_batch of 0).
+
+    Args:
+      teacher: whether the run needs one.
 
     Returns:
       The config.
@@ -129,7 +132,7 @@ def validate(config: ConfigDict) -> ConfigDict:
                 f"{key}={get(config, key)} has no effect on objective.name={config.objective.name}, which "
                 f"reads no advantage; set it to 0, or use one of {', '.join(readers)}"
             )
-    for key in ("student.path", "teacher.path"):
+    for key in ("student.path", "teacher.path") if teacher else ("student.path",):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")
     check_kind(config.segments.kind, config.segments.punkt)

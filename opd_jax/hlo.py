@@ -16,6 +16,8 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([^\s,})]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# What only names or groups arrays.
+_NO_WORK = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
 _BYTES = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
 # Callbacks reach the host by custom calls or by send and recv; S(5) is the host's memory.
 _HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"|\{[^}]*S\(5\)')
@@ -157,14 +159,28 @@ class Program:
     def largest(self, count: int) -> list[tuple[Array, str]]:
         """The largest arrays in HBM that operations write, one of each shape, and where they come from."""
         found = {}
-        skip = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
         for instruction, _, fused in self:
-            if fused or instruction.opcode in skip:
+            if fused or instruction.opcode in _NO_WORK:
                 continue
             for array in instruction.arrays:
                 if array.space == 0:
                     found.setdefault(array, instruction.op)
         return sorted(found.items(), key=lambda item: -item[0].bytes)[:count]
+
+    def scope(self, name: str) -> tuple[int, int]:
+        """(operations, HBM bytes) of what was traced under jax.named_scope(name), an upper estimate.
+
+        Every instruction counts one operation an element of its result, inside fusions too. Bytes are twice
+        what stands outside fusions writes: once written and once read.
+        """
+        operations = size = 0
+        for instruction, times, fused in self:
+            if f"/{name}/" not in f"/{instruction.op}/" or instruction.opcode in _NO_WORK:
+                continue
+            operations += times * sum(array.elements for array in instruction.arrays)
+            if not fused:
+                size += 2 * times * sum(array.bytes for array in instruction.arrays)
+        return operations, size
 
     def _scattered(self, instruction: Instruction) -> bool:
         """Whether an all-reduce is the first half of a reduce-scatter, as TPUs write one."""

@@ -49,20 +49,7 @@ class Job(programs.Programs):
 
     def start(self) -> steps.TrainState:
         """The state before the first step: the student's weights in float32, pruned, sharded."""
-        path, drop = self.config.student.path, self.config.student.drop_layers
-        whole, params = source.load(
-            path,
-            key="student.path",
-            mesh=self.mesh,
-            shardings=programs.param_shardings(self.mesh, source.config(path, "student.path")),
-            dtype=jnp.float32,
-        )
-        if drop:
-            _, params = transformer.prune(whole, params, drop)
-        params = jax.device_put(params, self.state_shardings.params)
-        init = jax.jit(self.optimizer.init, out_shardings=self.state_shardings.opt_state)
-        step = jax.device_put(jnp.int32(0), self.state_shardings.step)
-        return steps.TrainState(step=step, params=params, opt_state=init(params))
+        return start_state(self.config, self.mesh, self.optimizer, self.state_shardings)
 
     def teacher_params(self) -> dict:
         """The teacher's weights in its dtype, sharded."""
@@ -158,6 +145,23 @@ def prepare(config, workdir=None) -> Job:
         exams=exams,
         table=_segment_table(config.segments, tokenizer, mesh),
     )
+
+
+def start_state(config, mesh, optimizer, shardings: steps.TrainState) -> steps.TrainState:
+    """The state before the first step: the student's weights in float32, pruned, sharded."""
+    path, drop = config.student.path, config.student.drop_layers
+    whole, params = source.load(
+        path,
+        key="student.path",
+        mesh=mesh,
+        shardings=programs.param_shardings(mesh, source.config(path, "student.path")),
+        dtype=jnp.float32,
+    )
+    if drop:
+        _, params = transformer.prune(whole, params, drop)
+    params = jax.device_put(params, shardings.params)
+    init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    return steps.TrainState(jax.device_put(jnp.int32(0), shardings.step), params, init(params))
 
 
 def check_workdir(workdir, config):

@@ -26,6 +26,7 @@ class ProgramReport:
       compute_seconds, memory_seconds, link_seconds: each alone at its peak.
       collectives: kind -> [times, result bytes, bytes sent].
       compile_seconds: wall time of tracing and compiling.
+      release: (operations, bytes) of segments and the release rule, a device, an upper estimate.
       largest: [bytes, shape, operation] of the largest arrays that it writes.
       faults: what must not be in it, a line each.
       shortage: what the compiler said where it found no room, else "".
@@ -45,6 +46,7 @@ class ProgramReport:
     link_seconds: float = 0.0
     collectives: dict = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
+    release: tuple[int, int] = (0, 0)
     largest: list = dataclasses.field(default_factory=list)
     faults: list = dataclasses.field(default_factory=list)
     shortage: str = ""
@@ -259,6 +261,7 @@ def _compile(
         total[2] += collective.wire_bytes
     sent = sum(total[2] for total in report.collectives.values())
     report.link_seconds = sent / (2 * chip.link_bandwidth)  # both directions of one axis of the torus
+    report.release = program.scope("release")
     report.largest = [[array.bytes, str(array), op] for array, op in program.largest(5)]
     report.faults += [f"reaches the host: {line}" for line in program.host_transfers()]
     report.faults += [

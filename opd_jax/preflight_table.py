@@ -34,6 +34,7 @@ def step(report: check.StepReport, where: str) -> str:
         lines += [f"  {size / GIB:6.2f} GiB  {shape}  {op[-80:]}" for size, shape, op in program.largest]
     lines += [
         "",
+        _release(report.programs[1]),
         f"predicted step: {report.seconds:.3g} s (sample + train_step, responses of full length), "
         f"{report.tokens_a_second:.4g} response tokens a second a device",
         _micro_batch(report),
@@ -61,6 +62,14 @@ def _peak(r: check.ProgramReport) -> str:
     if r.shortage:
         return r.shortage
     return f"{(r.peak + r.resident) / GIB:.2f} of {r.capacity / GIB:.2f}"
+
+
+def _release(train: check.ProgramReport) -> str:
+    operations, size = train.release
+    shares = operations / train.program_flops, size / train.bytes
+    return "segments and release rule: at most {:.2g}% of train_step's FLOPs, {:.2g}% of its bytes".format(
+        *(100 * share for share in shares)
+    )
 
 
 def _collective(total) -> str:

@@ -57,30 +57,24 @@ class Programs:
     def of(cls, config, mesh, student: ModelConfig, teacher: ModelConfig, **more):
         """The programs of a validated config for two models on a mesh; `more` is a subclass's own."""
         optimizer = steps.make_optimizer(config)
-        params = param_shardings(mesh, student)
-        opt_state = _abstract_state(student, optimizer).opt_state
         return cls(
             config=config,
             mesh=mesh,
             student=student,
             teacher=teacher,
             optimizer=optimizer,
-            state_shardings=steps.TrainState(
-                step=sharding.replicated(mesh),
-                params=params,
-                opt_state=sharding.like_params(mesh, opt_state, params),
-            ),
+            state_shardings=state_shardings(mesh, student, optimizer),
             teacher_shardings=param_shardings(mesh, teacher),
             **more,
         )
 
     def abstract_state(self) -> steps.TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return _placed(_abstract_state(self.student, self.optimizer), self.state_shardings)
+        return placed(abstract_state(self.student, self.optimizer), self.state_shardings)
 
     def abstract_teacher(self) -> dict:
         """Of the teacher's parameters, in its dtype."""
-        return _placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
+        return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self) -> tuple:
         """Of (tokens_BP, mask_BP, key, step), what `sample` takes beside the parameters."""
@@ -95,17 +89,17 @@ class Programs:
 
     def abstract_key(self):
         """Of a PRNG key."""
-        return _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
+        return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
 
     def abstract_table(self) -> segments.SegmentTable:
         """Of the SegmentTable: as many rows as the tokenizer has ids; of segments.kind=nltk, one batch's."""
         c = self.config
         if c.segments.kind == "nltk":
             number_BT = jax.ShapeDtypeStruct((c.rollout.batch, c.rollout.max_tokens), jnp.int32)
-            return _placed(segments.SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
+            return placed(segments.SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
         text = [b""] * self.student.valid_vocab
         table = segments.SegmentTable.from_token_bytes(text, c.segments.kind, c.segments.punkt)
-        return _placed(table, sharding.replicated(self.mesh))
+        return placed(table, sharding.replicated(self.mesh))
 
     def abstract_reward(self):
         """Of reward_B."""
@@ -115,7 +109,7 @@ class Programs:
     def abstract_rollouts(self) -> rollout.Rollouts:
         """Of what `sample` returns."""
         like = jax.eval_shape(self.sample, self.abstract_state().params, *self.abstract_draw())
-        return _placed(like, sharding.batch(self.mesh))
+        return placed(like, sharding.batch(self.mesh))
 
     @property
     def teacher_writes(self) -> bool:
@@ -231,15 +225,20 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
     Raises:
       UserError: no such model, or layers to drop that it has not.
     """
-    student = model(config.student.path, "student.path", mesh, config.student.compute_dtype)
     teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
+    return student_model(config, mesh), teacher
+
+
+def student_model(config, mesh) -> ModelConfig:
+    """The student of `models`."""
+    student = model(config.student.path, "student.path", mesh, config.student.compute_dtype)
     drop = config.student.drop_layers
     if drop and not (set(drop) < set(range(student.layers))):
         raise UserError(
             f"student.drop_layers={tuple(drop)} does not fit a model of {student.layers} layers; "
             f"give indices from 0 to {student.layers - 1}, and keep at least one"
         )
-    return student.replace(layers=student.layers - len(set(drop))), teacher
+    return student.replace(layers=student.layers - len(set(drop)))
 
 
 def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
@@ -265,6 +264,17 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
         raise UserError(f"objective.top_k={config.objective.top_k} must be below the {valid} token ids")
 
 
+def state_shardings(mesh, model: ModelConfig, optimizer) -> steps.TrainState:
+    """Where the state of a model in training lives."""
+    params = param_shardings(mesh, model)
+    opt_state = abstract_state(model, optimizer).opt_state
+    return steps.TrainState(
+        step=sharding.replicated(mesh),
+        params=params,
+        opt_state=sharding.like_params(mesh, opt_state, params),
+    )
+
+
 def check_length(config, key: str, model: ModelConfig):
     """Refuses a prompt and response longer than a model's positions.
 
@@ -284,7 +294,8 @@ def param_shardings(mesh, model: ModelConfig) -> dict:
     return sharding.param_shardings(mesh, transformer.abstract(model), transformer.logical_axes(model))
 
 
-def _abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+def abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+    """Shapes and dtypes of a state."""
     params = transformer.abstract(student)
     return steps.TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
@@ -293,7 +304,7 @@ def _abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
     )
 
 
-def _placed(abstract, shardings):
+def placed(abstract, shardings):
     """The abstract arrays with shardings: a tree of them, or one for all."""
     if isinstance(shardings, jax.sharding.Sharding):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings), abstract)

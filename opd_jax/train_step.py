@@ -117,14 +117,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             )
             return total / tokens
 
-        if micro_batches == 1:
-            return jax.value_and_grad(loss)(params, batch)
-
-        def accumulate(total, piece):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece)), None
-
-        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(accumulate, zero, scoring.split(batch, micro_batches))[0]
+        return accumulated_gradient(loss, params, batch, micro_batches)
 
     def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table, key, reward_B=None):
         with jax.named_scope("score"):
@@ -192,6 +185,18 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         return TrainState(state.step + 1, params, opt_state), metrics, supervision
 
     return train_step
+
+
+def accumulated_gradient(loss, params, batch, micro_batches: int):
+    """(value, gradient) of the sum of loss(params, piece) over the micro-batches of a batch."""
+    if micro_batches == 1:
+        return jax.value_and_grad(loss)(params, batch)
+
+    def accumulate(total, piece):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece)), None
+
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, zero, scoring.split(batch, micro_batches))[0]
 
 
 def measure(rollouts: Rollouts, supervision: Supervision) -> dict:

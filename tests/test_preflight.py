@@ -177,6 +177,19 @@ def test_collectives_are_counted_by_kind_with_bytes_and_the_rounds_of_their_loop
     assert found["all-reduce"].bytes == 4
 
 
+def test_a_scopes_work_is_counted_as_often_as_its_loop_runs_and_nothing_elses():
+    def fn(x):
+        with jax.named_scope("release"):
+            y = jax.lax.fori_loop(0, 5, lambda _, y: jnp.sin(y) * 2 + 1, x)
+        return jnp.cos(y) @ x
+
+    operations, size = compiled(fn, jnp.ones((64, 64))).scope("release")
+    each = 64 * 64
+    assert 5 * 3 * each <= operations <= 5 * 8 * each
+    assert 5 * 2 * 4 * each <= size <= 5 * 8 * 4 * each
+    assert compiled(fn, jnp.ones((64, 64))).scope("elsewhere") == (0, 0)
+
+
 def test_a_program_on_one_device_has_no_collective_and_reaches_no_host():
     program = compiled(lambda x: jnp.sort(x @ x), jnp.ones((8, 8)))
     assert program.collectives() == [] and program.host_transfers() == []
@@ -330,6 +343,8 @@ def test_a_small_step_compiles_for_a_tpu_without_host_transfers_or_whole_logits(
     assert found["ok"] and all(not program["faults"] for program in found["programs"])
     assert all(program["peak"] > program["arguments"] > 0 for program in found["programs"])
     train = found["programs"][1]
+    operations, size = train["release"]
+    assert 0 < operations < 0.01 * train["program_flops"] and 0 < size < 0.01 * train["bytes"]
     assert "all-gather" in train["collectives"] and train["compile_seconds"] < 120
 
 

@@ -1,20 +1,22 @@
 """Where a model comes from: a Hugging Face folder, a GGUF file, one inside a Python package, or a preset."""
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from opd_jax.errors import UserError
-from opd_jax.models import gguf, hf, presets
+from opd_jax.models import gguf, hf, presets, transformer
 from opd_jax.models.config import ModelConfig
 
 
 class Source(NamedTuple):
     """A model on this machine's disk; path is the folder or the GGUF file, and exists."""
 
-    kind: Literal["folder", "gguf"]
+    kind: Literal["folder", "gguf", "random"]
     path: Path
 
 
@@ -22,8 +24,9 @@ def resolve(path, key: str = "student.path") -> Source:
     """Finds the files that a config value names; nothing is imported, downloaded or read.
 
     Args:
-      path: a folder with config.json ("~" is expanded), a file ending in .gguf, or "pkg:NAME", the
-        one .gguf file inside the installed Python package NAME.
+      path: a folder with config.json ("~" is expanded), a file ending in .gguf, "pkg:NAME", the one
+        .gguf file inside the installed Python package NAME, or "random:FOLDER", a folder of which config
+        and tokenizer are read, and whose weights are drawn anew, always the same ones.
       key: the config key that holds it, for messages.
 
     Raises:
@@ -37,6 +40,8 @@ def resolve(path, key: str = "student.path") -> Source:
         )
     if text.startswith("pkg:"):
         return Source("gguf", _in_package(text.removeprefix("pkg:"), key))
+    if text.startswith("random:"):
+        return Source("random", resolve(text.removeprefix("random:"), key).path)
     where = Path(text).expanduser()
     if not text.strip():
         raise UserError(f"{key} is empty; give a model folder, a .gguf file or pkg:NAME")
@@ -54,7 +59,11 @@ def resolve(path, key: str = "student.path") -> Source:
 def load(path, *, key: str = "student.path", mesh=None, shardings=None, dtype=jnp.float32):
     """(ModelConfig, params) of what `resolve` accepts; see hf.load and gguf.load."""
     source = resolve(path, key)
-    reader = hf if source.kind == "folder" else gguf
+    if source.kind == "random":
+        model = hf.read_config(source.path, key)
+        draw = jax.jit(functools.partial(transformer.init, model, dtype=dtype), out_shardings=shardings)
+        return model, draw(jax.random.key(0))
+    reader = gguf if source.kind == "gguf" else hf
     return reader.load(source.path, mesh, shardings, dtype, key=key)
 
 
@@ -63,7 +72,7 @@ def config(path, key: str = "student.path") -> ModelConfig:
     if str(path).startswith(presets.PREFIX):
         return presets.read_config(str(path).removeprefix(presets.PREFIX), key)
     source = resolve(path, key)
-    reader = hf if source.kind == "folder" else gguf
+    reader = gguf if source.kind == "gguf" else hf
     return reader.read_config(source.path, key)
 
 

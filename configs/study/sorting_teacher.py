@@ -1,0 +1,30 @@
+"""Teaches the sorting study's teacher by worked problems.
+
+    python -m opd_jax.study.sorting --out=runs/sorting
+    python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
+"""
+
+from configs import default
+
+
+def get_config():
+    """From random weights to a teacher, some minutes on two cores."""
+    c = default.get_config()
+    c.student.path = "random:runs/sorting/shapes/teacher"
+    c.data.source = "jsonl"
+    c.data.path = "runs/sorting/worked.jsonl"
+    c.data.prompt_tokens = 16
+    c.data.heldout = 256
+    c.rollout.batch = 64
+    c.rollout.max_tokens = 114
+    c.scoring.chunk = 114
+    c.optimizer.learning_rate = 3e-3
+    c.optimizer.warmup_steps = 100
+    c.optimizer.schedule = "cosine"
+    c.optimizer.b2 = 0.98
+    c.train.steps = 1000
+    c.train.remat = "none"
+    c.eval.every = 150
+    c.checkpoint.every = 500
+    c.metrics.tensorboard = False
+    return c

@@ -1,0 +1,306 @@
+"""Supervised fine-tuning on written responses: what teaches a model to answer at all, before distillation.
+
+    python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
+
+Reads data.path, a JSONL file of {"messages": [...]} whose last message is the assistant's. Of the config's
+other sections it uses student, rollout.batch, rollout.max_tokens (the longest response), scoring.chunk,
+optimizer, train, eval, checkpoint, mesh and metrics; there is no teacher. Started again with the same
+--workdir it goes on from the newest checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from opd_jax import (
+    compile_cache,
+    data,
+    distributed,
+    job,
+    metrics,
+    objectives,
+    programs,
+    scoring,
+    sharding,
+    tokenizers,
+)
+from opd_jax import train_step as steps
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.config import run, validate
+from opd_jax.errors import UserError
+from opd_jax.models.config import ModelConfig
+from opd_jax.rollout import Rollouts
+
+
+class Exchange(NamedTuple):
+    """A rendered prompt and the ids of the response to it, its end token included."""
+
+    prompt: data.Prompt
+    response: tuple[int, ...]
+
+
+def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
+    """Reads data.path; returns (train, heldout, how many were too long).
+
+    Args:
+      config: the whole config.
+      tokenizer: a transformers tokenizer with a chat template.
+      ends: ids that end a response.
+
+    Raises:
+      UserError: a file or line that cannot be used, or is too long under data.over_long=error.
+    """
+    path = Path(config.data.path).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.path={config.data.path!r}: no such file; give a JSONL file of messages")
+    prompts, responses = [], []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                messages = json.loads(line)["messages"]
+                if messages[-1]["role"] != "assistant" or len(messages) < 2:
+                    raise ValueError("the last message is not an assistant's reply")
+                prompt = tokenizer.apply_chat_template(
+                    messages[:-1], tokenize=False, add_generation_prompt=True
+                )
+                whole = tokenizer.apply_chat_template(messages, tokenize=False)
+                if not whole.startswith(prompt):
+                    raise ValueError("the chat template renders the prompt otherwise once a reply follows it")
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise UserError(
+                    f"data.path={path}: line {number} is not an object with 'messages' that end in an "
+                    f"assistant's reply: {type(error).__name__}: {error}"
+                ) from error
+            prompts.append((prompt, messages[-2]["content"]))
+            responses.append(whole[len(prompt) :])
+    if not prompts:
+        raise UserError(f"data.path={path}: the file is empty")
+    # The template has already written every special token.
+    prompt_ids = tokenizer([p for p, _ in prompts], add_special_tokens=False)["input_ids"]
+    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    exchanges = [
+        Exchange(data.Prompt(tuple(ids), text, None), _until_end(response, ends))
+        for ids, (_, text), response in zip(prompt_ids, prompts, response_ids, strict=True)
+    ]
+    limits = config.data.prompt_tokens, config.rollout.max_tokens
+    fitting = [e for e in exchanges if len(e.prompt.ids) <= limits[0] and len(e.response) <= limits[1]]
+    dropped = len(exchanges) - len(fitting)
+    if dropped and config.data.over_long == "error":
+        longest = max(len(e.prompt.ids) for e in exchanges), max(len(e.response) for e in exchanges)
+        raise UserError(
+            f"data.path={path}: {dropped} lines are longer than data.prompt_tokens={limits[0]} or "
+            f"rollout.max_tokens={limits[1]}; set them to {longest[0]} and {longest[1]}, or "
+            "data.over_long=drop"
+        )
+    kept, held = data.hold_out([e.prompt for e in fitting], config.data.heldout)
+    response_of = {id(e.prompt): e.response for e in fitting}
+    train, heldout = ([Exchange(p, response_of[id(p)]) for p in part] for part in (kept, held))
+    return train, heldout, dropped
+
+
+def _until_end(ids, ends) -> tuple[int, ...]:
+    """ids up to the first end token; templates may put white space after it."""
+    last = next((n for n, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return tuple(ids[: last + 1])
+
+
+def collate(exchanges: list[Exchange], batch: data.PromptBatch, max_tokens: int, pad_id: int) -> Rollouts:
+    """Host Rollouts of the exchanges that a batch numbers; what a sampler would have measured is 0."""
+    b = len(batch.index_B)
+    token_BT, mask_BT = np.full((b, max_tokens), pad_id, np.int32), np.zeros((b, max_tokens), bool)
+    for row, index in enumerate(batch.index_B):
+        ids = exchanges[index].response
+        token_BT[row, : len(ids)], mask_BT[row, : len(ids)] = ids, True
+    mask_BT &= batch.valid_B[:, None]
+    zero_BT, none_BTK = np.zeros((b, max_tokens), np.float32), np.zeros((b, max_tokens, 0))
+    return Rollouts(
+        tokens_BL=np.concatenate([batch.tokens_BP, token_BT], axis=1),
+        prompt_mask_BP=batch.mask_BP,
+        mask_BT=mask_BT,
+        logp_BT=zero_BT,
+        behaviour_logp_BT=zero_BT,
+        topk_BTK=none_BTK.astype(np.int32),
+        topk_logp_BTK=none_BTK.astype(np.float32),
+        stop_BT=zero_BT,
+        finished_B=mask_BT.any(axis=1),
+    )
+
+
+def make_sft_step(model: ModelConfig, config, optimizer):
+    """Builds (step, heldout): step(state, rollouts) -> (state, metrics), heldout(params, rollouts) -> sums.
+
+    The loss is the mean negative log-likelihood of the response tokens of the whole batch, in nats.
+    """
+    train, options = config.train, objectives.options(config)
+    micro_batches = config.rollout.batch // train.micro_batch
+    schedule = steps.learning_rate(config)
+
+    def loss_sum(params, rollouts, remat):
+        weight_BT = rollouts.mask_BT.astype(jnp.float32)
+        return objectives.loss_sum(
+            "sft",
+            options,
+            model,
+            params,
+            rollouts,
+            jnp.zeros_like(weight_BT),
+            weight_BT,
+            chunk=config.scoring.chunk,
+            remat=remat,
+        )
+
+    def step(state: steps.TrainState, rollouts: Rollouts):
+        tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
+        loss, grads = steps.accumulated_gradient(
+            lambda params, piece: loss_sum(params, piece, train.remat) / tokens,
+            state.params,
+            rollouts,
+            micro_batches,
+        )
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        measured = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.float32(schedule(state.step)),
+            "response_tokens": tokens,
+        }
+        params = optax.apply_updates(state.params, changes)
+        return steps.TrainState(state.step + 1, params, opt_state), measured
+
+    def heldout(params, rollouts: Rollouts):
+        pieces = scoring.split(rollouts, micro_batches)
+        losses = jax.lax.map(lambda piece: loss_sum(params, piece, "none"), pieces)
+        return losses.sum(), rollouts.mask_BT.sum()
+
+    return step, heldout
+
+
+def train(config, workdir) -> steps.TrainState:
+    """Trains to train.steps, from the start or from the newest checkpoint in workdir.
+
+    Raises:
+      UserError: the first thing that is wrong, before anything is compiled or written.
+      distributed.Preempted: told to stop before the last step; the state is saved.
+    """
+    c = validate(config, teacher=False)
+    job.check_workdir(workdir, c)
+    compile_cache.enable(c.compile.cache)
+    mesh = sharding.make_mesh(c.mesh)
+    sharding.check_batch(mesh, "train.micro_batch", c.train.micro_batch)
+    tokenizer = tokenizers.load(c.student.path, "student.path")
+    model = programs.student_model(c, mesh)
+    model = dataclasses.replace(model, eos_ids=tokenizers.end_ids(tokenizer, model))
+    exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
+    optimizer = steps.make_optimizer(c)
+    shardings = programs.state_shardings(mesh, model, optimizer)
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    step_fn, heldout_fn = make_sft_step(model, c, optimizer)
+    step_fn = jax.jit(
+        sharding.on(mesh, step_fn),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    heldout_fn = jax.jit(
+        sharding.on(mesh, heldout_fn), in_shardings=(shardings.params, rows), out_shardings=whole
+    )
+    local = sharding.local_rows(mesh, c.rollout.batch)
+
+    metrics.write_run_files(workdir, c)
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep)
+    done, position = checkpoints.latest, None
+    if done is None:
+        state = job.start_state(c, mesh, optimizer, shardings)
+    else:
+        abstract = programs.placed(programs.abstract_state(model, optimizer), shardings)
+        state, position = checkpoints.restore(done, abstract)
+    prompts = data.batches(
+        [e.prompt for e in exchanges],
+        c.rollout.batch,
+        c.data.prompt_tokens,
+        model.pad_id,
+        c.seed,
+        local,
+        start=position,
+    )
+
+    def placed(part, batch):
+        return sharding.put_batch(mesh, collate(part, batch, c.rollout.max_tokens, model.pad_id))
+
+    def evaluate(state) -> dict:
+        batches = data.heldout_batches(
+            [e.prompt for e in heldout], c.rollout.batch, c.data.prompt_tokens, model.pad_id, local
+        )
+        sums = [jax.device_get(heldout_fn(state.params, placed(heldout, batch))) for batch in batches]
+        loss, tokens = np.sum(sums, axis=0)
+        return {"loss": float(loss / tokens), "prompts": len(heldout), "tokens": int(tokens)}
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        preemption = stack.enter_context(distributed.Preemption())
+        writer = stack.enter_context(
+            metrics.MetricWriter(
+                workdir,
+                total_steps=c.train.steps,
+                tensorboard=c.metrics.tensorboard,
+                wandb={"project": c.metrics.wandb} if c.metrics.wandb else None,
+                resume_step=done,
+                plain_every=100,
+            )
+        )
+        if dropped:
+            writer.say(f"data.over_long=drop: {dropped} lines are left out")
+        pending, last = None, time.perf_counter()
+        for step in range((done or 0) + 1, c.train.steps + 1):
+            state, measured = step_fn(state, placed(exchanges, next(prompts)))
+            # The numbers of the step before, while the device works on this one.
+            if pending is not None:
+                last = _write(writer, *pending, last)
+            pending = step, measured
+            stopping = preemption.reached(step)
+            ends = step == c.train.steps
+            if c.eval.every and not stopping and (step % c.eval.every == 0 or ends):
+                last, pending = _write(writer, *pending, last), None
+                writer.write({"kind": "eval", "step": step} | evaluate(state))
+                last = time.perf_counter()
+            if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends or stopping):
+                if pending is not None:
+                    last, pending = _write(writer, *pending, last), None
+                writer.sync()
+                checkpoints.save(step, state, prompts.state(), None)
+            if stopping:
+                raise distributed.Preempted
+        if pending is not None:
+            _write(writer, *pending, last)
+    return state
+
+
+def _write(writer, step: int, measured: dict, last: float) -> float:
+    record = jax.device_get(measured)
+    now = time.perf_counter()
+    speed = {"tokens_per_second": float(record["response_tokens"]) / (now - last), "seconds_step": now - last}
+    writer.write({"kind": "train", "step": step} | record | speed)
+    return now
+
+
+def main(_):
+    if not flags.FLAGS.workdir:
+        raise UserError("--workdir is not set; give a folder for the run, such as runs/sft")
+    if flags.FLAGS.config is None:
+        raise UserError("--config is not set; give a file such as configs/study/sorting_teacher.py")
+    distributed.initialize()
+    train(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    run(main)

@@ -1,0 +1,281 @@
+"""Tables and plots of the study, from the workdirs of its two sweeps.
+
+    python -m opd_jax.study.report --sorting=runs/study/sorting --pair=runs/study/pair --out=docs/study
+
+Writes OUT/runs.csv (every evaluation of every run), OUT/rollouts.csv (every logged rollout of the sorting
+task's `release` arm), OUT/*.svg, and prints the tables.
+"""
+
+import csv
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from opd_jax.estimates import seed_interval
+from opd_jax.study import sorting
+
+QUESTION = re.compile(r"Sort [\d ]+ (?:upwards|downwards)\.")
+OFFSETS = range(-4, 5)
+# Task -> the column that its tables and plots are of, and its name.
+SHOWN = {"sorting": ("accuracy", "accuracy"), "pair": ("kl", "held-out KL, nats/token")}
+
+
+def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[str, Any]]:
+    """One row an evaluation of one run: KL, lengths, supervised tokens so far, and accuracy if graded."""
+    lines = _read(workdir / "metrics.jsonl")
+    answers = _read(workdir / "evaluations.jsonl") if graded else []
+    rows = []
+    for line in lines:
+        if line["kind"] != "eval":
+            continue
+        trained = [other for other in lines if other["kind"] == "train" and other["step"] <= line["step"]]
+        row = {
+            "arm": arm,
+            "seed": seed,
+            "step": line["step"],
+            "kl": line["kl"],
+            "response_length": line["response_length"],
+            "finished_share": line["finished_share"],
+            "supervised_tokens": sum(other["supervised_tokens"] for other in trained),
+            "response_tokens": sum(other["response_tokens"] for other in trained),
+            "accepted_share": np.mean([other["accepted_share"] for other in trained]) if trained else 0.0,
+        }
+        if graded:
+            right = [
+                sorting.first_error(answer["response"], sorting.solution_of(answer["text"])) is None
+                for answer in answers
+                if answer["step"] == line["step"]
+            ]
+            row["accuracy"] = float(np.mean(right))
+        rows.append(row)
+    return rows
+
+
+def rollouts(workdir: Path, seed: int) -> list[dict[str, Any]]:
+    """One row a logged rollout: sentences, kept ones, first wrong one, and each sentence's margin."""
+    rows = []
+    for record in _read(workdir / "rollouts.jsonl"):
+        right = sorting.solution_of(QUESTION.search(record["prompt"])[0])
+        text = "".join(sentence["text"] for sentence in record["sentences"]).removesuffix("<|end|>")
+        rows.append(
+            {
+                "seed": seed,
+                "step": record["step"],
+                "sentences": len(record["sentences"]),
+                "accepted": record["accepted"],
+                "gain": record["gain"],
+                "kept": sum(sentence["kept"] for sentence in record["sentences"]),
+                "first_error": sorting.first_error(text, right),
+                "margins": [sentence["contrast"] for sentence in record["sentences"]],
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], quantity: str) -> list[dict[str, Any]]:
+    """One row an arm: the quantity after the last step, and its differences to `full`, over seeds.
+
+    `at equal tokens` compares with full supervision at the number of supervised tokens that the arm used,
+    on the line through full's evaluations. Intervals are Student's at 95% over seeds.
+    """
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    curves: dict[tuple[str, int], list] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        curves.setdefault((row["arm"], row["seed"]), []).append(row)
+    found = []
+    for arm in arms:
+        seeds = [seed for name, seed in curves if name == arm]
+        ends = {seed: curves[arm, seed][-1] for seed in seeds}
+        values = [ends[seed][quantity] for seed in seeds]
+        row = {"arm": arm, "seeds": len(seeds), "value": np.mean(values), "interval": _interval(values)}
+        row["supervised_share"] = np.mean(
+            [ends[seed]["supervised_tokens"] / ends[seed]["response_tokens"] for seed in seeds]
+        )
+        if arm != arms[0]:
+            steps, tokens = [], []
+            for seed in seeds:
+                full = curves[arms[0], seed]
+                used = [point["supervised_tokens"] for point in full]
+                at = np.interp(ends[seed]["supervised_tokens"], used, [point[quantity] for point in full])
+                steps.append(ends[seed][quantity] - full[-1][quantity])
+                tokens.append(ends[seed][quantity] - at)
+            row |= {"steps": np.mean(steps), "steps_interval": _interval(steps)}
+            row |= {"tokens": np.mean(tokens), "tokens_interval": _interval(tokens)}
+        found.append(row)
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """`table` as Markdown."""
+    lines = [
+        f"| arm | {name} | less full, equal steps | less full, equal supervised tokens | supervised |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["arm"], f"{row['value']:.3f} {_span(row['interval'])}"]
+        for kind in ("steps", "tokens"):
+            known = kind in row
+            cells.append(f"{row[kind]:+.3f} {_span(row[kind + '_interval'], '+')}" if known else "–")
+        lines.append(f"| {' | '.join(cells)} | {row['supervised_share']:.0%} |")
+    return "\n".join(lines)
+
+
+def margins_around_errors(rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float, int]]:
+    """Offset from the first wrong sentence -> (mean M there, mean M of right responses there, responses).
+
+    The right responses' mean is over the sentences with the same number, weighted as the wrong ones have
+    them, so that a change of M along any response does not look like one after an error.
+    """
+    right: dict[int, list[float]] = {}
+    for row in rows:
+        if row["first_error"] is None:
+            for number, margin in enumerate(row["margins"]):
+                right.setdefault(number, []).append(margin)
+    found = {}
+    for offset in OFFSETS:
+        pairs = []
+        for row in rows:
+            number = (row["first_error"] if row["first_error"] is not None else -99) + offset
+            if 0 <= number < len(row["margins"]) and number in right:
+                pairs.append((row["margins"][number], np.mean(right[number])))
+        if pairs:
+            wrong_mean, right_mean = np.mean(pairs, axis=0)
+            found[offset] = float(wrong_mean), float(right_mean), len(pairs)
+    return found
+
+
+def draw(out: Path, name: str, size, fill) -> None:
+    """Saves OUT/NAME.svg of a figure that fill(axes list) draws."""
+    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9, "svg.fonttype": "none", "axes.grid": True}):
+        figure = Figure(figsize=size, layout="constrained")
+        fill(figure)
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+
+
+def curves(figure, rows, quantity: str, label: str) -> None:
+    """The quantity against steps and against supervised tokens, a line an arm, mean over seeds."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        steps = sorted({row["step"] for row in rows if row["arm"] == arm})
+        points = [[r for r in rows if r["arm"] == arm and r["step"] == step] for step in steps]
+        means = [np.mean([row[quantity] for row in point]) for point in points]
+        tokens = [np.mean([row["supervised_tokens"] for row in point]) / 1000 for point in points]
+        left.plot(steps, means, marker=".", label=arm)
+        right.plot(tokens, means, marker=".")
+    left.set(xlabel="step", ylabel=label)
+    right.set(xlabel="supervised tokens, thousands")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+
+
+def _margin_figure(figure, found) -> None:
+    axes = figure.subplots()
+    offsets = list(found)
+    axes.plot(offsets, [found[k][0] for k in offsets], marker="o", label="responses with an error")
+    label = "right responses, same sentence numbers"
+    axes.plot(offsets, [found[k][1] for k in offsets], marker="s", label=label)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="sentences after the first wrong one", ylabel="teacher margin M, nats")
+    axes.legend(frameon=False)
+
+
+def _release_figure(figure, rows) -> None:
+    axes = figure.subplots()
+    both = [row for row in rows if row["accepted"] and row["first_error"] is not None]
+    distance = [row["kept"] - row["first_error"] for row in both]
+    axes.hist(distance, bins=np.arange(-10.5, 11.5), edgecolor="white")
+    axes.set(xlabel="first released sentence less first wrong one", ylabel="responses")
+
+
+def main(_):
+    out = Path(flags.FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    everything = []
+    for task, (quantity, label) in SHOWN.items():
+        folder = Path(flags.FLAGS[task].value)
+        with (folder / "table.csv").open() as file:
+            arms = [row["arm"] for row in csv.DictReader(file)]
+        rows = [
+            {"task": task} | row
+            for arm in arms
+            for path in sorted((folder / arm).glob("seed-*"), key=_number)
+            for row in evaluations(path, arm, _number(path), task == "sorting")
+        ]
+        everything += rows
+        print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
+        fill = functools.partial(curves, rows=rows, quantity=quantity, label=label)
+        draw(out, f"{task}_curves", (8, 3.6), fill)
+    columns = list(dict.fromkeys(key for row in everything for key in row))
+    _write_csv(out / "runs.csv", columns, everything)
+
+    logged = [
+        row
+        for path in sorted((Path(flags.FLAGS.sorting) / "release").glob("seed-*"), key=_number)
+        for row in rollouts(path, _number(path))
+    ]
+    found = margins_around_errors(logged)
+    draw(out, "sorting_margin", (5, 3.2), lambda figure: _margin_figure(figure, found))
+    draw(out, "sorting_release", (5, 3.2), lambda figure: _release_figure(figure, logged))
+    flat = [row | {"margins": " ".join(f"{m:.3f}" for m in row["margins"])} for row in logged]
+    _write_csv(out / "rollouts.csv", list(flat[0]), flat)
+    print(f"\nmargins around the first error\n{_margin_table(found)}\n\n{_release_summary(logged)}")
+
+
+def _margin_table(found) -> str:
+    lines = ["| sentences after the first wrong one | M, wrong | M, right | responses |", "|---|---|---|---|"]
+    lines += [f"| {k:+d} | {wrong:.2f} | {right:.2f} | {n} |" for k, (wrong, right, n) in found.items()]
+    return "\n".join(lines)
+
+
+def _release_summary(rows) -> str:
+    wrong = [row for row in rows if row["first_error"] is not None]
+    right = [row for row in rows if row["first_error"] is None]
+    both = [row["kept"] - row["first_error"] for row in wrong if row["accepted"]]
+    parts = [f"{len(rows)} rollouts, {len(wrong)} with an error"]
+    for name, part in (("with an error", wrong), ("without", right)):
+        if part:
+            share = np.mean([row["accepted"] for row in part])
+            parts.append(f"released {name}: {share:.0%}")
+    if both:
+        parts.append(
+            f"first released less first wrong sentence: median {np.median(both):+.0f}, "
+            f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
+        )
+    return "; ".join(parts)
+
+
+def _interval(values) -> tuple[float, float]:
+    return seed_interval(values) if len(values) > 1 else (float("nan"), float("nan"))
+
+
+def _span(interval, sign: str = "") -> str:
+    return "" if np.isnan(interval[0]) else f"[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("seed-"))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _write_csv(path: Path, columns, rows) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("sorting", "runs/study/sorting", "The sweep of configs/study/sorting.py.")
+    flags.DEFINE_string("pair", "runs/study/pair", "The sweep of configs/study/pair.py.")
+    flags.DEFINE_string("out", "docs/study", "Where the CSV files and plots go.")
+    app.run(main)
