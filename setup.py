@@ -49,6 +49,7 @@ setup(
             "hypothesis",
             "nltk",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "ruptures",
             "scipy",
