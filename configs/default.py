@@ -57,6 +57,9 @@ def get_config() -> ConfigDict:
     c.rollout.top_k = 0
     # Sample from the smallest set of tokens with this probability; 1 keeps all.
     c.rollout.top_p = 1.0
+    # Sample from the tokens at least this share as likely as the most likely one, 0 to 1; 0 keeps all. The
+    # filters apply in this order, after the temperature: top_k, top_p, min_p.
+    c.rollout.min_p = 0.0
     # Sizes the KV cache grows through while a response is written. A decode step reads the whole cache: n
     # stages save (n - 1) / 2n of that traffic for the response part, and compile the decode step n times.
     c.rollout.cache_stages = 1

@@ -37,6 +37,7 @@ RANGES = {
     "rollout.temperature": (0, None),
     "rollout.top_k": (0, None),
     "rollout.top_p": (1e-6, 1),
+    "rollout.min_p": (0, 1),
     "rollout.cache_stages": (1, None),
     "scoring.candidates": (2, 128),
     "scoring.chunk": (1, None),

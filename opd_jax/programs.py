@@ -127,6 +127,7 @@ class Programs:
             temperature=c.rollout.temperature,
             top_k=c.rollout.top_k,
             top_p=c.rollout.top_p,
+            min_p=c.rollout.min_p,
             cache_stages=c.rollout.cache_stages,
         )
 

@@ -54,7 +54,8 @@ class Sampling:
       candidates: K, how many of the student's top tokens to keep a position.
       temperature: 0 is greedy.
       top_k: 0 keeps all. Applied before top_p.
-      top_p: 1 keeps all.
+      top_p: 1 keeps all. Applied before min_p.
+      min_p: least probability relative to the most likely token's; 0 keeps all.
       cache_stages: how many sizes the KV cache grows through. Each step reads the whole cache, so n stages
         read (n + 1) / 2n of the response part of it; each compiles its own copy of the decode step.
     """
@@ -64,6 +65,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     cache_stages: int = 1
 
 
@@ -168,6 +170,8 @@ def _draw(sampling: Sampling, logits_BV, u_B2, end_ids) -> dict:
             shaped_BRW = vocabulary.keep_top_k(shaped_BRW, sampling.top_k)
         if sampling.top_p < 1:
             shaped_BRW = vocabulary.keep_top_p(shaped_BRW, sampling.top_p)
+        if sampling.min_p:
+            shaped_BRW = vocabulary.keep_min_p(shaped_BRW, sampling.min_p)
         token_B = vocabulary.draw(shaped_BRW, u_B2)
         behaviour_logp_B = vocabulary.pick_logit(shaped_BRW, token_B[:, None])[
             :, 0

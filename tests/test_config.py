@@ -65,6 +65,7 @@ def refusal(settings, workdir=None) -> str:
         ("scoring.candidates", 1, "between 2 and 128"),
         ("rollout.temperature", -1.0, "at least 0"),
         ("rollout.top_p", 0.0, "between"),
+        ("rollout.min_p", 1.5, "between 0 and 1"),
         ("train.steps", 0, "at least 1"),
         ("train.micro_batch", 3, "rollout.batch=8"),
         ("data.heldout", 0, "eval.every=0"),

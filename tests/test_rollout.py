@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 from opd_jax import rollout, sharding
 from opd_jax.models import transformer
@@ -130,6 +130,49 @@ def test_behaviour_logp_is_that_of_the_tempered_and_truncated_distribution():
     want_BT = at_tokens(special.log_softmax(kept_BTV, axis=-1), r)
     np.testing.assert_allclose(r.behaviour_logp_BT[r.mask_BT], want_BT[r.mask_BT], atol=1e-4)
     assert (r.behaviour_logp_BT[r.mask_BT] > r.logp_BT[r.mask_BT]).any()
+
+
+DRAWS = 4096
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"temperature": 0.5},
+        {"top_k": 9},
+        {"top_p": 0.6},
+        {"min_p": 0.3},
+        {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.15},
+    ],
+    ids=str,
+)
+def test_first_tokens_pass_a_chi_square_test_against_the_filtered_distribution(filters):
+    tokens_BP, mask_BP = (np.repeat(x[:1], DRAWS, axis=0) for x in prompts())
+    sampling = rollout.Sampling(max_tokens=1, **filters)
+    r = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(3), sampling)
+    logits_V = np.asarray(_full_logits(tokens_BP[:1], mask_BP[:1]))[0, -1].astype(np.float64)
+    expected_V = DRAWS * filtered(logits_V, **filters)
+    count_V = np.bincount(r.response_BT[:, 0], minlength=MODEL.vocab_size)
+    assert count_V[expected_V == 0].sum() == 0
+    rare_V = expected_V < 5
+    bins = [np.append(x[~rare_V], x[rare_V].sum()) for x in (count_V, expected_V)]
+    bins = [x[bins[1] > 0] for x in bins]
+    assert len(bins[0]) > 3
+    assert stats.chisquare(*bins).pvalue > 1e-3
+
+
+def filtered(logits_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities by sorting, in float64, each filter renormalised before the next."""
+    order_V = np.argsort(-logits_V)
+    mass_V = special.softmax(logits_V[order_V] / temperature)
+    if top_k:
+        mass_V[top_k:] = 0
+        mass_V /= mass_V.sum()
+    mass_V[np.cumsum(mass_V) - mass_V >= top_p] = 0
+    mass_V[mass_V < min_p * mass_V[0]] = 0
+    out_V = np.empty_like(mass_V)
+    out_V[order_V] = mass_V / mass_V.sum()
+    return out_V
 
 
 def test_temperature_zero_takes_the_likeliest_token_with_certainty():
