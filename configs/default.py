@@ -47,8 +47,11 @@ def get_config() -> ConfigDict:
     c.data.heldout = 32
 
     c.rollout = ConfigDict()
-    # B, prompts and so rollouts a step, over all devices and hosts.
+    # B, rollouts a step, over all devices and hosts.
     c.rollout.batch = 64
+    # n, responses to each prompt of a training step, which then has B / n prompts; they share one prefill.
+    # Must divide B, and B / n must be a multiple of mesh.data x mesh.fsdp. Evaluation takes one a prompt.
+    c.rollout.samples_per_prompt = 1
     # T, the longest response, tokens.
     c.rollout.max_tokens = 1024
     # Sampling temperature; 0 is greedy. Log-probabilities for training are always at temperature 1.

@@ -33,6 +33,7 @@ RANGES = {
     "data.prompt_tokens": (1, None),
     "data.heldout": (0, None),
     "rollout.batch": (1, None),
+    "rollout.samples_per_prompt": (1, None),
     "rollout.max_tokens": (1, None),
     "rollout.temperature": (0, None),
     "rollout.top_k": (0, None),
@@ -105,6 +106,11 @@ def validate(config: ConfigDict) -> ConfigDict:
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    if config.rollout.batch % config.rollout.samples_per_prompt:
+        raise UserError(
+            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} does not divide "
+            f"rollout.batch={config.rollout.batch}, which counts rollouts; choose a divisor"
+        )
     if config.rollout.cache_stages > config.rollout.max_tokens:
         raise UserError(
             f"rollout.cache_stages={config.rollout.cache_stages} is more than "

@@ -69,8 +69,8 @@ class Programs:
         return _placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self) -> tuple:
-        """Of (tokens_BP, mask_BP, key, step), what `sample` takes beside the parameters."""
-        shape = self.config.rollout.batch, self.config.data.prompt_tokens
+        """Of (tokens_QP, mask_QP, key, step), what `sample_group` takes beside the parameters."""
+        shape = self.prompt_batch, self.config.data.prompt_tokens
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return (
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
@@ -99,8 +99,8 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch(self.mesh))
 
     def abstract_rollouts(self) -> rollout.Rollouts:
-        """Of what `sample` returns."""
-        like = jax.eval_shape(self.sample, self.abstract_state().params, *self.abstract_draw())
+        """Of what `sample_group` returns."""
+        like = jax.eval_shape(self.sample_group, self.abstract_state().params, *self.abstract_draw())
         return _placed(like, sharding.batch(self.mesh))
 
     @property
@@ -109,20 +109,37 @@ class Programs:
         return objectives.OBJECTIVES[self.config.objective.name].writer == "teacher"
 
     @property
+    def prompt_batch(self) -> int:
+        """Q, prompts a training step."""
+        return self.config.rollout.batch // self.config.rollout.samples_per_prompt
+
+    @property
     def sample(self):
-        """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
-        return _sample_program(self.mesh, self.student, self._sampling)
+        """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts, one response a prompt.
+
+        Draws from (key, step).
+        """
+        return _sample_program(self.mesh, self.student, self._sampling(1))
+
+    @property
+    def sample_group(self):
+        """As `sample`, with the rollout.samples_per_prompt responses a prompt that are trained on."""
+        return _sample_program(
+            self.mesh, self.student, self._sampling(self.config.rollout.samples_per_prompt)
+        )
 
     @property
     def sample_teacher(self):
-        """As `sample`, of the teacher's parameters: its Rollouts hold the teacher's probabilities."""
-        return _sample_program(self.mesh, self.teacher, self._sampling)
+        """As `sample_group`, by the teacher: its Rollouts hold the teacher's probabilities."""
+        return _sample_program(
+            self.mesh, self.teacher, self._sampling(self.config.rollout.samples_per_prompt)
+        )
 
-    @property
-    def _sampling(self) -> rollout.Sampling:
+    def _sampling(self, samples: int) -> rollout.Sampling:
         c = self.config
         return rollout.Sampling(
             max_tokens=c.rollout.max_tokens,
+            samples=samples,
             candidates=c.scoring.candidates,
             temperature=c.rollout.temperature,
             top_k=c.rollout.top_k,
@@ -162,9 +179,9 @@ class Programs:
 # Jobs of one process that differ in their training alone share what is compiled for the rest.
 @functools.lru_cache(maxsize=8)
 def _sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
-    def sample(params, tokens_BP, mask_BP, key, step):
+    def sample(params, tokens_QP, mask_QP, key, step):
         key = jax.random.fold_in(key, step)
-        return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
+        return rollout.sample(student, params, tokens_QP, mask_QP, key, sampling)
 
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     return jax.jit(
@@ -224,6 +241,8 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
       UserError: names the config key.
     """
     sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
+    prompts = config.rollout.batch // config.rollout.samples_per_prompt
+    sharding.check_batch(mesh, "rollout.batch / rollout.samples_per_prompt", prompts)
     length = config.data.prompt_tokens + config.rollout.max_tokens
     for key, model in (("student.path", student), ("teacher.path", teacher)):
         if length > model.max_positions:

@@ -51,6 +51,7 @@ class Sampling:
 
     Attributes:
       max_tokens: T, the length limit of a response.
+      samples: n, responses a prompt. They share its prefill.
       candidates: K, how many of the student's top tokens to keep a position.
       temperature: 0 is greedy.
       top_k: 0 keeps all. Applied before top_p.
@@ -61,6 +62,7 @@ class Sampling:
     """
 
     max_tokens: int
+    samples: int = 1
     candidates: int = 4
     temperature: float = 1.0
     top_k: int = 0
@@ -70,31 +72,35 @@ class Sampling:
 
 
 def sample(
-    config: ModelConfig, params: dict, tokens_BP, mask_BP, key, sampling: Sampling, row_B=None
+    config: ModelConfig, params: dict, tokens_QP, mask_QP, key, sampling: Sampling, row_B=None
 ) -> Rollouts:
-    """Samples one response a prompt; stops as soon as every row has ended.
+    """Samples n responses a prompt; stops as soon as every row has ended.
 
     Args:
       config, params: the student.
-      tokens_BP, mask_BP: left-padded prompts; the last column is real in every row.
+      tokens_QP, mask_QP: Q left-padded prompts; the last column is real in every row.
       key: a PRNG key. Row b at step t draws from (key, row_B[b], t) alone, so the same seed gives the
         same tokens on any mesh and however the batch is cut.
       sampling: settings.
-      row_B: the rows' numbers in the global batch; 0..B-1 if not given.
+      row_B: the rollouts' numbers in the global batch; 0..B-1 if not given.
 
     Returns:
-      Rollouts with T = sampling.max_tokens.
+      Rollouts with B = Q n and T = sampling.max_tokens; row b answers prompt b // n.
     """
-    b, p = tokens_BP.shape
+    b, p = tokens_QP.shape[0] * sampling.samples, tokens_QP.shape[1]
     t_max = sampling.max_tokens
     row_B = jnp.arange(b) if row_B is None else row_B
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
     end_ids = jnp.array(config.eos_ids or (-1,), jnp.int32)
-    length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
     head_VD = transformer.head(config, params)
 
     with jax.named_scope("prefill"):
-        hidden_BD, cache = kv.prefill(config, params, tokens_BP, mask_BP)
+        hidden_QD, cache = kv.prefill(config, params, tokens_QP, mask_QP)
+        tokens_BP, mask_BP, hidden_BD = (
+            jnp.repeat(x, sampling.samples, axis=0) for x in (tokens_QP, mask_QP, hidden_QD)
+        )
+        cache = kv.repeat(cache, sampling.samples)
+        length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
         layers = kv.unstack(config, params)
 
     def emit(out, hidden_BD, done_B, t):

@@ -59,6 +59,8 @@ def refusal(settings, workdir=None) -> str:
         ("segments.kind", "line", "use one of punkt"),
         ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
         ("rollout.cache_stages", 13, "rollout.max_tokens=12"),
+        ("rollout.samples_per_prompt", 3, "rollout.batch=8"),
+        ("rollout.samples_per_prompt", 2, "rollout.batch / rollout.samples_per_prompt=4"),
         ("scoring.student", "sample", "did you mean sampler?"),
         ("optimizer.schedule", "zigzag", "constant, linear, cosine"),
         ("data.over_long", "cut", "error, drop"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from opd_jax import rollout, sharding
+from opd_jax import hlo, rollout, sharding
 from opd_jax.models import transformer
 from tests import tiny
 
@@ -265,23 +265,59 @@ def test_another_seed_gives_other_tokens_and_the_same_seed_the_same():
     assert (sampled(PLAIN, seed=1).response_BT != sampled(PLAIN).response_BT).any()
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_the_same_seed_gives_the_same_tokens_on_any_mesh(shape):
+def test_samples_of_one_prompt_are_what_the_prompt_given_as_often_writes():
+    tokens_BP, mask_BP = (np.repeat(x, 3, axis=0) for x in prompts())
+    want = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
+    got = sampled(dataclasses.replace(PLAIN, samples=3))
+    for name, value in dataclasses.asdict(want).items():
+        np.testing.assert_allclose(getattr(got, name), value, atol=1e-5, err_msg=name)
+    responses = got.response_BT.reshape(B, 3, T)
+    assert all((row_3T[0] != row_3T[1]).any() for row_3T in responses)
+
+
+def test_samples_of_one_prompt_share_its_prefill():
+    def flops(prompts, samples):
+        sampling = rollout.Sampling(max_tokens=T, samples=samples)
+        shaped = jax.ShapeDtypeStruct((prompts, P), np.int32), jax.ShapeDtypeStruct((prompts, P), bool)
+        traced = sample_jit.trace(MODEL, params(), *shaped, jax.random.key(0), sampling)
+        return hlo.matmul_flops(traced.jaxpr.jaxpr)
+
+    prefill = P * MODEL.matmul_flops_per_token(head=False)
+    prefill += 4 * P**2 * MODEL.heads * MODEL.head_size * MODEL.layers
+    assert flops(8, 1) - flops(2, 4) == 6 * prefill
+
+
+MESHES = pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+GROUPED = dataclasses.replace(PLAIN, samples=2)
+
+
+def on_mesh(shape, sampling):
+    """The sampler compiled for a mesh of eight devices."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)))
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     weights = sharding.param_shardings(
         mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL)
     )
 
-    def sample(params, tokens_BP, mask_BP, key):
-        return rollout.sample(MODEL, params, tokens_BP, mask_BP, key, PLAIN)
+    def sample(params, tokens_QP, mask_QP, key):
+        return rollout.sample(MODEL, params, tokens_QP, mask_QP, key, sampling)
 
-    on_mesh = jax.jit(
+    jitted = jax.jit(
         sharding.on(mesh, sample), in_shardings=(weights, rows, rows, whole), out_shardings=rows
     )
-    r = on_mesh(params(), *prompts(), jax.random.key(0))
-    want = sampled(PLAIN)
+    return jitted.lower(params(), *prompts(), jax.random.key(0)).compile(), (weights, rows, rows, whole)
+
+
+@MESHES
+@pytest.mark.parametrize("sampling", [GROUPED], ids=["grouped"])
+def test_the_same_seed_gives_the_same_tokens_on_any_mesh(shape, sampling):
+    program, shardings = on_mesh(shape, sampling)
+    r = program(*jax.device_put((params(), *prompts(), jax.random.key(0)), shardings))
+    want = sampled(sampling)
     np.testing.assert_array_equal(r.tokens_BL, want.tokens_BL)
     np.testing.assert_array_equal(r.mask_BT, want.mask_BT)
     np.testing.assert_array_equal(r.topk_BTK, want.topk_BTK)
     np.testing.assert_allclose(r.logp_BT, want.logp_BT, atol=1e-5)
+    if shape[2] == 1 and shape[1] == 1:
+        kinds = {c.kind for c in hlo.Program(program.as_text()).collectives()}
+        assert kinds == {"all-reduce"}, "a device needs another's prompts"

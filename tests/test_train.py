@@ -75,8 +75,8 @@ def test_the_final_checkpoint_is_the_final_state(finished, job):
 def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
     class Planted(Job):
         @property
-        def sample(self):
-            return lambda params, tokens_BP, mask_BP, *rest: job.sample(
+        def sample_group(self):
+            return lambda params, tokens_BP, mask_BP, *rest: job.sample_group(
                 params, tokens_BP, np.ones(mask_BP.shape, bool), *rest
             )
 

@@ -61,6 +61,11 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP):
     return transformer.rms_norm(x_BPD[:, -1], params["final_norm"], config.norm_eps), cache
 
 
+def repeat(cache: KVCache, samples: int) -> KVCache:
+    """The cache with each row `samples` times, one after another: no device needs another's rows."""
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
+
+
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The cache with empty slots added at the end, `slots` in all."""
     none, room = (0, 0), (0, slots - cache.filled_BS.shape[1])
