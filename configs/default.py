@@ -37,8 +37,13 @@ def get_config() -> ConfigDict:
     c.data.path = ""
     # Where prepared data sets are kept; "" is ~/.cache/opd_jax (or $XDG_CACHE_HOME/opd_jax).
     c.data.cache = ""
-    # P, the width every prompt is left-padded to, tokens. Costs compute for every padded token.
+    # P, the width prompts are left-padded to, tokens; the longest that a prompt may be. Costs compute for
+    # every padded token.
     c.data.prompt_tokens = 256
+    # Smaller widths, such as (64, 128): a training batch takes the least that holds its longest prompt, else
+    # prompt_tokens. Changes no response, only padding; sampler and training step are compiled once for each
+    # width that occurs. Evaluations keep prompt_tokens.
+    c.data.prompt_buckets = ()
     # What happens to a longer prompt: error, or drop (counted).
     c.data.over_long = "error"
     # System message put before each prompt; "" leaves the chat template's own.

@@ -106,6 +106,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    buckets = config.data.prompt_buckets
+    if any(not isinstance(n, int) or not 1 <= n <= config.data.prompt_tokens for n in buckets):
+        raise UserError(
+            f"data.prompt_buckets={tuple(buckets)}: give widths from 1 to "
+            f"data.prompt_tokens={config.data.prompt_tokens}, which is always one of them"
+        )
     if config.rollout.batch % config.rollout.samples_per_prompt:
         raise UserError(
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} does not divide "

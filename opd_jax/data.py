@@ -131,6 +131,7 @@ def batches(
     seed: int,
     rows: np.ndarray | None = None,
     start: Mapping[str, Any] | None = None,
+    buckets: Sequence[int] = (),
 ) -> "PromptIterator":
     """An endless iterator of training batches, reshuffled every epoch.
 
@@ -141,11 +142,13 @@ def batches(
     Args:
       rows: numbers of this process's rows of every batch, from `sharding.local_rows`; all of them if None.
       start: a `PromptIterator.state()` to go on from.
+      buckets: widths that a batch may have beside prompt_tokens. It takes the least that holds the longest
+        prompt of all its rows, this process's or not, so that every process takes the same.
 
     Raises:
       UserError: `start` belongs to other data.
     """
-    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start)
+    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start, buckets)
 
 
 class PromptIterator:
@@ -160,10 +163,18 @@ class PromptIterator:
         seed: int,
         rows: np.ndarray | None,
         start: Mapping[str, Any] | None,
+        buckets: Sequence[int],
     ):
         import grain  # slow to import, and only training needs it
 
         rows = np.arange(batch) if rows is None else rows
+        widths = sorted({*buckets, prompt_tokens})
+
+        def collate(index_B):
+            longest = max(len(prompts[index].ids) for index in index_B)
+            width = next(width for width in widths if width >= longest)
+            return _collate(prompts, index_B[rows], width, pad_id)
+
         self._origin = {
             "prompts": len(prompts),
             "digest": _digest(prompts),
@@ -184,8 +195,7 @@ class PromptIterator:
             .shuffle(seed=seed)
             .repeat()
             .batch(batch)
-            .map(lambda index_B: index_B[rows])
-            .map(lambda index_B: _collate(prompts, index_B, prompt_tokens, pad_id))
+            .map(collate)
         )
 
     def __iter__(self) -> "PromptIterator":

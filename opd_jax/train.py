@@ -58,6 +58,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         c.seed,
         sharding.local_rows(mesh, job.prompt_batch),
         start=position,
+        buckets=c.data.prompt_buckets,
     )
     key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
 
