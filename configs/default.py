@@ -68,6 +68,10 @@ def get_config() -> ConfigDict:
     # Sample from the tokens at least this share as likely as the most likely one, 0 to 1; 0 keeps all. The
     # filters apply in this order, after the temperature: top_k, top_p, min_p.
     c.rollout.min_p = 0.0
+    # Dtype of cached keys and values: auto (the compute dtype), or int8 with one float32 scale a token and
+    # head: 1 + 4 / head_size bytes a value. The sampler's log-probabilities are then of the rounded model, so
+    # scoring.student=recompute is required, except where the teacher writes (objective.name=sft).
+    c.rollout.cache_dtype = "auto"
     # Sizes the KV cache grows through while a response is written. A decode step reads the whole cache: n
     # stages save (n - 1) / 2n of that traffic for the response part, and compile the decode step n times.
     c.rollout.cache_stages = 1

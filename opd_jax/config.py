@@ -19,6 +19,7 @@ ALLOWED = {
     "teacher.dtype": ("auto", "float32", "bfloat16"),
     "data.source": ("demo", "jsonl", "tfds"),
     "data.over_long": ("error", "drop"),
+    "rollout.cache_dtype": ("auto", "int8"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,
     "release.rescale": release.RESCALES,
@@ -106,6 +107,12 @@ def validate(config: ConfigDict) -> ConfigDict:
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    teacher_writes = objectives.OBJECTIVES[config.objective.name].writer == "teacher"
+    if config.rollout.cache_dtype == "int8" and config.scoring.student == "sampler" and not teacher_writes:
+        raise UserError(
+            "rollout.cache_dtype=int8 rounds what the sampler's log-probabilities are made of, and "
+            "scoring.student=sampler trains on those; set scoring.student=recompute"
+        )
     buckets = config.data.prompt_buckets
     if any(not isinstance(n, int) or not 1 <= n <= config.data.prompt_tokens for n in buckets):
         raise UserError(

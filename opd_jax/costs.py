@@ -50,7 +50,14 @@ def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> in
 
 
 def sample_bytes(
-    model: ModelConfig, rows: int, p: int, t: int, tensor: int, stages: int, samples: int = 1
+    model: ModelConfig,
+    rows: int,
+    p: int,
+    t: int,
+    tensor: int,
+    stages: int,
+    samples: int = 1,
+    int8_cache: bool = False,
 ) -> int:
     """HBM traffic of one device that samples t tokens for each of its rows.
 
@@ -58,10 +65,12 @@ def sample_bytes(
       rows: of one device.
       stages: rollout.cache_stages.
       samples: rollouts that share one prefill.
+      int8_cache: the cache holds a byte a value and a float32 a token and head, instead of bfloat16.
     """
     slots = p + t * (stages + 1) / (2 * stages)
     kv_heads = -(-model.kv_heads // tensor)
-    cache = 2 * 2 * rows * model.layers * kv_heads * model.head_size * slots
+    head_bytes = model.head_size + 4 if int8_cache else 2 * model.head_size
+    cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = weight_bytes(model, tensor) + cache + logits
     return int(forward_bytes(model, rows // samples, p, tensor) + t * step)

@@ -146,6 +146,7 @@ class Programs:
             top_p=c.rollout.top_p,
             min_p=c.rollout.min_p,
             cache_stages=c.rollout.cache_stages,
+            int8_cache=c.rollout.cache_dtype == "int8",
         )
 
     @functools.cached_property

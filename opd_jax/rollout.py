@@ -57,6 +57,8 @@ class Sampling:
       top_k: 0 keeps all. Applied before top_p.
       top_p: 1 keeps all. Applied before min_p.
       min_p: least probability relative to the most likely token's; 0 keeps all.
+      int8_cache: keep keys and values in int8. Then every log-probability is that of the model as it sampled,
+        its keys and values rounded, and a full forward pass gives slightly others.
       cache_stages: how many sizes the KV cache grows through. Each step reads the whole cache, so n stages
         read (n + 1) / 2n of the response part of it; each compiles its own copy of the decode step.
     """
@@ -69,6 +71,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     cache_stages: int = 1
+    int8_cache: bool = False
 
 
 def sample(
@@ -95,7 +98,9 @@ def sample(
     head_VD = transformer.head(config, params)
 
     with jax.named_scope("prefill"):
-        hidden_QD, cache = kv.prefill(config, params, tokens_QP, mask_QP)
+        hidden_QD, cache = kv.prefill(
+            config, params, tokens_QP, mask_QP, int8=sampling.int8_cache
+        )
         tokens_BP, mask_BP, hidden_BD = (
             jnp.repeat(x, sampling.samples, axis=0) for x in (tokens_QP, mask_QP, hidden_QD)
         )

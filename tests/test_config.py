@@ -59,6 +59,8 @@ def refusal(settings, workdir=None) -> str:
         ("segments.kind", "line", "use one of punkt"),
         ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
         ("rollout.cache_stages", 13, "rollout.max_tokens=12"),
+        ("rollout.cache_dtype", "int4", "auto, int8"),
+        ("rollout.cache_dtype", "int8", "set scoring.student=recompute"),
         ("data.prompt_buckets", (16, 64), "data.prompt_tokens=48"),
         ("data.prompt_buckets", (0,), "from 1 to"),
         ("data.prompt_buckets", ("16",), "from 1 to"),

@@ -139,6 +139,12 @@ def test_samples_that_share_a_prefill_need_it_once():
     assert moved[0] - moved[1] == forward[0] - forward[1]
 
 
+def test_an_int8_cache_moves_a_byte_a_value_and_a_float32_a_token_and_head():
+    wide = tiny.STUDENT.replace(head_size=128)
+    floats, bytes_ = (costs.sample_bytes(wide, 8, 16, 32, 1, 1, int8_cache=int8) for int8 in (False, True))
+    assert floats - bytes_ == 32 * (16 + 32) * 2 * 8 * wide.layers * wide.kv_heads * (2 * 128 - 132)
+
+
 def test_collectives_are_counted_by_kind_with_bytes_and_the_rounds_of_their_loop():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
     cut = NamedSharding(mesh, P(None, "fsdp", None))
