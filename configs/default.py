@@ -53,8 +53,13 @@ def get_config() -> ConfigDict:
     c.data.generated_seed = 0
     # Where prepared data sets are kept; "" is ~/.cache/opd_jax (or $XDG_CACHE_HOME/opd_jax).
     c.data.cache = ""
-    # P, the width every prompt is left-padded to, tokens. Costs compute for every padded token.
+    # P, the width prompts are left-padded to, tokens; the longest that a prompt may be. Costs compute for
+    # every padded token.
     c.data.prompt_tokens = 256
+    # Smaller widths, such as (64, 128): a training batch takes the least that holds its longest prompt, else
+    # prompt_tokens. Changes no response, only padding; sampler and training step are compiled once for each
+    # width that occurs. Evaluations keep prompt_tokens.
+    c.data.prompt_buckets = ()
     # What happens to a longer prompt: error, or drop (counted).
     c.data.over_long = "error"
     # System message put before each prompt; "" leaves the chat template's own.
@@ -70,8 +75,11 @@ def get_config() -> ConfigDict:
     c.data.heldout = 32
 
     c.rollout = ConfigDict()
-    # B, prompts and so rollouts a step, over all devices and hosts.
+    # B, rollouts a step, over all devices and hosts.
     c.rollout.batch = 64
+    # n, responses to each prompt of a training step, which then has B / n prompts; they share one prefill.
+    # Must divide B, and B / n must be a multiple of mesh.data x mesh.fsdp. Evaluation takes one a prompt.
+    c.rollout.samples_per_prompt = 1
     # T, the longest response, tokens.
     c.rollout.max_tokens = 1024
     # Sampling temperature; 0 is greedy. Log-probabilities for training are always at temperature 1.
@@ -80,6 +88,13 @@ def get_config() -> ConfigDict:
     c.rollout.top_k = 0
     # Sample from the smallest set of tokens with this probability; 1 keeps all.
     c.rollout.top_p = 1.0
+    # Sample from the tokens at least this share as likely as the most likely one, 0 to 1; 0 keeps all. The
+    # filters apply in this order, after the temperature: top_k, top_p, min_p.
+    c.rollout.min_p = 0.0
+    # Dtype of cached keys and values: auto (the compute dtype), or int8 with one float32 scale a token and
+    # head: 1 + 4 / head_size bytes a value. The sampler's log-probabilities are then of the rounded model, so
+    # scoring.student=recompute is required, except where the teacher writes (objective.name=sft).
+    c.rollout.cache_dtype = "auto"
     # Sizes the KV cache grows through while a response is written. A decode step reads the whole cache: n
     # stages save (n - 1) / 2n of that traffic for the response part, and compile the decode step n times.
     c.rollout.cache_stages = 1

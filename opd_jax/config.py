@@ -18,6 +18,7 @@ ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
     "data.over_long": ("error", "drop"),
+    "rollout.cache_dtype": ("auto", "int8"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,
     "release.rescale": release.RESCALES,
@@ -33,10 +34,12 @@ RANGES = {
     "data.prompt_tokens": (1, None),
     "data.heldout": (0, None),
     "rollout.batch": (1, None),
+    "rollout.samples_per_prompt": (1, None),
     "rollout.max_tokens": (1, None),
     "rollout.temperature": (0, None),
     "rollout.top_k": (0, None),
     "rollout.top_p": (1e-6, 1),
+    "rollout.min_p": (0, 1),
     "rollout.cache_stages": (1, None),
     "scoring.candidates": (2, 128),
     "scoring.chunk": (1, None),
@@ -110,6 +113,23 @@ def validate(config: ConfigDict, *, teacher: bool = True) -> ConfigDict:
         if value < low or (high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
+    teacher_writes = objectives.OBJECTIVES[config.objective.name].writer == "teacher"
+    if config.rollout.cache_dtype == "int8" and config.scoring.student == "sampler" and not teacher_writes:
+        raise UserError(
+            "rollout.cache_dtype=int8 rounds what the sampler's log-probabilities are made of, and "
+            "scoring.student=sampler trains on those; set scoring.student=recompute"
+        )
+    buckets = config.data.prompt_buckets
+    if any(not isinstance(n, int) or not 1 <= n <= config.data.prompt_tokens for n in buckets):
+        raise UserError(
+            f"data.prompt_buckets={tuple(buckets)}: give widths from 1 to "
+            f"data.prompt_tokens={config.data.prompt_tokens}, which is always one of them"
+        )
+    if config.rollout.batch % config.rollout.samples_per_prompt:
+        raise UserError(
+            f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} does not divide "
+            f"rollout.batch={config.rollout.batch}, which counts rollouts; choose a divisor"
+        )
     if config.rollout.cache_stages > config.rollout.max_tokens:
         raise UserError(
             f"rollout.cache_stages={config.rollout.cache_stages} is more than "

@@ -16,12 +16,15 @@ def attention_flops(model: ModelConfig, start: int, count: int) -> int:
     return 4 * keys * model.heads * model.head_size * model.layers
 
 
-def phase_flops(student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t: int) -> dict:
-    """FLOPs of each phase of a step at batch x (p + t) tokens."""
+def phase_flops(
+    student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t: int, samples: int = 1
+) -> dict:
+    """FLOPs of each phase of a step at batch x (p + t) tokens, `samples` rollouts to a prompt."""
     block, whole = (student.matmul_flops_per_token(head=h) for h in (False, True))
     head = whole - block
     length = p + t
-    sample = p * block + t * whole + attention_flops(student, 0, length)
+    prefill = p * block + attention_flops(student, 0, p)
+    sample = prefill / samples + t * whole + attention_flops(student, p, t)
     score = length * teacher.matmul_flops_per_token(head=False)
     score += t * 2 * teacher.vocab_size * teacher.width + attention_flops(teacher, 0, length)
     update = 3 * (length * block + t * head + attention_flops(student, 0, length))
@@ -59,19 +62,31 @@ def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> in
     return weights + activations + SCORE_BYTES * scores
 
 
-def sample_bytes(model: ModelConfig, rows: int, p: int, t: int, tensor: int, stages: int) -> int:
+def sample_bytes(
+    model: ModelConfig,
+    rows: int,
+    p: int,
+    t: int,
+    tensor: int,
+    stages: int,
+    samples: int = 1,
+    int8_cache: bool = False,
+) -> int:
     """HBM traffic of one device that samples t tokens for each of its rows.
 
     Args:
       rows: of one device.
       stages: rollout.cache_stages.
+      samples: rollouts that share one prefill.
+      int8_cache: the cache holds a byte a value and a float32 a token and head, instead of bfloat16.
     """
     slots = p + t * (stages + 1) / (2 * stages)
     kv_heads = -(-model.kv_heads // tensor)
-    cache = 2 * 2 * rows * model.layers * kv_heads * model.head_size * slots
+    head_bytes = model.head_size + 4 if int8_cache else 2 * model.head_size
+    cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = read_bytes(model, rows, tensor) + cache + logits
-    return int(forward_bytes(model, rows, p, tensor) + t * step)
+    return int(forward_bytes(model, rows // samples, p, tensor) + t * step)
 
 
 def train_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, mesh_shape, mu_bytes: int) -> int:

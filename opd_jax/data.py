@@ -171,6 +171,7 @@ def batches(
     rows: np.ndarray | None = None,
     start: Mapping[str, Any] | None = None,
     parts: Sequence[tuple[int, float]] = (),
+    buckets: Sequence[int] = (),
 ) -> "PromptIterator":
     """An endless iterator of training batches, reshuffled every epoch.
 
@@ -182,11 +183,13 @@ def batches(
       rows: numbers of this process's rows of every batch, from `sharding.local_rows`; all of them if None.
       start: a `PromptIterator.state()` to go on from.
       parts: (prompts, weight) of consecutive runs of `prompts`; each takes its weight's share of the rows.
+      buckets: widths that a batch may have beside prompt_tokens. It takes the least that holds the longest
+        prompt of all its rows, this process's or not, so that every process takes the same.
 
     Raises:
       UserError: `start` belongs to other data.
     """
-    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start, parts)
+    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start, parts, buckets)
 
 
 class PromptIterator:
@@ -202,10 +205,18 @@ class PromptIterator:
         rows: np.ndarray | None,
         start: Mapping[str, Any] | None,
         parts: Sequence[tuple[int, float]],
+        buckets: Sequence[int],
     ):
         import grain  # slow to import, and only training needs it
 
         rows = np.arange(batch) if rows is None else rows
+        widths = sorted({*buckets, prompt_tokens})
+
+        def collate(index_B):
+            longest = max(len(prompts[index].ids) for index in index_B)
+            width = next(width for width in widths if width >= longest)
+            return _collate(prompts, index_B[rows], width, pad_id)
+
         self._origin = {
             "prompts": len(prompts),
             "digest": _digest(prompts),
@@ -226,8 +237,7 @@ class PromptIterator:
         self._batches = (
             _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed)
             .batch(batch)
-            .map(lambda index_B: index_B[rows])
-            .map(lambda index_B: _collate(prompts, index_B, prompt_tokens, pad_id))
+            .map(collate)
         )
 
     def __iter__(self) -> "PromptIterator":

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from opd_jax import (
@@ -85,13 +86,14 @@ class Job(programs.Programs):
             return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
         return self.table
 
-    def reward(self, index_B, rollouts) -> jax.Array:
+    def reward(self, index_Q, rollouts) -> jax.Array:
         """reward_B of responses to training prompts, graded on the host; waits for the sampler.
 
         Args:
-          index_B: the numbers of this process's prompts.
+          index_Q: the numbers of this process's prompts.
           rollouts: Rollouts on the mesh.
         """
+        index_B = np.repeat(index_Q, self.config.rollout.samples_per_prompt)
         answers = [self.prompts.train[index].answer for index in index_B]
         return rewards.reward_batch(self.mesh, self.tokenizer, shared_grader(), answers, rollouts)
 

@@ -103,9 +103,10 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
     rows = b // (mesh.shape["data"] * mesh.shape["fsdp"])
     pieces = b // c.train.micro_batch
     tensor = mesh.shape["tensor"]
-    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
+    samples = c.rollout.samples_per_prompt
+    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t, samples)
     writer = plan.teacher if plan.teacher_writes else plan.student
-    sample, writer_params = plan.sample, plan.abstract_state().params
+    sample, writer_params = plan.sample_group, plan.abstract_state().params
     if plan.teacher_writes:
         sample, writer_params = plan.sample_teacher, plan.abstract_teacher()
     held = held_bytes(plan)
@@ -121,7 +122,16 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
             (writer_params, *plan.abstract_draw()),
             rows=rows,
             flops=flops["sample"],
-            moved=costs.sample_bytes(writer, rows, p, t, tensor, c.rollout.cache_stages),
+            moved=costs.sample_bytes(
+                writer,
+                rows,
+                p,
+                t,
+                tensor,
+                c.rollout.cache_stages,
+                samples,
+                c.rollout.cache_dtype == "int8",
+            ),
             beside=moments + other,
             loop=t // c.rollout.cache_stages,
         ),
@@ -183,6 +193,8 @@ def search(config, devices, chip, planned) -> list:
     count = len(devices)
     for tensor in (n for n in (1, 2, 4, 8) if count % n == 0):
         pieces = count // tensor
+        if config.rollout.batch // config.rollout.samples_per_prompt % pieces:
+            continue
         micro_batch = pieces
         while config.rollout.batch % micro_batch == 0 and micro_batch <= config.rollout.batch:
             tried = copy.deepcopy(config)

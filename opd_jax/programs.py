@@ -77,8 +77,8 @@ class Programs:
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self) -> tuple:
-        """Of (tokens_BP, mask_BP, key, step), what `sample` takes beside the parameters."""
-        shape = self.config.rollout.batch, self.config.data.prompt_tokens
+        """Of (tokens_QP, mask_QP, key, step), what `sample_group` takes beside the parameters."""
+        shape = self.prompt_batch, self.config.data.prompt_tokens
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return (
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
@@ -107,8 +107,8 @@ class Programs:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch(self.mesh))
 
     def abstract_rollouts(self) -> rollout.Rollouts:
-        """Of what `sample` returns."""
-        like = jax.eval_shape(self.sample, self.abstract_state().params, *self.abstract_draw())
+        """Of what `sample_group` returns."""
+        like = jax.eval_shape(self.sample_group, self.abstract_state().params, *self.abstract_draw())
         return placed(like, sharding.batch(self.mesh))
 
     @property
@@ -117,14 +117,29 @@ class Programs:
         return objectives.OBJECTIVES[self.config.objective.name].writer == "teacher"
 
     @property
+    def prompt_batch(self) -> int:
+        """Q, prompts a training step."""
+        return self.config.rollout.batch // self.config.rollout.samples_per_prompt
+
+    @property
     def sample(self):
-        """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts; draws from (key, step)."""
+        """Compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts, one response a prompt.
+
+        Draws from (key, step).
+        """
         return sample_program(self.mesh, self.student, sampling(self.config))
 
     @property
+    def sample_group(self):
+        """As `sample`, with the rollout.samples_per_prompt responses a prompt that are trained on."""
+        samples = self.config.rollout.samples_per_prompt
+        return sample_program(self.mesh, self.student, sampling(self.config, samples))
+
+    @property
     def sample_teacher(self):
-        """As `sample`, of the teacher's parameters: its Rollouts hold the teacher's probabilities."""
-        return sample_program(self.mesh, self.teacher, sampling(self.config))
+        """As `sample_group`, by the teacher: its Rollouts hold the teacher's probabilities."""
+        samples = self.config.rollout.samples_per_prompt
+        return sample_program(self.mesh, self.teacher, sampling(self.config, samples))
 
     @functools.cached_property
     def train_step(self):
@@ -147,16 +162,19 @@ class Programs:
         return _divergence_program(self.mesh, self.student, self.teacher, c.scoring.chunk, micro_batches)
 
 
-def sampling(config) -> rollout.Sampling:
-    """How a config samples."""
-    c = config
+def sampling(config, samples: int = 1) -> rollout.Sampling:
+    """How a config samples, `samples` responses a prompt."""
+    r = config.rollout
     return rollout.Sampling(
-        max_tokens=c.rollout.max_tokens,
-        candidates=c.scoring.candidates,
-        temperature=c.rollout.temperature,
-        top_k=c.rollout.top_k,
-        top_p=c.rollout.top_p,
-        cache_stages=c.rollout.cache_stages,
+        max_tokens=r.max_tokens,
+        samples=samples,
+        candidates=config.scoring.candidates,
+        temperature=r.temperature,
+        top_k=r.top_k,
+        top_p=r.top_p,
+        min_p=r.min_p,
+        cache_stages=r.cache_stages,
+        int8_cache=r.cache_dtype == "int8",
     )
 
 
@@ -165,9 +183,9 @@ def sampling(config) -> rollout.Sampling:
 def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
     """What `Programs.sample` compiles."""
 
-    def sample(params, tokens_BP, mask_BP, key, step):
+    def sample(params, tokens_QP, mask_QP, key, step):
         key = jax.random.fold_in(key, step)
-        return rollout.sample(student, params, tokens_BP, mask_BP, key, sampling)
+        return rollout.sample(student, params, tokens_QP, mask_QP, key, sampling)
 
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     return jax.jit(
@@ -255,6 +273,8 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
       UserError: names the config key.
     """
     sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
+    prompts = config.rollout.batch // config.rollout.samples_per_prompt
+    sharding.check_batch(mesh, "rollout.batch / rollout.samples_per_prompt", prompts)
     check_length(config, "student.path", student)
     check_length(config, "teacher.path", teacher)
     valid = min(student.valid_vocab, teacher.valid_vocab)

@@ -51,48 +51,61 @@ class Sampling:
 
     Attributes:
       max_tokens: T, the length limit of a response.
+      samples: n, responses a prompt. They share its prefill.
       candidates: K, how many of the student's top tokens to keep a position.
       temperature: 0 is greedy.
       top_k: 0 keeps all. Applied before top_p.
-      top_p: 1 keeps all.
+      top_p: 1 keeps all. Applied before min_p.
+      min_p: least probability relative to the most likely token's; 0 keeps all.
+      int8_cache: keep keys and values in int8. Then every log-probability is that of the model as it sampled,
+        its keys and values rounded, and a full forward pass gives slightly others.
       cache_stages: how many sizes the KV cache grows through. Each step reads the whole cache, so n stages
         read (n + 1) / 2n of the response part of it; each compiles its own copy of the decode step.
     """
 
     max_tokens: int
+    samples: int = 1
     candidates: int = 4
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     cache_stages: int = 1
+    int8_cache: bool = False
 
 
 def sample(
-    config: ModelConfig, params: dict, tokens_BP, mask_BP, key, sampling: Sampling, row_B=None
+    config: ModelConfig, params: dict, tokens_QP, mask_QP, key, sampling: Sampling, row_B=None
 ) -> Rollouts:
-    """Samples one response a prompt; stops as soon as every row has ended.
+    """Samples n responses a prompt; stops as soon as every row has ended.
 
     Args:
       config, params: the student.
-      tokens_BP, mask_BP: left-padded prompts; the last column is real in every row.
+      tokens_QP, mask_QP: Q left-padded prompts; the last column is real in every row.
       key: a PRNG key. Row b at step t draws from (key, row_B[b], t) alone, so the same seed gives the
         same tokens on any mesh and however the batch is cut.
       sampling: settings.
-      row_B: the rows' numbers in the global batch; 0..B-1 if not given.
+      row_B: the rollouts' numbers in the global batch; 0..B-1 if not given.
 
     Returns:
-      Rollouts with T = sampling.max_tokens.
+      Rollouts with B = Q n and T = sampling.max_tokens; row b answers prompt b // n.
     """
-    b, p = tokens_BP.shape
+    b, p = tokens_QP.shape[0] * sampling.samples, tokens_QP.shape[1]
     t_max = sampling.max_tokens
     row_B = jnp.arange(b) if row_B is None else row_B
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
     end_ids = jnp.array(config.eos_ids or (-1,), jnp.int32)
-    length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
     head_VD = transformer.head(config, params)
 
     with jax.named_scope("prefill"):
-        hidden_BD, cache = kv.prefill(config, params, tokens_BP, mask_BP)
+        hidden_QD, cache = kv.prefill(
+            config, params, tokens_QP, mask_QP, int8=sampling.int8_cache
+        )
+        tokens_BP, mask_BP, hidden_BD = (
+            jnp.repeat(x, sampling.samples, axis=0) for x in (tokens_QP, mask_QP, hidden_QD)
+        )
+        cache = kv.repeat(cache, sampling.samples)
+        length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
         layers = kv.unstack(config, params)
 
     def emit(out, hidden_BD, done_B, t):
@@ -168,6 +181,8 @@ def _draw(sampling: Sampling, logits_BV, u_B2, end_ids) -> dict:
             shaped_BRW = vocabulary.keep_top_k(shaped_BRW, sampling.top_k)
         if sampling.top_p < 1:
             shaped_BRW = vocabulary.keep_top_p(shaped_BRW, sampling.top_p)
+        if sampling.min_p:
+            shaped_BRW = vocabulary.keep_min_p(shaped_BRW, sampling.min_p)
         token_B = vocabulary.draw(shaped_BRW, u_B2)
         behaviour_logp_B = vocabulary.pick_logit(shaped_BRW, token_B[:, None])[
             :, 0

@@ -53,13 +53,14 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
     # ---- Prompts and draws.
     prompts = data.batches(
         job.prompts.train,
-        c.rollout.batch,
+        job.prompt_batch,
         c.data.prompt_tokens,
         job.student.pad_id,
         c.seed,
-        sharding.local_rows(mesh, c.rollout.batch),
+        sharding.local_rows(mesh, job.prompt_batch),
         start=position,
         parts=job.prompts.parts,
+        buckets=c.data.prompt_buckets,
     )
     key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
     responder = job.responder(job.key(benchmark_run.KEY))
@@ -120,7 +121,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             if job.teacher_writes:
                 rollouts = job.sample_teacher(teacher_params, *drawn)
             else:
-                rollouts = job.sample(state.params, *drawn)
+                rollouts = job.sample_group(state.params, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
             reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
             table = job.segment_table(rollouts)

@@ -91,6 +91,12 @@ def keep_top_p(logits_BRW, p: float):
     )
 
 
+def keep_min_p(logits_BRW, share: float):
+    """-inf at entries less likely than `share`, above 0, times the row's most likely one."""
+    floor_B = logits_BRW.max(axis=(1, 2)) + jnp.log(jnp.float32(share))
+    return jnp.where(logits_BRW >= floor_B[:, None, None], logits_BRW, -jnp.inf)
+
+
 def _keep_above(logits_BRW, enough):
     """Keeps entries at or above the highest threshold for which `enough(kept_BRW)` holds.
 

@@ -325,6 +325,39 @@ def test_processes_together_read_the_batch_of_a_single_process():
                 np.testing.assert_array_equal(getattr(part, field), whole[own])
 
 
+def test_a_batch_takes_the_least_bucket_that_holds_its_longest_prompt():
+    prompts = numbered(10)
+    plain = data.batches(prompts, 2, 6, 0, seed=2)
+    seen = set()
+    for _, batch in zip(range(40), data.batches(prompts, 2, 6, 0, seed=2, buckets=(4, 2))):
+        want = next(plain)
+        longest = max(len(prompts[i].ids) for i in want.index_B)
+        width = 2 if longest <= 2 else 4 if longest <= 4 else 6
+        seen.add(width)
+        assert batch.tokens_BP.shape == batch.mask_BP.shape == (2, width)
+        np.testing.assert_array_equal(batch.index_B, want.index_B)
+        np.testing.assert_array_equal(batch.tokens_BP, want.tokens_BP[:, 6 - width :])
+        np.testing.assert_array_equal(batch.mask_BP, want.mask_BP[:, 6 - width :])
+    assert seen == {2, 4, 6}
+
+
+def test_a_resumed_iterator_takes_the_buckets_of_an_uninterrupted_one():
+    first = data.batches(numbered(10), 2, 6, 0, seed=2, buckets=(2, 4))
+    take(first, 3)
+    again = data.batches(numbered(10), 2, 6, 0, seed=2, start=first.state(), buckets=(2, 4))
+    for _ in range(9):
+        for want, got in zip(next(first), next(again), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_processes_with_shares_of_a_batch_take_the_same_bucket():
+    settings = {"buckets": (1, 2, 3, 4)}
+    shares = [data.batches(numbered(10), 2, 6, 0, 2, np.array([row]), **settings) for row in (0, 1)]
+    widths = [[next(share).tokens_BP.shape[1] for _ in range(40)] for share in shares]
+    assert widths[0] == widths[1]
+    assert len(set(widths[0])) > 2
+
+
 @pytest.mark.parametrize("rows", [[None], [np.array([0, 1]), np.array([2, 3])]])
 def test_held_out_batches_cover_every_prompt_once_and_mark_the_filling(rows):
     parts = [list(data.heldout_batches(numbered(10), 4, 6, 0, own)) for own in rows]

@@ -157,6 +157,23 @@ def test_growing_the_cache_in_stages_saves_sampling_traffic_and_rows_add_to_it()
     assert one - four == 512 * 4 * 8 * tiny.STUDENT.layers * 2 * tiny.STUDENT.head_size * slots
 
 
+def test_samples_that_share_a_prefill_need_it_once():
+    sizes = tiny.STUDENT, tiny.STUDENT, 8, 16, 32
+    alone, shared = costs.phase_flops(*sizes), costs.phase_flops(*sizes, samples=4)
+    one = 16 * tiny.STUDENT.matmul_flops_per_token(head=False) + costs.attention_flops(tiny.STUDENT, 0, 16)
+    assert alone["sample"] - shared["sample"] == 6 * one
+    assert alone["update"] == shared["update"]
+    moved = [costs.sample_bytes(tiny.STUDENT, 8, 16, 32, 1, 1, samples) for samples in (1, 4)]
+    forward = [costs.forward_bytes(tiny.STUDENT, rows, 16, 1) for rows in (8, 2)]
+    assert moved[0] - moved[1] == forward[0] - forward[1]
+
+
+def test_an_int8_cache_moves_a_byte_a_value_and_a_float32_a_token_and_head():
+    wide = tiny.STUDENT.replace(head_size=128)
+    floats, bytes_ = (costs.sample_bytes(wide, 8, 16, 32, 1, 1, int8_cache=int8) for int8 in (False, True))
+    assert floats - bytes_ == 32 * (16 + 32) * 2 * 8 * wide.layers * wide.kv_heads * (2 * 128 - 132)
+
+
 def test_collectives_are_counted_by_kind_with_bytes_and_the_rounds_of_their_loop():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
     cut = NamedSharding(mesh, P(None, "fsdp", None))

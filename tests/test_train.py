@@ -1,5 +1,6 @@
 """The loop: what a run leaves behind, that a kill changes nothing, and that no transfer hides in it."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import distributed
+from opd_jax import distributed, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.job import Job, prepare
 from opd_jax.train import train
@@ -75,8 +76,8 @@ def test_the_final_checkpoint_is_the_final_state(finished, job):
 def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
     class Planted(Job):
         @property
-        def sample(self):
-            return lambda params, tokens_BP, mask_BP, *rest: job.sample(
+        def sample_group(self):
+            return lambda params, tokens_BP, mask_BP, *rest: job.sample_group(
                 params, tokens_BP, np.ones(mask_BP.shape, bool), *rest
             )
 
@@ -116,10 +117,37 @@ def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(
         for folder in (tmp_path, finished[0])
     )
     assert again == whole
+
+
 def test_segments_cut_by_nltk_on_the_host_train_as_those_cut_on_device(models, finished, tmp_path):
     settings = {"train.steps": 2, "segments.kind": "nltk", "eval.every": 0, "checkpoint.every": 0}
     train(prepare(tiny.config(models, **settings)), tmp_path)
     assert losses(tmp_path) == losses(finished[0])[:2]
+
+
+def test_prompt_buckets_change_no_loss_and_compile_each_program_once_a_width(models, tmp_path, monkeypatch):
+    texts = [f"What is {n}?" for n in range(22)] + ["What is one and one, then?"] * 2
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    settings = {"data.path": str(tmp_path / "prompts.jsonl"), "data.heldout": 0, "eval.every": 0}
+    job = prepare(tiny.config(models, **settings | {"train.steps": 3, "checkpoint.every": 0}))
+    train(job, tmp_path / "plain")
+    bucketed = dataclasses.replace(job, config=copy.deepcopy(job.config))
+    bucketed.config.data.prompt_buckets = (26,)
+    bucketed.__dict__["train_step"] = job.train_step
+
+    widths, put_batch = [], sharding.put_batch
+
+    def noted(mesh, local):
+        widths.append(local.tokens_BP.shape[1])
+        return put_batch(mesh, local)
+
+    monkeypatch.setattr("opd_jax.train.sharding.put_batch", noted)
+    programs = job.sample_group, job.train_step
+    before = [program._cache_size() for program in programs]
+    train(bucketed, tmp_path / "bucketed")
+    assert sorted(set(widths)) == [26, 48]  # 48 is compiled already
+    assert [program._cache_size() - count for program, count in zip(programs, before)] == [1, 1]
+    np.testing.assert_allclose(losses(tmp_path / "bucketed"), losses(tmp_path / "plain"), rtol=1e-4)
 
 
 STEPS = 40

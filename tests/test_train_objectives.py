@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax import sharding
 from opd_jax.job import prepare
 from opd_jax.train import train
 from tests import tiny
@@ -61,3 +62,30 @@ def test_rewards_are_graded_between_sampling_and_the_step_without_an_implicit_tr
     assert sum(graded) == pytest.approx(3 * 0.5)  # 24 rows: every prompt once
     assert all(record["teacher_entropy"] > 0 for record in records)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_samples_of_one_prompt_are_graded_by_its_answer_and_train_together(
+    models, with_answers, tmp_path, monkeypatch
+):
+    seen = []
+
+    def graded(mesh, tokenizer, answers, rollouts):
+        tokens_BL = sharding.local_values(rollouts.tokens_BL)
+        seen.append((answers, [tokenizer.decode(row[row < tiny.PAD]) for row in tokens_BL]))
+        return sharding.put_batch(mesh, np.ones(len(answers), np.float32))
+
+    monkeypatch.setattr("opd_jax.rewards.reward_batch", graded)
+    overrides = {
+        "rollout.batch": 16,
+        "rollout.samples_per_prompt": 2,
+        "reward.weight": 1.0,
+        "data.path": str(with_answers),
+        "data.heldout": 0,
+    }
+    _, _, records = run(models, tmp_path, **overrides)
+    assert len(records) == len(seen) == 3
+    for answers, texts in seen:
+        numbers = [int(text.split("What is ")[1].split(" +")[0]) for text in texts]
+        assert numbers[::2] == numbers[1::2] and len(set(numbers)) == 8
+        assert answers == [str(n + 1) if n % 2 else None for n in numbers]
+        assert texts[0] != texts[1]

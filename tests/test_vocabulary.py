@@ -26,6 +26,11 @@ def keep_top_p(x_BV, p):
     return unfold(vocabulary.keep_top_p(vocabulary.fold(x_BV), p), x_BV.shape[1])
 
 
+@jax.jit
+def keep_min_p(x_BV, share):
+    return unfold(vocabulary.keep_min_p(vocabulary.fold(x_BV), share), x_BV.shape[1])
+
+
 def unfold(x_BRW, v):
     return x_BRW.reshape(x_BRW.shape[0], -1)[:, :v]
 
@@ -166,3 +171,20 @@ def test_keep_top_p_keeps_all_of_a_flat_row_because_its_entries_tie():
 def test_keep_top_p_just_below_one_drops_no_entry_that_float32_can_see():
     x_BV = np.log(np.array([[0.5, 0.3, 0.1999, 0.0001]], np.float32))
     np.testing.assert_array_equal(keep_top_p(x_BV, LAST_UNIFORM), x_BV)
+
+
+@SIZES
+@pytest.mark.parametrize("share", [1e-6, 0.05, 0.9])
+@pytest.mark.parametrize("shift", [0.0, -50.0])
+def test_keep_min_p_keeps_what_is_that_share_as_likely_as_the_likeliest(v, share, shift):
+    x_BV = random_logits(v, absent=0.2) + np.float32(shift)
+    mass_BV = special.softmax(x_BV.astype(np.float64), axis=1)
+    ratio_BV = mass_BV / mass_BV.max(axis=1, keepdims=True)
+    # no entry comes so near the share that float32 could decide otherwise
+    assert np.abs(ratio_BV / share - 1).min() > 1e-5
+    np.testing.assert_array_equal(keep_min_p(x_BV, share), np.where(ratio_BV >= share, x_BV, -np.inf))
+
+
+def test_keep_min_p_of_one_keeps_the_likeliest_and_its_ties_alone():
+    x_BV = np.array([[1, 3, -2, 3, 0]], np.float32)
+    np.testing.assert_array_equal(keep_min_p(x_BV, 1.0), [[-np.inf, 3, -np.inf, 3, -np.inf]])

@@ -37,13 +37,15 @@ def cached(k_BLKC, v_BLKC):
     return k_BLKC.transpose(0, 2, 3, 1), v_BLKC.swapaxes(1, 2)
 
 
-def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM):
+def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM, scales_BK1M=()):
     """Softmax attention; query heads share their group's keys without repeating them.
 
     Args:
       q_BLHC: queries; head h belongs to kv head h // (H / K).
       k_BKCM, v_BKMC: keys (channels before slots) and values, laid out as the cache keeps them: then both
         products are plain row-by-column ones and nothing of the cache is transposed or copied.
+      scales_BK1M: of int8 keys and values, what each key and each value is to be multiplied by. They are
+        applied to the scores and weights, so that no array of the cache's size is multiplied.
       allowed_BLM: which keys a query may see; a row with none gives a finite value without meaning.
 
     Returns:
@@ -53,11 +55,17 @@ def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM):
     kv = k_BKCM.shape[1]
     group = h // kv
     q_BKRC = (q_BLHC * c**-0.5).reshape(b, l, kv, group, c).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, c)
-    score_BKRM = _rows_by_columns(q_BKRC, k_BKCM, jnp.float32)
+    score_BKRM = _rows_by_columns(q_BKRC, k_BKCM.astype(q_BKRC.dtype), jnp.float32)
+    if scales_BK1M:
+        k_scale_BK1M, v_scale_BK1M = scales_BK1M
+        score_BKRM = score_BKRM * k_scale_BK1M
     score = score_BKRM.reshape(b, kv, group, l, -1)
     score = jnp.where(allowed_BLM[:, None, None], score, MASKED)
-    weight_BKRM = jax.nn.softmax(score, axis=-1).astype(v_BKMC.dtype).reshape(score_BKRM.shape)
-    out_BKRC = _rows_by_columns(weight_BKRM, v_BKMC, v_BKMC.dtype)
+    weight_BKRM = jax.nn.softmax(score, axis=-1).reshape(score_BKRM.shape)
+    if scales_BK1M:
+        weight_BKRM = weight_BKRM * v_scale_BK1M
+    dtype = q_BLHC.dtype
+    out_BKRC = _rows_by_columns(weight_BKRM.astype(dtype), v_BKMC.astype(dtype), dtype)
     return out_BKRC.reshape(b, kv, group, l, c).transpose(0, 3, 1, 2, 4).reshape(b, l, h, c)
 
 

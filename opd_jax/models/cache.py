@@ -11,19 +11,20 @@ from flax import struct
 from opd_jax.models import attention, transformer
 from opd_jax.models.config import ModelConfig
 
+SLOT_AXES = (3, 2, 3, 3)  # of a layer's keys, values and their scales
+
 
 @struct.dataclass
 class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-      keys: one [B, K, C, S] array a layer in the compute dtype, S slots.
-      values: one [B, K, S, C] array a layer.
+      layers: (keys [B, K, C, S], values [B, K, S, C]) of each layer in the compute dtype, S slots; in int8
+        followed by their scales, each float32 [B, K, 1, S].
       filled_BS: slots that hold a real token.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    layers: tuple[tuple[jax.Array, ...], ...]
     filled_BS: jax.Array
 
 
@@ -36,11 +37,30 @@ def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
     )
 
 
-def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP):
+def quantise(x, axis: int):
+    """(int8, float32 scale) whose product is x up to half a scale: one scale for all along `axis`."""
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(axis=axis, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def _stored(k_BKCL, v_BKLC, int8: bool) -> tuple[jax.Array, ...]:
+    """Keys and values as a layer of the cache keeps them."""
+    if not int8:
+        return k_BKCL, v_BKLC
+    k_BKCL, k_scale_BK1L = quantise(k_BKCL, axis=2)
+    v_BKLC, v_scale_BKL1 = quantise(v_BKLC, axis=3)
+    return k_BKCL, v_BKLC, k_scale_BK1L, v_scale_BKL1.swapaxes(2, 3)
+
+
+def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool = False):
     """Reads left-padded prompts.
 
     Args:
       tokens_BP, mask_BP: ids and which are real; the last column is real in every row.
+      int8: keep keys and values in int8, with a scale for each token and head. The prompts' own attention
+        is not affected.
 
     Returns:
       (hidden_BD of the last position, normalised; KVCache of P slots, to be given room by `grow`).
@@ -50,24 +70,32 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP):
 
     def attend(q, k, v):
         k, v = attention.cached(k, v)
-        return attention.attend(q, k, v, allowed_BPP), (k, v)
+        return attention.attend(q, k, v, allowed_BPP), _stored(k, v, int8)
 
     def step(x_BPD, p):
         return transformer.block(config, p, x_BPD, rope, attend)
 
     x_BPD = transformer.embed(config, params, tokens_BP)
-    x_BPD, (k_NBKCP, v_NBKPC) = jax.lax.scan(step, x_BPD, params["blocks"])
-    cache = KVCache(keys=tuple(k_NBKCP), values=tuple(v_NBKPC), filled_BS=mask_BP)
+    x_BPD, stacked = jax.lax.scan(step, x_BPD, params["blocks"])
+    cache = KVCache(layers=tuple(zip(*stacked, strict=True)), filled_BS=mask_BP)
     return transformer.rms_norm(x_BPD[:, -1], params["final_norm"], config.norm_eps), cache
+
+
+def repeat(cache: KVCache, samples: int) -> KVCache:
+    """The cache with each row `samples` times, one after another: no device needs another's rows."""
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
 
 
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The cache with empty slots added at the end, `slots` in all."""
-    none, room = (0, 0), (0, slots - cache.filled_BS.shape[1])
+    room = slots - cache.filled_BS.shape[1]
+
+    def padded(x, slot_axis):
+        return jnp.pad(x, [(0, room if axis == slot_axis else 0) for axis in range(x.ndim)])
+
     return KVCache(
-        keys=tuple(jnp.pad(k_BKCS, (none, none, none, room)) for k_BKCS in cache.keys),
-        values=tuple(jnp.pad(v_BKSC, (none, none, room, none)) for v_BKSC in cache.values),
-        filled_BS=jnp.pad(cache.filled_BS, (none, room)),
+        layers=tuple(tuple(map(padded, layer, SLOT_AXES)) for layer in cache.layers),
+        filled_BS=padded(cache.filled_BS, 1),
     )
 
 
@@ -87,17 +115,19 @@ def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache
         cache.filled_BS, jnp.ones_like(cache.filled_BS[:, :1]), slot, axis=1
     )
     x_B1D = transformer.embed(config, params, token_B)[:, None]
-    keys, values = [], []
-    for p, k_BKCS, v_BKSC in zip(layers, cache.keys, cache.values, strict=True):
+    kept = []
+    for p, layer in zip(layers, cache.layers, strict=True):
 
-        def attend(q, k, v, k_BKCS=k_BKCS, v_BKSC=v_BKSC):
-            k, v = attention.cached(k, v)
-            k_BKCS = jax.lax.dynamic_update_slice_in_dim(k_BKCS, k, slot, axis=3)
-            v_BKSC = jax.lax.dynamic_update_slice_in_dim(v_BKSC, v, slot, axis=2)
-            return attention.attend(q, k_BKCS, v_BKSC, filled_BS[:, None]), (k_BKCS, v_BKSC)
+        def attend(q, k, v, layer=layer):
+            new = _stored(*attention.cached(k, v), int8=layer[0].dtype == jnp.int8)
+            layer = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis)
+                for old, x, axis in zip(layer, new, SLOT_AXES)
+            )
+            keys, values, *scales = layer
+            return attention.attend(q, keys, values, filled_BS[:, None], scales), layer
 
-        x_B1D, (k_BKCS, v_BKSC) = transformer.block(config, p, x_B1D, rope, attend)
-        keys.append(k_BKCS)
-        values.append(v_BKSC)
+        x_B1D, layer = transformer.block(config, p, x_B1D, rope, attend)
+        kept.append(layer)
     hidden_BD = transformer.rms_norm(x_B1D[:, 0], params["final_norm"], config.norm_eps)
-    return hidden_BD, KVCache(keys=tuple(keys), values=tuple(values), filled_BS=filled_BS)
+    return hidden_BD, KVCache(layers=tuple(kept), filled_BS=filled_BS)
