@@ -234,32 +234,6 @@ def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
     return _svg("Where supervision is released", draw)
 
 
-def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:
-    """Stacked bars: seconds a step of each phase, a bar for each run."""
-    if not any(seconds):
-        return None
-    names = list(dict.fromkeys(name for phases in seconds for name in phases))
-    alphas = dict(zip(names, (1.0, 0.6, 0.35, 0.15), strict=False))
-
-    def draw(axes: Axes) -> None:
-        for run, phases in enumerate(seconds):
-            left = 0.0
-            for name, value in phases.items():
-                axes.barh(run, value, 0.6, left, color=colour(run), alpha=alphas[name])
-                left += value
-            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(f"{left:.3g} s", (left, run), **place)
-        # Titles are a user's text, in which a dollar sign is no formula.
-        axes.set_yticks(range(len(titles)), titles, parse_math=False)
-        axes.set_ylim(len(titles) - 0.4, -0.6)
-        axes.margins(x=0.12)
-        axes.grid(axis="y", visible=False)
-        _legend(axes, [Patch(color=INK, alpha=alphas[name], label=name) for name in names])
-        axes.set_xlabel("seconds a step (median)")
-
-    return _svg("Time of a step by phase", draw, height=1.3 + 0.4 * len(titles))
-
-
 def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
     """One rollout: the mean margin of each sentence, the cut, and the mean on either side of it.
 
@@ -292,3 +266,29 @@ def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
         _label(axes, "token position in the response", "teacher margin M, nats")
 
     return _svg("Teacher margin, sentence by sentence", draw)
+
+
+def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:
+    """Stacked bars: seconds a step of each phase, a bar for each run."""
+    if not any(seconds):
+        return None
+    names = list(dict.fromkeys(name for phases in seconds for name in phases))
+    alphas = dict(zip(names, (1.0, 0.6, 0.35, 0.15), strict=False))
+
+    def draw(axes: Axes) -> None:
+        for run, phases in enumerate(seconds):
+            left = 0.0
+            for name, value in phases.items():
+                axes.barh(run, value, 0.6, left, color=colour(run), alpha=alphas[name])
+                left += value
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{left:.3g} s", (left, run), **place)
+        # Titles are a user's text, in which a dollar sign is no formula.
+        axes.set_yticks(range(len(titles)), titles, parse_math=False)
+        axes.set_ylim(len(titles) - 0.4, -0.6)
+        axes.margins(x=0.12)
+        axes.grid(axis="y", visible=False)
+        _legend(axes, [Patch(color=INK, alpha=alphas[name], label=name) for name in names])
+        axes.set_xlabel("seconds a step (median)")
+
+    return _svg("Time of a step by phase", draw, height=1.3 + 0.4 * len(titles))
