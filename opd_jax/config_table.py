@@ -3,7 +3,9 @@
     python -m opd_jax.config_table > docs/configs.md
 """
 
+import ast
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +38,14 @@ def fields(source: str) -> Iterator[Field]:
         assigned = re.fullmatch(r"c\.([\w.]+) = (.+)", line)
         if line.startswith("#"):
             comment.append(line.removeprefix("#").removeprefix(" "))
-        elif assigned and not assigned[2].startswith("ConfigDict("):
+        elif assigned and assigned[2] == "ConfigDict()":
+            comment = []
+        elif assigned and assigned[2].startswith("ConfigDict("):  # small groups that share a comment
+            group = ast.literal_eval(assigned[2].removeprefix("ConfigDict(").removesuffix(")"))
+            for name, value in group.items():
+                yield Field(f"{assigned[1]}.{name}", json.dumps(value), comment)
+            comment = []
+        elif assigned:
             default, _, remark = assigned[2].partition("  # ")
             yield Field(assigned[1], default, [*comment, *filter(None, [remark])])
             comment = []
@@ -58,8 +67,8 @@ def page(source: str) -> str:
     """The whole page as Markdown."""
     lines, group = [HEAD], "run"
     for field in fields(source):
-        parent = field.key.rpartition(".")[0]
-        if parent and parent != group:
+        parent, dot, _ = field.key.partition(".")
+        if dot and parent != group:
             group = parent
             lines.append(f"## {group}\n")
         lines += [f"### `{field.key}`\n", f"Default `{field.default}`. {allowed(field.key)}".rstrip() + "\n"]

@@ -49,10 +49,13 @@ def test_page_of_fields_has_every_field_of_the_config():
 
 def test_fields_carry_their_comment_and_nothing_of_their_neighbours():
     source = "# Unit: tokens.\n#   a  b\nc.x.y = 1\nc.x.z = 'q'  # why\n# stray\nw = 2\n"
+    source += '# Names.\nc.x.g = ConfigDict({"a": "", "b": 1})\n'
     read = list(config_table.fields(source))
     assert read == [
         config_table.Field("x.y", "1", ["Unit: tokens.", "  a  b"]),
         config_table.Field("x.z", "'q'", ["why"]),
+        config_table.Field("x.g.a", '""', ["Names."]),
+        config_table.Field("x.g.b", "1", ["Names."]),
     ]
     assert "Unit: tokens.\n\n```\n  a  b\n```" in config_table.page(source)
 
