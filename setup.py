@@ -47,6 +47,8 @@ setup(
             *DEMO,
             *BENCHMARKS,
             "hypothesis",
+            "ipykernel",
+            "nbclient",
             "nltk",
             "pytest",
             "pytest-xdist",

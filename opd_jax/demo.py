@@ -14,9 +14,9 @@ from absl import flags
 from opd_jax import report
 from opd_jax.config import run
 from opd_jax.evaluate import evaluate
-from opd_jax.job import prepare
+from opd_jax.job import Job, prepare
 from opd_jax.metrics import EVALUATIONS_FILE
-from opd_jax.run_record import column, phase_seconds, read_run
+from opd_jax.run_record import Run, column, phase_seconds, read_run
 from opd_jax.train import train
 
 ARMS = {"full": "none", "release": "paper"}
@@ -31,19 +31,10 @@ The student answers {batch} prompts a step; the teacher scores every token it wr
 
 def main(_):
     started = time.perf_counter()
-    config = flags.FLAGS.config
     out = Path(flags.FLAGS.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    jobs = {}
-    for arm, rule in ARMS.items():
-        config.release.rule = rule
-        jobs[arm] = prepare(copy.deepcopy(config), out / arm)
-    job = jobs["full"]
-    print(introduction(job), flush=True)
-    start = evaluate(job, job.start().params, job.teacher_params())
-    for arm, rule in ARMS.items():
-        print(f"— {arm}: release.rule={rule}, workdir {out / arm}", flush=True)
-        train(jobs[arm], out / arm, start)
-    runs = {arm: read_run(out / arm, arm) for arm in ARMS}
+    jobs = prepare_arms(flags.FLAGS.config, out)
+    print(introduction(jobs["full"]), flush=True)
+    runs = train_arms(jobs, out)
     answers = before_and_after(out)
     print("\n" + table(runs))
     print(f"\nprompt   {answers['prompt']}")
@@ -54,6 +45,30 @@ def main(_):
     )
     minutes = (time.perf_counter() - started) / 60
     print(f"\nreport   {page}\n         {minutes:.1f} minutes in all")
+
+
+def prepare_arms(config, out: Path) -> dict[str, Job]:
+    """The checked job of each arm: the config with the arm's release rule.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    jobs = {}
+    for arm, rule in ARMS.items():
+        config = copy.deepcopy(config)
+        config.release.rule = rule
+        jobs[arm] = prepare(config, out / arm)
+    return jobs
+
+
+def train_arms(jobs: dict[str, Job], out: Path) -> dict[str, Run]:
+    """Evaluates the start that all arms share, trains each in its folder of `out`, and reads the records."""
+    first = next(iter(jobs.values()))
+    start = evaluate(first, first.start().params, first.teacher_params())
+    for arm, job in jobs.items():
+        print(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", flush=True)
+        train(job, out / arm, start)
+    return {arm: read_run(out / arm, arm) for arm in jobs}
 
 
 def introduction(job) -> str:

@@ -234,6 +234,40 @@ def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
     return _svg("Where supervision is released", draw)
 
 
+def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
+    """One rollout: the mean margin of each sentence, the cut, and the mean on either side of it.
+
+    Args:
+      sentences: of a rollouts.jsonl record, in order: tokens, kept, contrast (nats).
+    """
+    tokens = np.array([sentence["tokens"] for sentence in sentences])
+    contrast = np.array([sentence["contrast"] for sentence in sentences], float)
+    kept = np.array([sentence["kept"] for sentence in sentences])
+    edges = np.concatenate([[0], np.cumsum(tokens)])
+
+    def draw(axes: Axes) -> None:
+        looks = {
+            True: {"facecolor": mpl.colors.to_rgba(colour(0), 0.3), "edgecolor": colour(0)},
+            False: {"facecolor": "none", "edgecolor": MUTED, "linestyle": "--"},
+        }
+        for left, height, width, on in zip(edges, contrast, tokens, kept, strict=False):
+            axes.bar(left, height, width, align="edge", linewidth=1.2, **looks[bool(on)])
+        cut = int(kept.argmin())  # 0 where all are kept
+        for part in (slice(0, cut), slice(cut, None)) if cut else (slice(None),):
+            level = np.expm1(np.log1p(contrast[part]).mean())  # the mean of the rule's scores, as a margin
+            axes.hlines(level, edges[:-1][part][0], edges[1:][part][-1], color=INK, linewidth=1.6)
+        if cut:
+            axes.axvline(edges[cut], color=INK, linestyle=":", linewidth=2)
+        entries = [Patch(**looks[on], label="supervised" if on else "released") for on in (True, False)]
+        entries.append(Line2D([], [], color=INK, label="mean"))
+        entries.append(Line2D([], [], color=INK, linestyle=":", label="cut"))
+        axes.set_xlim(0, edges[-1])
+        _legend(axes, entries)
+        _label(axes, "token position in the response", "teacher margin M, nats")
+
+    return _svg("Teacher margin, sentence by sentence", draw)
+
+
 def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:
     """Stacked bars: seconds a step of each phase, a bar for each run."""
     if not any(seconds):

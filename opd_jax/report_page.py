@@ -140,7 +140,7 @@ def _curve(runs: Sequence[Run], name: str, unit: str, *keys: str, **options: Any
 
 def _teachability(runs: Sequence[Run]) -> str:
     def panel(title: str, unit: str, note: str, profile: Callable, **options: Any) -> str:
-        svg = figures.position(title, unit, [_windows(run, profile) for run in runs], **options)
+        svg = figures.position(title, unit, [position_profile(run, profile) for run in runs], **options)
         return _panel(title, svg, note, "No profile over the position was recorded.")
 
     return _section(
@@ -152,7 +152,7 @@ def _teachability(runs: Sequence[Run]) -> str:
                 "mean margin M, nats",
                 "How far the teacher's best candidate is ahead of its second best, among the"
                 " student's own. Where it falls, the teacher no longer tells them apart.",
-                lambda s: s["contrast_sum"] / s["tokens"],
+                mean_margin,
             ),
             panel(
                 "Advantage A, mean",
@@ -185,7 +185,12 @@ def _teachability(runs: Sequence[Run]) -> str:
     )
 
 
-def _windows(run: Run, profile: Callable) -> dict[str, np.ndarray]:
+def mean_margin(sums: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Profile of the teacher's margin M, nats, for `position_profile`."""
+    return sums["contrast_sum"] / sums["tokens"]
+
+
+def position_profile(run: Run, profile: Callable) -> dict[str, np.ndarray]:
     """A profile over the position, in the first and the last quarter of a run's steps."""
     lines = [line for line in run.train if line.get("position_tokens")]
     quarter = len(lines) // 4
@@ -195,21 +200,21 @@ def _windows(run: Run, profile: Callable) -> dict[str, np.ndarray]:
         parts = {"first quarter of steps": lines[:quarter], "last quarter": lines[-quarter:]}
     result = {}
     for window, part in parts.items():
-        sums = {name: _bins(part, f"position_{name}") for name in BINS}
+        sums = {name: binned(part, f"position_{name}") for name in BINS}
         sums["tokens"] = np.where(sums["tokens"] > 0, sums["tokens"], np.nan)
         if part:
             result[window] = profile(sums)
     return result
 
 
-def _bins(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+def binned(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """The sum over steps of a metric that is a list of bins; one that is not finite counts as 0."""
     rows = [np.array(line[key], float) for line in lines if line.get(key)]
     return np.nansum(rows, axis=0) if rows else np.zeros(1)
 
 
 def _release(runs: Sequence[Run]) -> str:
-    counts = [_bins(run.train, "release_histogram") for run in runs]
+    counts = [binned(run.train, "release_histogram") for run in runs]
     words = "".join(
         f"<li>{_swatch(i)}{escape(run.title)}: {_release_words(run, count)}</li>"
         for i, (run, count) in enumerate(zip(runs, counts, strict=True))

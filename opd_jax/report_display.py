@@ -1,0 +1,141 @@
+"""A report's figures by themselves, for notebooks and documents: fixed colours, and a key of the runs.
+
+    python -m opd_jax.report_display --workdir=runs/release --out=docs/images/margin.svg
+
+draws one recorded rollout, sentence by sentence.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from opd_jax import report_figures as figures
+from opd_jax import report_page
+from opd_jax.errors import UserError
+from opd_jax.run_record import Run, column, phase_seconds, read_run
+
+KEY_HEIGHT = 18  # points, of the line that names the runs
+
+
+class Svg(str):
+    """An <svg> element, which a notebook shows as a picture."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:  # what a notebook keeps beside the picture
+        return f"<Svg of {len(self):,} characters>"
+
+
+def standalone(svg: str, titles: Sequence[str] = ()) -> Svg:
+    """A report's figure in the page's light colours, on white, below a line that names the runs."""
+    style = report_page.STYLE_FILE.read_text(encoding="utf-8")
+    light = dict(re.findall(r"--([\w-]+): (#\w+);", style.split("@media")[0]))
+    svg = re.sub(r"var\(--([\w-]+)\)", lambda match: light[match[1]], svg)
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    top = KEY_HEIGHT if titles else 0
+    key, x = [], 8
+    for number, title in enumerate(titles):
+        colour = light[f"run-{number % figures.RUN_COLOURS}"]
+        key.append(f'<rect x="{x}" y="{5 - top}" width="9" height="9" rx="2" fill="{colour}"/>')
+        key.append(f'<text x="{x + 13}" y="{13 - top}" fill="{light["ink"]}">{escape(title)}</text>')
+        x += 30 + 5.5 * len(title)
+    page = f'<rect y="{-top}" width="100%" height="100%" fill="{light["page"]}"/>'
+    font = 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="9"'
+    head = f'{page}<g {font}>{"".join(key)}</g>'
+    svg = re.sub(r'height="[\d.]+pt"', f'height="{height + top}pt"', svg, count=1)
+    svg = re.sub(r'viewBox="[^"]+"', f'viewBox="0 {-top} {width} {height + top}"', svg, count=1)
+    return Svg(re.sub(r"(<svg [^>]*>)", lambda match: match[1] + head, svg, count=1))
+
+
+def divergence(runs: Sequence[Run]) -> Svg:
+    """KL of student from teacher over the steps, sampled and held out."""
+    sampled = [column(run.train, "kl") for run in runs]
+    return _of(runs, figures.kl(sampled, [run.evals for run in runs]), "KL")
+
+
+def margin(runs: Sequence[Run]) -> Svg:
+    """The teacher's margin over the relative position in the response."""
+    profiles = [report_page.position_profile(run, report_page.mean_margin) for run in runs]
+    return _of(runs, figures.position("Teacher margin M", "mean margin M, nats", profiles), "profile")
+
+
+def releases(runs: Sequence[Run]) -> Svg:
+    """Where accepted releases cut."""
+    counts = [report_page.binned(run.train, "release_histogram") for run in runs]
+    return _of(runs, figures.release_histogram(counts), "accepted release")
+
+
+def times(runs: Sequence[Run]) -> Svg:
+    """Seconds a step of each phase."""
+    return _of(
+        runs, figures.phase_bars([run.title for run in runs], [phase_seconds(run) for run in runs]), "time"
+    )
+
+
+def _of(runs: Sequence[Run], svg: str | None, what: str) -> Svg:
+    """The figure with the runs' key; where there is nothing to draw, that in words."""
+    if svg is None:
+        words = f'<text x="4" y="14" font-family="sans-serif" font-size="11">No {what} was recorded.</text>'
+        frame = 'xmlns="http://www.w3.org/2000/svg" width="240" height="20" viewBox="0 0 240 20"'
+        return Svg(f"<svg {frame}>{words}</svg>")
+    return standalone(svg, [run.title for run in runs])
+
+
+def sentences(rollout: Mapping[str, Any]) -> Svg:
+    """One rollout: the teacher's mean margin of each sentence, and where supervision ends."""
+    return standalone(figures.sentence_margins(rollout["sentences"]))
+
+
+def transcript(rollouts: Iterable[Mapping[str, Any]]) -> str:
+    """Rollouts as text: each sentence with what becomes of it, its margin M and advantage A in nats."""
+    lines = []
+    for rollout in rollouts:
+        kept = f"{rollout['kept_tokens']} of {rollout['tokens']} tokens kept"
+        lines += ["", f"PROMPT {' '.join(rollout['prompt'].split())}", f"({kept})"]
+        lines += [
+            f"{'kept' if s['kept'] else 'released':<8}  M {_nats(s['contrast'], 5)}"
+            f"  A {_nats(s['advantage'], 6)}  {' '.join(s['text'].split())}"
+            for s in rollout["sentences"]
+        ]
+    return "\n".join(lines[1:])
+
+
+def _nats(value: float | None, width: int) -> str:
+    return f"{value:{width}.2f}" if value is not None else f"{'–':>{width}}"
+
+
+def clearest(rollouts: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The rollout whose release the evidence favours most.
+
+    Raises:
+      UserError: there is no rollout.
+    """
+    ranked = sorted(rollouts, key=lambda r: (r["accepted"], r["gain"] or 0.0, len(r["sentences"])))
+    if not ranked:
+        raise UserError(
+            "no rollout is recorded; train with metrics.rollouts and metrics.rollouts_every above 0"
+        )
+    return ranked[-1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m opd_jax.report_display", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="a run")
+    parser.add_argument("--out", required=True, help="the .svg file")
+    options = parser.parse_args(argv)
+    try:
+        rollout = clearest(read_run(options.workdir).rollouts)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    Path(options.out).write_text(sentences(rollout), encoding="utf-8")
+    print(transcript([rollout]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The documents say what the code does: fields, error messages, links, and commands that are run."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from configs import default
+from opd_jax import config_table, report_display, run_record
+from opd_jax.errors import UserError
+from tests.test_report import rollout, train_line, write_run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUNNABLE = re.compile(r"^<!-- runnable -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(page, block) for page in PAGES for block in RUNNABLE.findall(page.read_text())]
+
+
+def messages():
+    """(file, literal parts) of every UserError of the package whose text is written where it is raised."""
+    for path in sorted((ROOT / "opd_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"):
+                continue
+            text = node.args[0]
+            if isinstance(text, ast.Constant):
+                yield path.relative_to(ROOT), [text.value]
+            elif isinstance(text, ast.JoinedStr):
+                yield path.relative_to(ROOT), [v.value for v in text.values if isinstance(v, ast.Constant)]
+
+
+def test_page_of_fields_is_up_to_date():
+    page = config_table.page(config_table.DEFAULT.read_text())
+    remedy = "run: python -m opd_jax.config_table > docs/configs.md"
+    assert (ROOT / "docs/configs.md").read_text() == page, remedy
+
+
+def test_page_of_fields_has_every_field_of_the_config():
+    flat = {key for key, _ in run_record._leaves(default.get_config().to_dict())}
+    assert {field.key for field in config_table.fields(config_table.DEFAULT.read_text())} == flat
+
+
+def test_fields_carry_their_comment_and_nothing_of_their_neighbours():
+    source = "# Unit: tokens.\n#   a  b\nc.x.y = 1\nc.x.z = 'q'  # why\n# stray\nw = 2\n"
+    source += '# Names.\nc.x.g = ConfigDict({"a": "", "b": 1})\n'
+    read = list(config_table.fields(source))
+    assert read == [
+        config_table.Field("x.y", "1", ["Unit: tokens.", "  a  b"]),
+        config_table.Field("x.z", "'q'", ["why"]),
+        config_table.Field("x.g.a", '""', ["Names."]),
+        config_table.Field("x.g.b", "1", ["Names."]),
+    ]
+    assert "Unit: tokens.\n\n```\n  a  b\n```" in config_table.page(source)
+
+
+def test_every_error_message_has_its_remedy():
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    entries = [entry for _, entry in re.findall(r"^\| (`+)(.*?)\1 \| \S.* \|$", text, re.MULTILINE)]
+    found = list(messages())
+    assert len(found) > 50
+    missing = [
+        f"{path}: {'…'.join(parts)}"
+        for path, parts in found
+        if not any(re.fullmatch("…*" + "…+".join(map(re.escape, parts)) + "…*", entry) for entry in entries)
+    ]
+    assert not missing, "add to docs/troubleshooting.md:\n" + "\n".join(missing)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for name in re.findall(r"`((?:docs|configs|launch|colab|benchmarks)/[\w./-]+\.\w+)`", page.read_text()):
+        if name not in ("launch/settings.sh", "configs/mine.py"):  # the reader's own
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_index_lists_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == {p.name for p in PAGES if p.name != "README.md"}
+
+
+def test_readme_stays_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 125
+
+
+@pytest.fixture(scope="module")
+def desk(models, tmp_path_factory):
+    """A folder as a reader has it: the repository's files, two model folders, prompts, and two runs."""
+    desk = tmp_path_factory.mktemp("desk")
+    for name in ("opd_jax", "configs"):
+        (desk / name).symlink_to(ROOT / name)
+    shutil.copytree(models, desk / "models")
+    shutil.copy(models / "prompts.jsonl", desk)
+    (desk / "docs/images").mkdir(parents=True)
+    (desk / "runs").mkdir()
+    (desk / "bin").mkdir()
+    python = desk / "bin/python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    rng = np.random.default_rng(0)
+    for name, rule in (("full", "none"), ("release", "paper")):
+        lines = [train_line(step, rng, released=rule == "paper") for step in range(1, 9)]
+        write_run(desk / "runs" / name, lines, rollouts=[rollout(1)], rule=rule)
+    return desk
+
+
+@pytest.mark.parametrize("page, block", BLOCKS, ids=[page.stem for page, _ in BLOCKS])
+def test_runnable_block_runs(desk, page, block):
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    path = f"{desk / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=desk,
+        env=os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{page.name}:\n{block}\n{done.stderr[-2000:]}"
+
+
+def test_blocks_are_marked_runnable():
+    assert {page.name for page, _ in BLOCKS} >= {"quickstart.md", "how_it_works.md"}
+
+
+def test_standalone_figure_has_fixed_colours_and_names_the_runs(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [train_line(step, rng, released=True) for step in range(1, 9)]
+    runs = [run_record.read_run(write_run(tmp_path / n, lines), f"{n} <&>") for n in ("a", "b")]
+    for draw in (
+        report_display.divergence,
+        report_display.margin,
+        report_display.releases,
+        report_display.times,
+    ):
+        svg = draw(runs)._repr_svg_()
+        texts = {node.text for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
+        assert {"a <&>", "b <&>"} <= texts
+        assert "var(--" not in svg and "#1112" not in svg
+
+
+def test_figure_of_what_was_not_recorded_says_so(tmp_path):
+    run = run_record.read_run(write_run(tmp_path / "r", [{"kind": "train", "step": 1}]))
+    assert "No KL was recorded" in report_display.divergence([run])
+
+
+def test_transcript_tells_what_is_kept_and_what_is_not_finite():
+    text = report_display.transcript([rollout(1)])
+    assert text.splitlines()[2:] == [
+        "kept      M  1.50  A  -0.25  One.",
+        "released  M     –  A      –  Two.",
+    ]
+
+
+def test_clearest_rollout_is_the_release_of_most_evidence():
+    plain, weak, strong = rollout(1, accepted=False), rollout(1) | {"gain": 1.0}, rollout(1) | {"gain": 7.0}
+    assert report_display.clearest([weak, strong, plain]) is strong
+    with pytest.raises(UserError, match="no rollout is recorded"):
+        report_display.clearest([])

@@ -1,0 +1,43 @@
+"""A look at the first step's rollouts is what that step then records."""
+
+import json
+
+import jax
+import pytest
+
+from opd_jax.job import prepare
+from opd_jax.look import look
+from opd_jax.train import train
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"release.rule": "paper", "segments.kind": "fixed:2"},
+        {"release.rule": "random", "segments.kind": "fixed:2", "scoring.student": "recompute"},
+    ],
+    ids=["paper", "a rule that draws"],
+)
+def test_look_shows_the_rollouts_of_the_first_step_and_learns_nothing(models, tmp_path, settings):
+    sizes = {"train.steps": 1, "train.micro_batch": 4, "metrics.rollouts": 8}
+    off = {"eval.every": 0, "checkpoint.every": 0}
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    job = prepare(tiny.config(models, **sizes, **off, **mesh, **settings))
+    start = job.start()
+    before = jax.device_get(start.params)
+    seen = look(job, start.params, job.teacher_params())
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before, jax.device_get(start.params)))
+    train(job, tmp_path / "run")
+    recorded = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
+    assert len(seen) == len(recorded) == 8
+    assert any(len(record["sentences"]) > 1 for record in seen)
+    for ours, theirs in zip(seen, recorded, strict=True):
+        assert ours.pop("gain") == pytest.approx(theirs.pop("gain"), abs=1e-3)
+        assert (ours.pop("step"), theirs.pop("step")) == (0, 1)
+        mine, others = ours.pop("sentences"), theirs.pop("sentences")
+        assert ours == theirs
+        for a, b in zip(mine, others, strict=True):
+            for name in ("contrast", "advantage"):
+                assert a.pop(name) == pytest.approx(b.pop(name), abs=1e-4)
+            assert a == b

@@ -1,0 +1,96 @@
+"""The notebooks run from top to bottom, with small parameters; the committed outputs are of a real run."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def read(name: str):
+    notebook = nbformat.read(ROOT / "colab" / name, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def parameters(notebook):
+    """The cell that a user edits."""
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    return cell
+
+
+def executed(name: str, monkeypatch, **values) -> str:
+    """Runs the notebook with some parameters replaced, as a user would edit them; returns what it printed.
+
+    A cell that raises fails the test.
+    """
+    for key, value in {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(key, value)
+    notebook = read(name)
+    cell = parameters(notebook)
+    names = {line.partition(" = ")[0] for line in cell.source.splitlines()}
+    assert set(values) <= names
+    cell.source += "".join(f"\n{key} = {value!r}" for key, value in values.items())
+    client = NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(ROOT / "colab")}})
+    client.execute()
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) >= 5
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def test_demo_notebook_runs(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    printed = executed("demo.ipynb", monkeypatch, STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, OUT=str(out))
+    assert "held-out KL(student‖teacher)" in printed and "release.rule=paper" in printed
+    assert (out / "report.html").stat().st_size > 50_000
+
+
+def test_qwen3_notebook_runs_on_a_tiny_pair(models, tmp_path, monkeypatch):
+    sizes = {
+        "data.prompt_tokens": 48,
+        "data.heldout": 4,
+        "rollout.batch": 4,
+        "rollout.max_tokens": 12,
+        "scoring.chunk": 8,
+        "train.micro_batch": 2,
+        "metrics.tensorboard": False,
+    }
+    printed = executed(
+        "qwen3.ipynb",
+        monkeypatch,
+        STUDENT=str(models / "student"),
+        TEACHER=str(models / "teacher"),
+        STEPS=2,
+        PROMPTS=str(models / "prompts.jsonl"),
+        OUT=str(tmp_path / "run"),
+        OVERRIDES=sizes,
+        TOPOLOGY="",
+        LOGIN=False,
+    )
+    assert "20 prompts, 4 held out" in printed
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["demo.ipynb", "qwen3.ipynb"])
+def test_notebook_is_plain(name):
+    notebook = read(name)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [line for cell in code for line in cell.splitlines() if line.startswith(("def ", "class "))]
+
+
+def test_demo_notebook_was_committed_with_the_outputs_of_one_run():
+    path = ROOT / "colab/demo.ipynb"
+    assert path.stat().st_size < 1_000_000
+    code = [cell for cell in read("demo.ipynb").cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 5
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert os.sep + "site-packages" not in path.read_text()
