@@ -4,7 +4,7 @@
 """
 
 from configs import demo
-from configs.study.compared import arms  # noqa: F401
+from configs.study.sorting import arms  # noqa: F401
 
 SEEDS = (0, 1, 2)
 

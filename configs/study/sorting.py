@@ -6,9 +6,10 @@
 from pathlib import Path
 
 from configs import default
-from configs.study.compared import arms  # noqa: F401
+from configs.ablations import rule
 
 SEEDS = (0, 1, 2, 3, 4)
+NAMES = ("full", "release", "shuffled", "random", "prefix", "suffix", "advantage_std", "iw_opd")
 MODELS = Path(__file__).with_name("models")
 
 
@@ -22,8 +23,8 @@ def get_config():
     c.data.prompt_tokens = 16
     c.data.heldout = 192
     c.rollout.batch = 64
-    c.rollout.max_tokens = 128
-    c.scoring.chunk = 128
+    c.rollout.max_tokens = 88
+    c.scoring.chunk = 88
     c.optimizer.learning_rate = 5e-4
     c.optimizer.warmup_steps = 4
     c.train.steps = 40
@@ -34,3 +35,9 @@ def get_config():
     c.metrics.rollouts = 64
     c.metrics.tensorboard = False
     return c
+
+
+def arms(config):
+    """The arms of configs/ablations/rule.py that the study compares; the first is the reference."""
+    known = rule.arms(config)
+    return {name: known[name] for name in NAMES}

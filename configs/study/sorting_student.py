@@ -10,6 +10,6 @@ def get_config():
     """As the teacher's, ended where it still errs in most responses."""
     c = sorting_teacher.get_config()
     c.student.path = "random:runs/sorting/shapes/student"
-    c.train.steps = 1000
+    c.train.steps = 1200
     c.checkpoint.every = 100
     return c

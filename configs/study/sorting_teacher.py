@@ -16,15 +16,15 @@ def get_config():
     c.data.prompt_tokens = 16
     c.data.heldout = 256
     c.rollout.batch = 64
-    c.rollout.max_tokens = 114
-    c.scoring.chunk = 114
+    c.rollout.max_tokens = 84
+    c.scoring.chunk = 84
     c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.schedule = "cosine"
     c.optimizer.b2 = 0.98
-    c.train.steps = 1000
+    c.train.steps = 3000
     c.train.remat = "none"
-    c.eval.every = 150
+    c.eval.every = 300
     c.checkpoint.every = 500
     c.metrics.tensorboard = False
     return c

@@ -16,14 +16,14 @@ from pathlib import Path
 import tokenizers as hf_tokenizers
 from absl import app, flags
 
-LEAST, MOST = 5, 9  # numbers to sort
+LEAST, MOST = 4, 7  # numbers to sort
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 # Blocks and width of the two models; both see the same problems, the student fewer times.
-SIZES = {"teacher": (2, 96), "student": (2, 64)}
+SIZES = {"teacher": (3, 96), "student": (2, 64)}
 
 
 def problems(count: int, seed: int) -> list[tuple[list[str], bool]]:
