@@ -50,7 +50,7 @@ def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[s
         }
         if graded:
             right = [
-                sorting.first_error(answer["response"], sorting.solution_of(answer["text"])) is None
+                sorting.first_error(_text(answer["response"]), sorting.solution_of(answer["text"])) is None
                 for answer in answers
                 if answer["step"] == line["step"]
             ]
@@ -64,7 +64,7 @@ def rollouts(workdir: Path, seed: int) -> list[dict[str, Any]]:
     rows = []
     for record in _read(workdir / "rollouts.jsonl"):
         right = sorting.solution_of(QUESTION.search(record["prompt"])[0])
-        text = "".join(sentence["text"] for sentence in record["sentences"]).removesuffix("<|end|>")
+        text = _text("".join(sentence["text"] for sentence in record["sentences"]))
         rows.append(
             {
                 "seed": seed,
@@ -249,6 +249,10 @@ def _release_summary(rows) -> str:
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
         )
     return "; ".join(parts)
+
+
+def _text(response: str) -> str:
+    return response.removesuffix("<|end|>")
 
 
 def _interval(values) -> tuple[float, float]:
