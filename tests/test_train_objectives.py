@@ -69,7 +69,7 @@ def test_samples_of_one_prompt_are_graded_by_its_answer_and_train_together(
 ):
     seen = []
 
-    def graded(mesh, tokenizer, answers, rollouts):
+    def graded(mesh, tokenizer, grader, answers, rollouts):
         tokens_BL = sharding.local_values(rollouts.tokens_BL)
         seen.append((answers, [tokenizer.decode(row[row < tiny.PAD]) for row in tokens_BL]))
         return sharding.put_batch(mesh, np.ones(len(answers), np.float32))
