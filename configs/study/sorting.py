@@ -25,7 +25,7 @@ def get_config():
     c.rollout.batch = 64
     c.rollout.max_tokens = 88
     c.scoring.chunk = 88
-    c.optimizer.learning_rate = 5e-4
+    c.optimizer.learning_rate = 1e-4
     c.optimizer.warmup_steps = 4
     c.train.steps = 40
     c.train.remat = "none"

@@ -237,7 +237,8 @@ def _margin_table(found) -> str:
 def _release_summary(rows) -> str:
     wrong = [row for row in rows if row["first_error"] is not None]
     right = [row for row in rows if row["first_error"] is None]
-    both = [row["kept"] - row["first_error"] for row in wrong if row["accepted"]]
+    released = [row for row in wrong if row["accepted"]]
+    both = [row["kept"] - row["first_error"] for row in released]
     parts = [f"{len(rows)} rollouts, {len(wrong)} with an error"]
     for name, part in (("with an error", wrong), ("without", right)):
         if part:
@@ -248,11 +249,27 @@ def _release_summary(rows) -> str:
             f"first released less first wrong sentence: median {np.median(both):+.0f}, "
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
         )
+        near, by_chance = np.mean(np.abs(both)), _distance_by_chance(released)
+        parts.append(
+            f"mean distance {near:.2f} sentences, {by_chance:.2f} where release points are exchanged between "
+            "responses of as many sentences"
+        )
     return "; ".join(parts)
 
 
 def _text(response: str) -> str:
     return response.removesuffix("<|end|>")
+
+
+def _distance_by_chance(rows) -> float:
+    """Mean |release - first error| over random pairs of responses of equal length, from a fixed seed."""
+    rng = np.random.default_rng(0)
+    total = []
+    for sentences in {row["sentences"] for row in rows}:
+        same = [row for row in rows if row["sentences"] == sentences]
+        kept, error = (np.array([row[key] for row in same]) for key in ("kept", "first_error"))
+        total += [np.abs(rng.permutation(kept) - error) for _ in range(200)]
+    return float(np.mean(np.concatenate(total)))
 
 
 def _interval(values) -> tuple[float, float]:
