@@ -200,8 +200,10 @@ def main(_):
     everything = []
     for task, (quantity, label) in SHOWN.items():
         folder = Path(flags.FLAGS[task].value)
-        with (folder / "table.csv").open() as file:
-            arms = [row["arm"] for row in csv.DictReader(file)]
+        arms = _arms(folder)
+        if not arms:
+            print(f"\n{task}: no runs in {folder}")
+            continue
         rows = [
             {"task": task} | row
             for arm in arms
@@ -278,6 +280,16 @@ def _interval(values) -> tuple[float, float]:
 
 def _span(interval, sign: str = "") -> str:
     return "" if np.isnan(interval[0]) else f"[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+
+
+def _arms(folder: Path) -> list[str]:
+    """The arms that have runs, in the order of the sweep's table; before there is one, full first."""
+    there = {path.parent.name for path in folder.glob("*/seed-*")}
+    there = sorted(there, key=lambda name: (name != "full", name))
+    if not (folder / "table.csv").is_file():
+        return there
+    with (folder / "table.csv").open() as file:
+        return [row["arm"] for row in csv.DictReader(file) if row["arm"] in there]
 
 
 def _number(path: Path) -> int:
