@@ -24,6 +24,7 @@ from opd_jax.study import sorting
 
 QUESTION = re.compile(r"Sort [\d ]+ (?:upwards|downwards)\.")
 OFFSETS = range(-4, 5)
+GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
 # Task -> the column that its tables and plots are of, and its name.
 SHOWN = {"sorting": ("accuracy", "accuracy"), "pair": ("kl", "held-out KL, nats/token")}
 
@@ -154,7 +155,7 @@ def margins_around_errors(rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[
 
 def draw(out: Path, name: str, size, fill) -> None:
     """Saves OUT/NAME.svg of a figure that fill(axes list) draws."""
-    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9, "svg.fonttype": "none", "axes.grid": True}):
+    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9, "svg.fonttype": "none", **GRID}):
         figure = Figure(figsize=size, layout="constrained")
         fill(figure)
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
@@ -183,7 +184,7 @@ def _margin_figure(figure, found) -> None:
     axes.plot(offsets, [found[k][1] for k in offsets], marker="s", label=label)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="sentences after the first wrong one", ylabel="teacher margin M, nats")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _release_figure(figure, rows) -> None:
@@ -251,10 +252,11 @@ def _release_summary(rows) -> str:
             f"first released less first wrong sentence: median {np.median(both):+.0f}, "
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
         )
-        near, by_chance = np.mean(np.abs(both)), _distance_by_chance(released)
+        at_chance, far_chance = _by_chance(released)
         parts.append(
-            f"mean distance {near:.2f} sentences, {by_chance:.2f} where release points are exchanged between "
-            "responses of as many sentences"
+            f"released from the first wrong sentence on: {np.mean(np.array(both) == 0):.0%}, {at_chance:.0%} by "
+            f"chance; mean distance {np.mean(np.abs(both)):.2f} sentences, {far_chance:.2f} by chance (release "
+            "points exchanged between responses of as many sentences)"
         )
     return "; ".join(parts)
 
@@ -263,15 +265,19 @@ def _text(response: str) -> str:
     return response.removesuffix("<|end|>")
 
 
-def _distance_by_chance(rows) -> float:
-    """Mean |release - first error| over random pairs of responses of equal length, from a fixed seed."""
+def _by_chance(rows) -> tuple[float, float]:
+    """(share of releases at the first error, mean distance) with release points permuted, fixed seed.
+
+    Release points move between responses of as many sentences only.
+    """
     rng = np.random.default_rng(0)
     total = []
     for sentences in {row["sentences"] for row in rows}:
         same = [row for row in rows if row["sentences"] == sentences]
         kept, error = (np.array([row[key] for row in same]) for key in ("kept", "first_error"))
         total += [np.abs(rng.permutation(kept) - error) for _ in range(200)]
-    return float(np.mean(np.concatenate(total)))
+    distance = np.concatenate(total)
+    return float(np.mean(distance == 0)), float(np.mean(distance))
 
 
 def _interval(values) -> tuple[float, float]:
