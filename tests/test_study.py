@@ -1,11 +1,12 @@
-"""The sorting study's task: right responses, first errors, problems, tokenizer."""
+"""The study: its sorting task (responses, first errors, problems, tokenizer), and what its report computes."""
 
 import json
+import math
 
 import pytest
 
 from opd_jax.models import source
-from opd_jax.study import sorting
+from opd_jax.study import report, sorting
 
 
 def test_a_solution_takes_one_number_a_sentence_and_ends_in_the_order():
@@ -60,3 +61,52 @@ def test_problems_to_learn_from_and_to_distil_on_differ(tmp_path):
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").open()]
     assert len(prompts) > 3500
     assert not set(worked) & set(prompts)
+
+
+def rows(arm, seed, *points):
+    """Evaluations of one run at steps 0, 1, ...: (accuracy, supervised tokens)."""
+    return [
+        {
+            "arm": arm,
+            "seed": seed,
+            "step": step,
+            "accuracy": accuracy,
+            "supervised_tokens": tokens,
+            "response_tokens": 100 * step,
+        }
+        for step, (accuracy, tokens) in enumerate(points)
+    ]
+
+
+def test_arms_are_compared_seed_by_seed_at_equal_steps_and_at_equal_supervised_tokens():
+    found = report.table(
+        rows("full", 0, (0.1, 0), (0.3, 100), (0.5, 200))
+        + rows("full", 1, (0.1, 0), (0.2, 100), (0.3, 200))
+        + rows("release", 0, (0.1, 0), (0.2, 25), (0.6, 50))
+        + rows("release", 1, (0.1, 0), (0.2, 25), (0.2, 100)),
+        "accuracy",
+    )
+    full, release = found
+    assert (full["arm"], full["seeds"], full["value"], full["supervised_share"]) == ("full", 2, 0.4, 1.0)
+    assert math.isclose(release["value"], 0.4)
+    assert math.isclose(release["steps"], ((0.6 - 0.5) + (0.2 - 0.3)) / 2, abs_tol=1e-12)
+    # Full supervision had 0.2 after 50 tokens with seed 0, and 0.2 after 100 with seed 1.
+    assert math.isclose(release["tokens"], ((0.6 - 0.2) + (0.2 - 0.2)) / 2)
+    assert math.isclose(release["supervised_share"], (50 + 100) / 2 / 200)
+    low, high = release["steps_interval"]
+    assert math.isclose(high, -low) and math.isclose(high, 12.7062 * 0.1, rel_tol=1e-4)
+
+
+def test_margins_are_those_around_the_error_beside_right_ones_of_the_same_sentence_numbers():
+    right = {"first_error": None, "margins": [10.0, 20.0, 30.0]}
+    wrong = {"first_error": 1, "margins": [9.0, 5.0, 7.0]}
+    found = report.margins_around_errors([right, right, wrong])
+    assert found == {-1: (9.0, 10.0, 1), 0: (5.0, 20.0, 1), 1: (7.0, 30.0, 1)}
+
+
+def test_chance_exchanges_release_points_between_responses_of_equal_length():
+    alone = [{"sentences": n, "kept": n, "first_error": n - 1} for n in (3, 4, 5)]
+    assert report._by_chance(alone) == (0.0, 1.0)  # nothing to exchange with
+    pair = [{"sentences": 6, "kept": k, "first_error": k} for k in (1, 5)]
+    at, distance = report._by_chance(pair)
+    assert 0.4 < at < 0.6 and math.isclose(distance, 4 * (1 - at))

@@ -253,10 +253,11 @@ def _release_summary(rows) -> str:
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
         )
         at_chance, far_chance = _by_chance(released)
+        at, far = np.mean(np.array(both) == 0), np.mean(np.abs(both))
         parts.append(
-            f"released from the first wrong sentence on: {np.mean(np.array(both) == 0):.0%}, {at_chance:.0%} by "
-            f"chance; mean distance {np.mean(np.abs(both)):.2f} sentences, {far_chance:.2f} by chance (release "
-            "points exchanged between responses of as many sentences)"
+            f"released from the first wrong sentence on: {at:.0%}, {at_chance:.0%} by chance; mean distance "
+            f"{far:.2f} sentences, {far_chance:.2f} by chance (release points exchanged between responses of as "
+            "many sentences)"
         )
     return "; ".join(parts)
 
