@@ -1,4 +1,4 @@
-"""The study: its sorting task (responses, first errors, problems, tokenizer), and what its report computes."""
+"""The study: its sorting task, and what its report computes."""
 
 import json
 import math

@@ -256,8 +256,8 @@ def _release_summary(rows) -> str:
         at, far = np.mean(np.array(both) == 0), np.mean(np.abs(both))
         parts.append(
             f"released from the first wrong sentence on: {at:.0%}, {at_chance:.0%} by chance; mean distance "
-            f"{far:.2f} sentences, {far_chance:.2f} by chance (release points exchanged between responses of as "
-            "many sentences)"
+            f"{far:.2f} sentences, {far_chance:.2f} by chance (release points exchanged between responses of "
+            "as many sentences)"
         )
     return "; ".join(parts)
 
