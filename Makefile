@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench · make ablations · make preflight; each sets up what it needs.
+# make demo · make test · make lint · make bench · make ablations · make study · make preflight; each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ ARGS ?=
 # Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint bench ablations preflight clean
+.PHONY: demo test lint bench ablations study preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -26,6 +26,13 @@ bench: $(VENV)/.installed
 ablations: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/ablations \
 	  --arms=full,release,prefix --seeds=0 --config.train.steps=8 $(ARGS)
+
+# About two hours on two cores, most of it in the pair of language models; goes on where it stopped.
+study: $(VENV)/.installed
+	test -f runs/sorting/prompts.jsonl || $(BIN)/python -m opd_jax.study.sorting --out=runs/sorting
+	$(BIN)/python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting
+	$(BIN)/python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
+	$(BIN)/python -m opd_jax.study.report --out=docs/study $(ARGS)
 
 # Compiles every recipe for its slice; no TPU is needed, but minutes each, one after another.
 preflight: $(VENV)/.tpu
