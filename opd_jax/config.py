@@ -17,6 +17,7 @@ from opd_jax.segments import check_kind
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
+    "teacher.weights": ("float", "int8"),
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,

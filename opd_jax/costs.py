@@ -8,6 +8,7 @@ from opd_jax.models.config import ModelConfig
 
 SCORE_BYTES = 12  # an attention score: written and read in float32, its weight in bfloat16
 LOGIT_BYTES = 12  # a logit: written once and read twice in float32
+WEIGHT_BYTES = {"float": 2, "int8": 1}  # vectors, scales and routers are too few to count
 
 
 def attention_flops(model: ModelConfig, start: int, count: int) -> int:
@@ -38,8 +39,8 @@ def block_values(model: ModelConfig) -> int:
 
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
-    """One device's bfloat16 copy of a model's weights as the products read them, whole along fsdp."""
-    return 2 * model.parameter_count() // tensor
+    """One device's copy of a model's weights as products read them, bfloat16 or int8, whole along fsdp."""
+    return WEIGHT_BYTES[model.weights] * model.parameter_count() // tensor
 
 
 def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
@@ -48,7 +49,7 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
         return weight_bytes(model, tensor)
     idle = (1 - model.experts_per_token / model.experts) ** tokens
     experts = 3 * model.width * model.ffn * model.experts * model.layers
-    return int(2 * (model.parameter_count() - idle * experts) / tensor)
+    return int(WEIGHT_BYTES[model.weights] * (model.parameter_count() - idle * experts) / tensor)
 
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:

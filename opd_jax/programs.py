@@ -73,7 +73,7 @@ class Programs:
         return placed(abstract_state(self.student, self.optimizer), self.state_shardings)
 
     def abstract_teacher(self) -> dict:
-        """Of the teacher's parameters, in its dtype."""
+        """Of the teacher's parameters, in its dtype or int8."""
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self) -> tuple:
@@ -226,7 +226,7 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
       UserError: no such model, or layers to drop that it has not.
     """
     teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
-    return student_model(config, mesh), teacher
+    return student_model(config, mesh), teacher.replace(weights=config.teacher.weights)
 
 
 def student_model(config, mesh) -> ModelConfig:
