@@ -37,6 +37,12 @@ def get_config() -> ConfigDict:
     # writes the student's. -1: both end with the same token, and a difference is refused.
     c.teacher.end_id = -1
 
+    c.attention = ConfigDict()
+    # How whole sequences (scoring, the student's gradient, evaluation) attend: plain, which writes every
+    # score; splash, JAX's TPU kernel, which writes none, for head sizes and sequences (data.prompt_tokens +
+    # rollout.max_tokens) divisible by 128; or auto, splash where devices and sizes allow it.
+    c.attention.kernel = "auto"
+
     c.data = ConfigDict()
     # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, parquet,
     # tfds, rg:TASK (a generator of reasoning-gym), or mixture. docs/data.md has the formats.

@@ -18,6 +18,7 @@ ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
     "teacher.weights": ("float", "int8"),
+    "attention.kernel": ("auto", "plain", "splash"),
     "data.over_long": ("error", "drop"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,

@@ -53,8 +53,9 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
 
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
-    """HBM traffic of one device's blocks over rows x length tokens, plain attention."""
+    """HBM traffic of one device's blocks over rows x length tokens; plain attention writes its scores."""
     scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
+    scores *= model.attention == "plain"
     activations = 2 * 2 * rows * length * block_values(model) // tensor  # each written and read
     weights = weight_bytes(model, tensor) + read_bytes(model, rows * length, tensor)  # gathered, then read
     return weights + activations + SCORE_BYTES * scores
@@ -72,7 +73,8 @@ def sample_bytes(model: ModelConfig, rows: int, p: int, t: int, tensor: int, sta
     cache = 2 * 2 * rows * model.layers * kv_heads * model.head_size * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = read_bytes(model, rows, tensor) + cache + logits
-    return int(forward_bytes(model, rows, p, tensor) + t * step)
+    prefill = forward_bytes(model.replace(attention="plain"), rows, p, tensor)
+    return int(prefill + t * step)
 
 
 def train_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, mesh_shape, mu_bytes: int) -> int:

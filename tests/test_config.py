@@ -60,6 +60,8 @@ def refusal(settings, workdir=None) -> str:
         ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
         ("rollout.cache_stages", 13, "rollout.max_tokens=12"),
         ("scoring.student", "sample", "did you mean sampler?"),
+        ("attention.kernel", "splsh", "did you mean splash?"),
+        ("attention.kernel", "splash", "runs on TPU alone"),
         ("teacher.weights", "int4", "use one of float, int8"),
         ("optimizer.schedule", "zigzag", "constant, linear, cosine"),
         ("data.over_long", "cut", "error, drop"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opd_jax import sharding
-from opd_jax.models import attention, int8, moe
+from opd_jax.models import attention, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
@@ -201,10 +201,11 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
       hidden_BLD in the compute dtype.
     """
     rope = attention.rope_tables(config, positions(mask_BL))
-    allowed_BLL = attention.causal_mask(mask_BL)
 
     def attend(q, k, v):
-        return attention.attend(q, *attention.cached(k, v), allowed_BLL), None
+        if config.attention == "splash":
+            return splash.attend(q, k, v, mask_BL), None
+        return attention.attend(q, *attention.cached(k, v), attention.causal_mask(mask_BL)), None
 
     def step(x_BLD, p):
         return block(config, p, x_BLD, rope, attend)[0], None
