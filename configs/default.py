@@ -29,10 +29,19 @@ def get_config() -> ConfigDict:
     c.teacher.path = ""
     # Dtype of the teacher's weights and activations: float32, bfloat16, or auto.
     c.teacher.dtype = "auto"
+    # How its matrices are kept: float (in that dtype), or int8 with a float32 scale for each output channel,
+    # quantised while loading: half the memory and traffic of bfloat16. docs/models.md has what it costs.
+    c.teacher.weights = "float"
     # The id of the teacher's end token where it is not the student's (a Base student, an Instruct teacher):
     # the teacher's logits of the two are exchanged, so that it is asked for its own end where the student
     # writes the student's. -1: both end with the same token, and a difference is refused.
     c.teacher.end_id = -1
+
+    c.attention = ConfigDict()
+    # How whole sequences (scoring, the student's gradient, evaluation) attend: plain, which writes every
+    # score; splash, JAX's TPU kernel, which writes none, for head sizes and sequences (data.prompt_tokens +
+    # rollout.max_tokens) divisible by 128; or auto, splash where devices and sizes allow it.
+    c.attention.kernel = "auto"
 
     c.data = ConfigDict()
     # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, parquet,

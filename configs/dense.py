@@ -6,7 +6,7 @@
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
 Cost: at least 161 chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu
-0.0.42.1):
+0.0.42.1, attention.kernel=plain):
 
                            sample          train_step      evaluation
     arguments, GiB         0.48            2.40            1.43

@@ -6,7 +6,8 @@
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
 Cost: at least 0.2 chip-hours for 100 steps, by the roofline below. Adam's first moment is bfloat16: with
-float32, micro-batches of 2 fill the memory. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+float32, micro-batches of 2 fill the memory. Preflight's table (jax 0.10.2, libtpu 0.0.42.1,
+attention.kernel=plain):
 
                            sample          train_step      evaluation
     arguments, GiB         2.22            8.76            5.43

@@ -6,7 +6,8 @@
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
 Cost: at least 28 chip-hours for 100 steps, by the roofline below. Chunks are long, since every chunk of the
-loss sums the output matrix's gradient over the slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+loss sums the output matrix's gradient over the slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1,
+attention.kernel=plain):
 
                             sample           train_step      evaluation
     arguments, GiB          0.40             2.17            1.36

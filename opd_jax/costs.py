@@ -8,6 +8,7 @@ from opd_jax.models.config import ModelConfig
 
 SCORE_BYTES = 12  # an attention score: written and read in float32, its weight in bfloat16
 LOGIT_BYTES = 12  # a logit: written once and read twice in float32
+WEIGHT_BYTES = {"float": 2, "int8": 1}  # vectors, scales and routers are too few to count
 
 
 def attention_flops(model: ModelConfig, start: int, count: int) -> int:
@@ -41,8 +42,8 @@ def block_values(model: ModelConfig) -> int:
 
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
-    """One device's bfloat16 copy of a model's weights as the products read them, whole along fsdp."""
-    return 2 * model.parameter_count() // tensor
+    """One device's copy of a model's weights as products read them, bfloat16 or int8, whole along fsdp."""
+    return WEIGHT_BYTES[model.weights] * model.parameter_count() // tensor
 
 
 def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
@@ -51,12 +52,13 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
         return weight_bytes(model, tensor)
     idle = (1 - model.experts_per_token / model.experts) ** tokens
     experts = 3 * model.width * model.ffn * model.experts * model.layers
-    return int(2 * (model.parameter_count() - idle * experts) / tensor)
+    return int(WEIGHT_BYTES[model.weights] * (model.parameter_count() - idle * experts) / tensor)
 
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
-    """HBM traffic of one device's blocks over rows x length tokens, plain attention."""
+    """HBM traffic of one device's blocks over rows x length tokens; plain attention writes its scores."""
     scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
+    scores *= model.attention == "plain"
     activations = 2 * 2 * rows * length * block_values(model) // tensor  # each written and read
     weights = weight_bytes(model, tensor) + read_bytes(model, rows * length, tensor)  # gathered, then read
     return weights + activations + SCORE_BYTES * scores
@@ -86,7 +88,8 @@ def sample_bytes(
     cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = read_bytes(model, rows, tensor) + cache + logits
-    return int(forward_bytes(model, rows // samples, p, tensor) + t * step)
+    prefill = forward_bytes(model.replace(attention="plain"), rows // samples, p, tensor)
+    return int(prefill + t * step)
 
 
 def train_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, mesh_shape, mu_bytes: int) -> int:

@@ -53,13 +53,14 @@ class Job(programs.Programs):
         return start_state(self.config, self.mesh, self.optimizer, self.state_shardings)
 
     def teacher_params(self) -> dict:
-        """The teacher's weights in its dtype, sharded."""
+        """The teacher's weights in its dtype or int8, sharded."""
         return source.load(
             self.config.teacher.path,
             key="teacher.path",
             mesh=self.mesh,
             shardings=self.teacher_shardings,
             dtype=self.teacher.dtype,
+            stored=self.teacher.weights,
         )[1]
 
     def key(self, purpose: int) -> jax.Array:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from opd_jax import objectives, rollout, scoring, segments, sharding
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.models import source, transformer
+from opd_jax.models import source, splash, transformer
 from opd_jax.models.config import ModelConfig
 
 # Sections of the config that the training step reads; a run's seed and data are arguments of it.
@@ -73,7 +73,7 @@ class Programs:
         return placed(abstract_state(self.student, self.optimizer), self.state_shardings)
 
     def abstract_teacher(self) -> dict:
-        """Of the teacher's parameters, in its dtype."""
+        """Of the teacher's parameters, in its dtype or int8."""
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self) -> tuple:
@@ -244,6 +244,9 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
       UserError: no such model, or layers to drop that it has not.
     """
     teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
+    teacher = teacher.replace(
+        weights=config.teacher.weights, attention=attention_kernel(config, mesh, "teacher.path", teacher)
+    )
     return student_model(config, mesh), teacher
 
 
@@ -256,7 +259,10 @@ def student_model(config, mesh) -> ModelConfig:
             f"student.drop_layers={tuple(drop)} does not fit a model of {student.layers} layers; "
             f"give indices from 0 to {student.layers - 1}, and keep at least one"
         )
-    return student.replace(layers=student.layers - len(set(drop)))
+    return student.replace(
+        layers=student.layers - len(set(drop)),
+        attention=attention_kernel(config, mesh, "student.path", student),
+    )
 
 
 def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
@@ -264,6 +270,28 @@ def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return source.config(path, key).replace(compute_dtype=dtype)
+
+
+def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:
+    """ModelConfig.attention for prompt and response together, as attention.kernel says.
+
+    Raises:
+      UserError: splash is asked for and the devices or the sizes of the model at `key` do not allow it.
+    """
+    asked, length = config.attention.kernel, config.data.prompt_tokens + config.rollout.max_tokens
+    refused = None
+    if mesh.devices.flat[0].platform != "tpu":
+        refused = "runs on TPU alone"
+    elif not splash.fits(model.head_size, length):
+        refused = (
+            f"needs a head size and a data.prompt_tokens + rollout.max_tokens divisible by {splash.LANES}, "
+            f"not {model.head_size} ({key}) and {length}"
+        )
+    elif model.kv_heads % mesh.shape["tensor"]:
+        refused = f"needs a mesh.tensor that divides the {model.kv_heads} key heads of {key}"
+    if asked == "splash" and refused:
+        raise UserError(f"attention.kernel=splash {refused}; set it to auto or plain")
+    return "splash" if asked != "plain" and not refused else "plain"
 
 
 def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):

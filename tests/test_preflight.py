@@ -234,6 +234,17 @@ def test_arguments_are_the_bytes_that_are_held(report):
     assert params / 8 <= report.held["student parameters"] < params / 4
 
 
+def test_an_int8_teacher_is_held_and_read_at_a_byte_a_weight(models):
+    plans = [planned(models, devices=1, **{"teacher.weights": kind}) for kind in ("float", "int8")]
+    held = [preflight_check.held_bytes(plan)["teacher parameters"] for plan in plans]
+    teacher = tiny.TEACHER
+    matrices = teacher.layers * (32 * 8 * (2 * 4 + 2 * 2) + 3 * 32 * 48) + 272 * 32
+    channels = teacher.layers * (8 * (4 + 2 * 2) + 32 + 2 * 48 + 32) + 272
+    assert held[0] - held[1] == 3 * matrices - 4 * channels
+    whole, half = (costs.weight_bytes(teacher.replace(weights=kind), 1) for kind in ("float", "int8"))
+    assert whole == 2 * half
+
+
 def test_the_report_can_be_read_as_a_table_and_as_json(report):
     text = preflight_table.step(report, "eight devices")
     assert "peak of capacity" in text and "FAILS" not in text and text.endswith("\npasses")

@@ -1,4 +1,4 @@
-"""Dtype of the teacher's weights and activations.
+"""Dtype of the teacher's weights and activations, and int8 weights.
 
 The held-out KL of each arm is to its own teacher: read the accuracy of a benchmark, rather, across arms.
 
@@ -18,4 +18,7 @@ def get_config(recipe="configs/demo.py"):
 
 def arms(config):
     """float32 first, with the release rule."""
-    return grid({"teacher.dtype": ("float32", "bfloat16")}, {"release.rule": "paper"})
+    return grid(
+        {"teacher.dtype": ("float32", "bfloat16"), "teacher.weights": ("float", "int8")},
+        {"release.rule": "paper"},
+    )

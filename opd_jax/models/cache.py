@@ -29,10 +29,9 @@ class KVCache:
 
 
 def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
-    """The blocks' weights, layer by layer, in the compute dtype, gathered once for all steps."""
-    blocks = params["blocks"]
+    """The blocks' weights, layer by layer, in the compute dtype or int8, gathered once for all steps."""
     return tuple(
-        transformer.gather_block(config, {name: w[i] for name, w in blocks.items()})
+        transformer.gather_block(config, jax.tree.map(lambda w, i=i: w[i], params["blocks"]))
         for i in range(config.layers)
     )
 

@@ -33,6 +33,8 @@ class ModelConfig:
       experts: number of experts in each block; 0 is a dense model.
       experts_per_token: experts that each token is sent to.
       normalise_experts: their weights are scaled to sum to 1.
+      weights: how matrices are stored, "float" (the parameters' dtype) or "int8"; see int8.py.
+      attention: how whole sequences attend, "plain" (attention.py) or "splash" (splash.py).
       exchanged: two ids whose logits are exchanged, or None: a teacher's end token answers for the student's.
     """
 
@@ -58,6 +60,8 @@ class ModelConfig:
     experts: int = 0
     experts_per_token: int = 0
     normalise_experts: bool = False
+    weights: str = "float"
+    attention: str = "plain"
     exchanged: tuple[int, int] | None = None
 
     @property

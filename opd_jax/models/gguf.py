@@ -46,12 +46,21 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
-def load(file, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "student.path"):
+def load(
+    file,
+    mesh=None,
+    shardings=None,
+    dtype=jnp.float32,
+    *,
+    key: str = "student.path",
+    stored: str = "float",
+):
     """Reads a GGUF file; quantised weights are dequantised to float32 and then given `dtype`.
 
     Args:
       mesh, shardings: where the parameters go, see `weights.read_tree`; default: the first device.
       key: the config key that named the file, for messages.
+      stored: ModelConfig.weights of what is returned; "int8" quantises again while reading.
 
     Returns:
       (ModelConfig, params)
@@ -65,6 +74,7 @@ def load(file, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "stud
     tensors.pop(_DIVISORS, None)  # part of the config
     shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in tensors.items()}
     weights.check_shapes(config, "gguf", shapes, f"{key}: {file}")
+    config = config.replace(weights=stored)
 
     def read(name, index):
         tensor = tensors[name]

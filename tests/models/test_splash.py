@@ -1,0 +1,108 @@
+"""The splash kernel, interpreted, against plain attention: values, gradients, and where it is chosen."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import hlo, programs, sharding
+from opd_jax.errors import UserError
+from opd_jax.models import attention, splash, transformer
+from tests import tiny
+
+B, L, C = 4, 384, 128  # three blocks of 128
+MASK_BL = np.ones((B, L), bool)
+MASK_BL[0, :150] = False  # padded on the left, past a block
+MASK_BL[1, 200:] = False
+MASK_BL[2, [0, -1]] = False
+
+
+def arrays(heads, kv_heads):
+    draw = np.random.default_rng(heads).normal
+    shapes = (B, L, heads, C), (B, L, kv_heads, C), (B, L, kv_heads, C), (B, L, heads, C)
+    return [jnp.asarray(draw(size=shape), jnp.float32) for shape in shapes]
+
+
+def plain(q, k, v, mask_BL):
+    return attention.attend(q, *attention.cached(k, v), attention.causal_mask(mask_BL))
+
+
+interpreted = functools.partial(splash.attend, interpret=True)
+
+
+def gradients_and_value(attend):
+    """Of the output at real tokens, in a fixed direction."""
+
+    def loss(q, k, v, direction, mask_BL):
+        out = jnp.where(mask_BL[:, :, None, None], attend(q, k, v, mask_BL), 0)
+        return (out * direction).sum(), out
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"),
+    [(None, 2), ((2, 1, 2), 2), ((2, 2, 2), 1)],
+    ids=["one device", "a mesh", "a mesh that does not cut the kv heads"],
+)
+def test_values_and_gradients_are_those_of_plain_attention(sizes, kv_heads):
+    inputs, program = arrays(4, kv_heads), gradients_and_value(interpreted)
+    placed = inputs
+    if sizes is not None:
+        mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[: np.prod(sizes)])
+        program = sharding.on(mesh, program)
+        placed = jax.device_put(inputs, sharding.batch(mesh))
+    got = jax.jit(program)(*placed, MASK_BL)
+    want = jax.jit(gradients_and_value(plain))(*inputs, MASK_BL)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def test_a_model_gives_the_same_hidden_states_with_either(monkeypatch):
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    model = tiny.STUDENT.replace(head_size=C, layers=1, max_positions=L)
+    params, token_BL = tiny.weights(model), np.arange(2 * L).reshape(2, L) % 250
+    forward = jax.jit(transformer.forward, static_argnums=0)
+    want = forward(model, params, token_BL, MASK_BL[:2])
+    got = forward(model.replace(attention="splash"), params, token_BL, MASK_BL[:2])
+    np.testing.assert_allclose(got[MASK_BL[:2]], np.asarray(want)[MASK_BL[:2]], atol=2e-5)
+
+
+def test_every_block_of_the_kernel_is_counted():
+    q, k, v, _ = arrays(4, 2)
+    jaxpr = jax.make_jaxpr(interpreted)(q, k, v, MASK_BL).jaxpr
+    assert hlo.matmul_flops(jaxpr) == hlo.matmul_flops(jax.make_jaxpr(plain)(q, k, v, MASK_BL).jaxpr)
+
+
+def chosen(kernel, *, platform="tpu", tensor=2, response=256, head_size=C):
+    """attention_kernel of a model with 2 kv heads for prompts of 128 tokens."""
+    config = tiny.default.get_config()
+    config.attention.kernel = kernel
+    config.data.prompt_tokens, config.rollout.max_tokens = 128, response
+    mesh = types.SimpleNamespace(
+        devices=np.array([types.SimpleNamespace(platform=platform)]), shape={"tensor": tensor}
+    )
+    model = tiny.TEACHER.replace(head_size=head_size)
+    return programs.attention_kernel(config, mesh, "teacher.path", model)
+
+
+def test_auto_takes_the_kernel_where_devices_and_sizes_allow_it():
+    assert chosen("auto") == chosen("splash") == "splash"
+    assert chosen("plain") == "plain"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"platform": "cpu"}, "runs on TPU alone"),
+        ({"response": 200}, "divisible by 128, not 128 .teacher.path. and 328"),
+        ({"head_size": 64}, "not 64 .teacher.path. and 384"),
+        ({"tensor": 4}, "divides the 2 key heads of teacher.path"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_left_to_plain_attention_or_refused(wrong, said):
+    assert chosen("auto", **wrong) == "plain"
+    with pytest.raises(UserError, match=f"attention.kernel=splash .*{said}.*auto or plain"):
+        chosen("splash", **wrong)
