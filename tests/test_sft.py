@@ -54,6 +54,13 @@ def test_responses_are_the_reply_and_its_end_token_and_prompts_end_where_they_be
         assert reply == f"It is {number * number}." + " Yes." * (number % 3) + "<|im_end|>"
 
 
+def test_the_chat_template_gets_the_arguments_of_data_template(folder):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% if brief %}Briefly.{% endif %}" + tokenizer.chat_template
+    train, _, _ = sft.read(config(folder, **{"data.template": '{"brief": true}'}), tokenizer, {tiny.END})
+    assert all(tokenizer.decode(e.prompt.ids).startswith("Briefly.") for e in train)
+
+
 def test_the_first_steps_loss_is_the_mean_negative_log_likelihood_of_the_batchs_responses(folder, tmp_path):
     c = config(folder, **{"train.steps": 1, "eval.every": 1})
     sft.train(c, tmp_path / "run")
@@ -116,6 +123,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         ({}, '{"prompt": "hi"}', "line 1 is not an object with 'messages'"),
         ({}, '{"messages": [{"role": "user", "content": "hi"}]}', "assistant's reply"),
         ({"rollout.max_tokens": 12}, None, "rollout.max_tokens=12; set them to"),
+        ({"rollout.max_tokens": 400}, None, "is more than the 256 positions of student.path"),
+        ({"data.template": '{"brief": true}'}, None, "chat template never reads 'brief'"),
         ({"rollout.max_tokens": 12, "data.over_long": "drop", "data.heldout": 10}, None, "data.heldout=10"),
     ],
 )
