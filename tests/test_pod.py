@@ -15,6 +15,7 @@ import pytest
 from opd_jax import distributed
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.job import prepare
+from opd_jax.models import hf
 from opd_jax.train import train
 from tests import tiny
 
@@ -107,6 +108,22 @@ def test_metrics_and_state_of_two_processes_are_those_of_one(pod, models, sizes,
         name = jax.tree_util.keystr(path)
         # Adam's step is the learning rate, 1e-3, whatever the size of a gradient near 0.
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_two_processes_export_one_folder_that_holds_the_checkpoint_bit_for_bit(pod, models, sizes, tmp_path):
+    done = subprocess.run(
+        ["bash", "launch/local_pod.sh", "2", "opd_jax.export", f"--workdir={pod}", f"--out={tmp_path}/out"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the student of step 2") == 1
+    with Checkpoints(pod, 2) as checkpoints:
+        saved = checkpoints.restore(2, prepare(tiny.config(models, **sizes)).abstract_state())[0]
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out")[1], saved.params)
 
 
 def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(start, tmp_path):

@@ -234,7 +234,8 @@ def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_
     assert list(found) == ["sample", "train_step", "evaluation", "evaluation_sample"]
     assert plan.teacher.exchanged == (0, 5)
     sizes = 16, 48, 12
-    of_teacher, of_student = (costs.phase_flops(m, tiny.TEACHER, *sizes) for m in (tiny.TEACHER, tiny.STUDENT))
+    pair = tiny.TEACHER, tiny.STUDENT
+    of_teacher, of_student = (costs.phase_flops(writer, tiny.TEACHER, *sizes) for writer in pair)
     grouped = costs.phase_flops(tiny.TEACHER, tiny.TEACHER, *sizes, samples=2)
     assert found["sample"].flops == grouped["sample"] < of_teacher["sample"]
     assert found["evaluation_sample"].flops == of_student["sample"]
