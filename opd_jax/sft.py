@@ -270,7 +270,7 @@ def train(config, workdir) -> steps.TrainState:
             if pending is not None:
                 last = _write(writer, *pending, last)
             pending = step, measured
-            stopping = preemption.reached(step)
+            stopping = preemption.reached()
             ends = step == c.train.steps
             if c.eval.every and not stopping and (step % c.eval.every == 0 or ends):
                 last, pending = _write(writer, *pending, last), None

@@ -143,6 +143,39 @@ def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(st
         assert checkpoints.latest == last < 5000
 
 
+TOLD_BETWEEN = """
+import os, signal, time
+import jax
+from opd_jax import distributed
+
+distributed.initialize()
+for run in range(2):
+    with distributed.Preemption() as preemption:
+        stops = []
+        for _ in range(3):
+            stops.append(preemption.reached())
+            distributed.gathered([0])
+    if run == 0 and jax.process_index() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # the notice travels on a thread of its own
+print(stops)
+"""
+
+
+def test_a_notice_between_two_runs_of_a_sweep_stops_the_second_at_its_first_step(tmp_path):
+    (tmp_path / "told_between.py").write_text(TOLD_BETWEEN)
+    done = subprocess.run(
+        ["bash", "launch/local_pod.sh", "2", "told_between"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[True, False, False]" in done.stdout
+
+
 def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text(
