@@ -263,6 +263,15 @@ def train(config, workdir) -> steps.TrainState:
         )
         if dropped:
             writer.say(f"data.over_long=drop: {dropped} lines are left out")
+
+        def evaluating(step: int) -> bool:
+            return c.eval.every > 0 and (step % c.eval.every == 0 or step == c.train.steps)
+
+        # What there was no time for after the step at which the run was stopped.
+        if done is not None and evaluating(done):
+            recorded = distributed.gathered([("eval", None) in writer.recorded])[0, 0]
+            if not recorded:
+                writer.write({"kind": "eval", "step": done} | evaluate(state))
         pending, last = None, time.perf_counter()
         for step in range((done or 0) + 1, c.train.steps + 1):
             state, measured = step_fn(state, placed(exchanges, next(prompts)))
@@ -271,12 +280,12 @@ def train(config, workdir) -> steps.TrainState:
                 last = _write(writer, *pending, last)
             pending = step, measured
             stopping = preemption.reached()
-            ends = step == c.train.steps
-            if c.eval.every and not stopping and (step % c.eval.every == 0 or ends):
+            if evaluating(step) and not stopping:
                 last, pending = _write(writer, *pending, last), None
                 writer.write({"kind": "eval", "step": step} | evaluate(state))
                 last = time.perf_counter()
-            if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends or stopping):
+            ends = stopping or step == c.train.steps
+            if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends):
                 if pending is not None:
                     last, pending = _write(writer, *pending, last), None
                 writer.sync()

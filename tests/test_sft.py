@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import data, sft, tokenizers
+from opd_jax import data, distributed, sft, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import source, transformer
@@ -101,6 +101,18 @@ def test_a_run_that_is_gone_on_with_ends_bit_for_bit_as_one_that_never_stopped(f
     assert all(jax.tree.leaves(same))
     kinds = [(line["kind"], line["step"]) for line in read_lines(tmp_path / "half" / "metrics.jsonl")]
     assert kinds == [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)]
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(distributed.Preempted):
+        patched.setattr(distributed.Preemption, "reached", lambda self: True)
+        sft.train(config(folder, **{"train.steps": 1}), tmp_path)
+    assert [line["kind"] for line in read_lines(tmp_path / "metrics.jsonl")] == ["train"]
+    sft.train(config(folder, **{"train.steps": 1}), tmp_path)
+    made_up = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in made_up] == [("train", 1), ("eval", 1)]
+    sft.train(config(folder, **{"train.steps": 1}), tmp_path)
+    assert read_lines(tmp_path / "metrics.jsonl") == made_up
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
