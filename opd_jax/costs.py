@@ -92,17 +92,29 @@ def sample_bytes(
     return int(prefill + t * step)
 
 
-def train_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, mesh_shape, mu_bytes: int) -> int:
+def train_bytes(
+    student,
+    teacher,
+    rows: int,
+    pieces: int,
+    p: int,
+    t: int,
+    mesh_shape,
+    mu_bytes: int,
+    recomputed: bool = False,
+) -> int:
     """HBM traffic of one device in score, gradient and update.
 
     Args:
       rows: of one device in one micro-batch.
       pieces: micro-batches.
+      recomputed: scoring runs the student too.
     """
     tensor = mesh_shape["tensor"]
-    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + 3 * student.vocab_size) // tensor
+    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + (3 + recomputed) * student.vocab_size) // tensor
     scored = forward_bytes(teacher, rows, p + t, tensor)
-    learnt = 4 * forward_bytes(student, rows, p + t, tensor)  # forward, again, and a backward of two
+    # Forward, again, and a backward of two.
+    learnt = (4 + recomputed) * forward_bytes(student, rows, p + t, tensor)
     own = student.parameter_count() // (mesh_shape["fsdp"] * tensor)
     accumulated = 8 * own  # float32 gradients, read and written
     update = own * (4 + 2 * 4 + 2 * mu_bytes + 2 * 4)  # gradient, parameters, both moments

@@ -7,6 +7,7 @@ Anywhere else it is alone and needs none of this.
 
 import glob
 import importlib.util
+import itertools
 import os
 import signal
 from typing import Any, Self
@@ -17,6 +18,9 @@ from jax.experimental import multihost_utils
 
 from opd_jax.errors import UserError
 
+# JAX stops all processes at the point after the last that any has reached, so points never start anew: a
+# notice between two runs of one process would otherwise wait for a step that the second may not have.
+_SYNC_POINTS = itertools.count(1)
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: what was started here can go on later
 
 
@@ -86,10 +90,10 @@ class Preemption:
         self._told = False
         self._before = None
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; call it at every step, in every process."""
+    def reached(self) -> bool:
+        """Whether to save and stop after this step; call it at every step, in every process."""
         if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return self._told
 
     def _tell(self, *_):

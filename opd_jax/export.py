@@ -10,10 +10,11 @@ it with the same --out on a shared disk.
 import json
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from opd_jax import sharding, tokenizers
+from opd_jax import distributed, sharding, tokenizers
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -69,9 +70,12 @@ def main(_):
     for name in ("workdir", "out"):
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is not set")
+    distributed.initialize()
     workdir, out = flags.FLAGS.workdir, flags.FLAGS.out
     step, model = export(workdir, out, flags.FLAGS.step, flags.FLAGS.dtype)
-    print(f"{out}: the student of step {step}, {model.parameter_count():,} parameters, {flags.FLAGS.dtype}")
+    if jax.process_index() == 0:
+        size = f"{model.parameter_count():,} parameters"
+        print(f"{out}: the student of step {step}, {size}, {flags.FLAGS.dtype}")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,19 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
       rollout.batch records in the form of rollouts.jsonl, of step 0.
     """
     c, mesh = job.config, job.mesh
-    rows = sharding.local_rows(mesh, c.rollout.batch)
     first = data.batches(
-        job.prompts.train, c.rollout.batch, c.data.prompt_tokens, job.student.pad_id, c.seed, rows
+        job.prompts.train,
+        job.prompt_batch,
+        c.data.prompt_tokens,
+        job.student.pad_id,
+        c.seed,
+        sharding.local_rows(mesh, job.prompt_batch),
+        parts=job.prompts.parts,
+        buckets=c.data.prompt_buckets,
     )
     batch = sharding.put_batch(mesh, next(first))
     step = jax.device_put(np.int32(0), sharding.replicated(mesh))
-    rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
+    rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
     recompute = c.scoring.student == "recompute"
 
     def supervise(params, teacher_params, rollouts, table, key, step):

@@ -33,6 +33,8 @@ def plan(config, devices) -> programs.Programs:
     student, teacher = programs.models(config, mesh)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))
+    if config.teacher.end_id >= 0:  # costs a copy of the teacher's output matrix, whichever ids they are
+        teacher = teacher.replace(exchanged=(0, config.teacher.end_id))
     programs.check_sizes(config, mesh, student, teacher)
     return programs.Programs.of(config, mesh, student, teacher)
 

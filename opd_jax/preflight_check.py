@@ -9,6 +9,7 @@ import time
 import jax
 
 from opd_jax import costs, hlo, programs, topology
+from opd_jax import train_step as steps
 
 
 @dataclasses.dataclass
@@ -16,7 +17,7 @@ class ProgramReport:
     """One compiled program; bytes and seconds are one device's.
 
     Attributes:
-      name: sample, train_step or evaluation.
+      name: sample, train_step, evaluation or evaluation_sample.
       arguments, temporaries, peak: bytes, as the compiler counts them; peak has the first two in it.
       resident: bytes of the run that lie in memory meanwhile and are not the program's arguments.
       capacity: bytes that a program may use.
@@ -71,7 +72,7 @@ class StepReport:
     """A step on one slice.
 
     Attributes:
-      programs: sample, train_step, evaluation.
+      programs: sample, train_step, evaluation, and evaluation_sample where evaluations sample otherwise.
       seconds: predicted time of sample and train_step at full-length responses.
       tokens_a_second: response tokens a second a device, at that time.
       held: what lies in a device's memory between programs, name -> bytes.
@@ -92,7 +93,7 @@ class StepReport:
 
 
 def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True) -> StepReport:
-    """Compiles sample, train_step and the evaluation's program.
+    """Compiles sample, train_step and the evaluation's programs.
 
     Args:
       chip: what a device of the plan's mesh can do.
@@ -102,39 +103,11 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     rows = b // (mesh.shape["data"] * mesh.shape["fsdp"])
     pieces = b // c.train.micro_batch
-    tensor = mesh.shape["tensor"]
-    samples = c.rollout.samples_per_prompt
-    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t, samples)
-    writer = plan.teacher if plan.teacher_writes else plan.student
-    sample, writer_params = plan.sample_group, plan.abstract_state().params
-    if plan.teacher_writes:
-        sample, writer_params = plan.sample_teacher, plan.abstract_teacher()
+    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     held = held_bytes(plan)
-    moments = held["optimizer state"]
-    other = held["student parameters" if plan.teacher_writes else "teacher parameters"]
     evaluated = plan.abstract_state().params, plan.abstract_teacher(), plan.abstract_rollouts()
     reports = [
-        _compile(
-            plan,
-            chip,
-            "sample",
-            sample,
-            (writer_params, *plan.abstract_draw()),
-            rows=rows,
-            flops=flops["sample"],
-            moved=costs.sample_bytes(
-                writer,
-                rows,
-                p,
-                t,
-                tensor,
-                c.rollout.cache_stages,
-                samples,
-                c.rollout.cache_dtype == "int8",
-            ),
-            beside=moments + other,
-            loop=t // c.rollout.cache_stages,
-        ),
+        _sample(plan, chip, "sample", by_teacher=plan.teacher_writes, samples=c.rollout.samples_per_prompt),
         train_step(plan, chip),
         _compile(
             plan,
@@ -144,10 +117,14 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
             evaluated,
             rows=rows // pieces,
             flops=flops["update"] / 3 + flops["score"],
-            moved=costs.divergence_bytes(plan.student, plan.teacher, rows // pieces, pieces, p, t, tensor),
-            beside=moments,
+            moved=costs.divergence_bytes(
+                plan.student, plan.teacher, rows // pieces, pieces, p, t, mesh.shape["tensor"]
+            ),
+            beside=held["optimizer state"],
         ),
     ]
+    if (c.eval.every or c.eval.benchmark) and (plan.teacher_writes or c.rollout.samples_per_prompt > 1):
+        reports.append(_sample(plan, chip, "evaluation_sample", by_teacher=False, samples=1))
     seconds = reports[0].seconds + reports[1].seconds
     report = StepReport(
         programs=reports,
@@ -161,6 +138,29 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
     return report
 
 
+def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, samples: int) -> ProgramReport:
+    """The report of a sampler: of rollout.batch responses, `samples` to a prompt."""
+    c, mesh = plan.config, plan.mesh
+    b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    rows, tensor = b // (mesh.shape["data"] * mesh.shape["fsdp"]), mesh.shape["tensor"]
+    writer = plan.teacher if by_teacher else plan.student
+    params = plan.abstract_teacher() if by_teacher else plan.abstract_state().params
+    held = held_bytes(plan)
+    int8, stages = c.rollout.cache_dtype == "int8", c.rollout.cache_stages
+    return _compile(
+        plan,
+        chip,
+        name,
+        programs.sample_program(mesh, writer, programs.sampling(c, samples)),
+        (params, *plan.abstract_draw(b // samples)),
+        rows=rows,
+        flops=costs.phase_flops(writer, plan.teacher, b, p, t, samples)["sample"],
+        moved=costs.sample_bytes(writer, rows, p, t, tensor, stages, samples, int8),
+        beside=held["optimizer state"] + held[f"{'student' if by_teacher else 'teacher'} parameters"],
+        loop=t // stages,
+    )
+
+
 def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
     """The training step's report alone."""
     c, mesh = plan.config, plan.mesh
@@ -169,12 +169,15 @@ def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
     rows = c.train.micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     mu_bytes = 2 if c.optimizer.mu_dtype == "bfloat16" else 4
-    moved = costs.train_bytes(plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes)
+    recomputed = steps.recomputes(c)
+    moved = costs.train_bytes(
+        plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes, recomputed
+    )
     arguments = [plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()]
     arguments += [plan.abstract_table(), plan.abstract_key()]
     if c.reward.weight:
         arguments.append(plan.abstract_reward())
-    flops = flops["score"] + flops["update"]
+    flops = flops["score"] + flops["update"] * (4 if recomputed else 3) / 3
     return _compile(
         plan, chip, "train_step", plan.train_step, arguments, rows=rows, flops=flops, moved=moved
     )

@@ -76,9 +76,9 @@ class Programs:
         """Of the teacher's parameters, in its dtype or int8."""
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
-    def abstract_draw(self) -> tuple:
-        """Of (tokens_QP, mask_QP, key, step), what `sample_group` takes beside the parameters."""
-        shape = self.prompt_batch, self.config.data.prompt_tokens
+    def abstract_draw(self, prompts: int) -> tuple:
+        """Of (tokens_QP, mask_QP, key, step), what a sampler takes beside the parameters, for Q prompts."""
+        shape = prompts, self.config.data.prompt_tokens
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return (
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
@@ -108,7 +108,8 @@ class Programs:
 
     def abstract_rollouts(self) -> rollout.Rollouts:
         """Of what `sample_group` returns."""
-        like = jax.eval_shape(self.sample_group, self.abstract_state().params, *self.abstract_draw())
+        draw = self.abstract_draw(self.prompt_batch)
+        like = jax.eval_shape(self.sample_group, self.abstract_state().params, *draw)
         return placed(like, sharding.batch(self.mesh))
 
     @property

@@ -2,10 +2,11 @@
 
     python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
 
-Reads data.path, a JSONL file of {"messages": [...]} whose last message is the assistant's. Of the config's
-other sections it uses student, rollout.batch, rollout.max_tokens (the longest response), scoring.chunk,
-optimizer, train, eval, checkpoint, mesh and metrics; there is no teacher. Started again with the same
---workdir it goes on from the newest checkpoint.
+Reads data.path, a JSONL file of {"messages": [...]} whose last message is the assistant's; of the data
+section also template, prompt_tokens, over_long and heldout. Of the config's other sections it uses student,
+rollout.batch, rollout.max_tokens (the longest response), scoring.chunk, optimizer, train, eval, checkpoint,
+mesh and metrics; there is no teacher. Started again with the same --workdir it goes on from the newest
+checkpoint.
 """
 
 import contextlib
@@ -57,11 +58,13 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
       ends: ids that end a response.
 
     Raises:
-      UserError: a file or line that cannot be used, or is too long under data.over_long=error.
+      UserError: a file, line or data.template that cannot be used, or a line too long under
+        data.over_long=error.
     """
     path = Path(config.data.path).expanduser()
     if not path.is_file():
         raise UserError(f"data.path={config.data.path!r}: no such file; give a JSONL file of messages")
+    options = tokenizers.template_options(config.data.template, tokenizer)
     prompts, responses = [], []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -70,9 +73,9 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
                 if messages[-1]["role"] != "assistant" or len(messages) < 2:
                     raise ValueError("the last message is not an assistant's reply")
                 prompt = tokenizer.apply_chat_template(
-                    messages[:-1], tokenize=False, add_generation_prompt=True
+                    messages[:-1], tokenize=False, add_generation_prompt=True, **options
                 )
-                whole = tokenizer.apply_chat_template(messages, tokenize=False)
+                whole = tokenizer.apply_chat_template(messages, tokenize=False, **options)
                 if not whole.startswith(prompt):
                     raise ValueError("the chat template renders the prompt otherwise once a reply follows it")
             except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -198,6 +201,7 @@ def train(config, workdir) -> steps.TrainState:
     sharding.check_batch(mesh, "train.micro_batch", c.train.micro_batch)
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = programs.student_model(c, mesh)
+    programs.check_length(c, "student.path", model)
     model = dataclasses.replace(model, eos_ids=tokenizers.end_ids(tokenizer, model))
     exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = steps.make_optimizer(c)
@@ -259,6 +263,15 @@ def train(config, workdir) -> steps.TrainState:
         )
         if dropped:
             writer.say(f"data.over_long=drop: {dropped} lines are left out")
+
+        def evaluating(step: int) -> bool:
+            return c.eval.every > 0 and (step % c.eval.every == 0 or step == c.train.steps)
+
+        # What there was no time for after the step at which the run was stopped.
+        if done is not None and evaluating(done):
+            recorded = distributed.gathered([("eval", None) in writer.recorded])[0, 0]
+            if not recorded:
+                writer.write({"kind": "eval", "step": done} | evaluate(state))
         pending, last = None, time.perf_counter()
         for step in range((done or 0) + 1, c.train.steps + 1):
             state, measured = step_fn(state, placed(exchanges, next(prompts)))
@@ -266,13 +279,13 @@ def train(config, workdir) -> steps.TrainState:
             if pending is not None:
                 last = _write(writer, *pending, last)
             pending = step, measured
-            stopping = preemption.reached(step)
-            ends = step == c.train.steps
-            if c.eval.every and not stopping and (step % c.eval.every == 0 or ends):
+            stopping = preemption.reached()
+            if evaluating(step) and not stopping:
                 last, pending = _write(writer, *pending, last), None
                 writer.write({"kind": "eval", "step": step} | evaluate(state))
                 last = time.perf_counter()
-            if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends or stopping):
+            ends = stopping or step == c.train.steps
+            if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends):
                 if pending is not None:
                     last, pending = _write(writer, *pending, last), None
                 writer.sync()

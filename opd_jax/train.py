@@ -131,7 +131,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             clock.watch("train", step, measured["loss"])
             read.finish()
             read.begin(step, measured, data_seconds, rollouts, supervision)
-            stopping = preemption.reached(step)
+            stopping = preemption.reached()
             evaluating = due(c.eval.every, step) and not stopping
             examining = bool(job.exams) and due(c.eval.benchmark_every, step) and not stopping
             saving = due(c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)

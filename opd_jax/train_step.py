@@ -74,6 +74,12 @@ def learning_rate(config) -> optax.Schedule:
     return optax.join_schedules([rise, tail], [o.warmup_steps])
 
 
+def recomputes(config) -> bool:
+    """Whether scoring runs the student too: as configured, and on what the teacher wrote and scored."""
+    writer = objectives.OBJECTIVES[config.objective.name].writer
+    return config.scoring.student == "recompute" or writer == "teacher"
+
+
 def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimizer):
     """Builds train_step(state, teacher_params, rollouts, table, key, reward_B).
 
@@ -93,8 +99,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
     micro_batches = config.rollout.batch // train.micro_batch
     name, options = config.objective.name, objectives.options(config)
     objective = objectives.OBJECTIVES[name]
-    # What the teacher writes, its sampler scores as the teacher; the student's side is then recomputed.
-    recompute = scoring_.student == "recompute" or objective.writer == "teacher"
+    recompute = recomputes(config)
     schedule = learning_rate(config)
 
     def gradient(params, batch, teacher_head_VD, tokens):

@@ -16,10 +16,22 @@ from tests import tiny
     [
         {"release.rule": "paper", "segments.kind": "fixed:2"},
         {"release.rule": "random", "segments.kind": "fixed:2", "scoring.student": "recompute"},
+        {
+            "data.source": "mixture",
+            "data.mixture": ("1 jsonl:{models}/prompts.jsonl", "3 jsonl:{models}/others.jsonl"),
+            "data.prompt_buckets": (40,),
+            "rollout.samples_per_prompt": 2,
+            "segments.kind": "fixed:2",
+        },
     ],
-    ids=["paper", "a rule that draws"],
+    ids=["paper", "a rule that draws", "groups of a mixture, in a narrower width"],
 )
 def test_look_shows_the_rollouts_of_the_first_step_and_learns_nothing(models, tmp_path, settings):
+    if "data.mixture" in settings:
+        lines = [json.dumps({"prompt": f"Other {n}?"}) for n in range(12)]
+        (models / "others.jsonl").write_text("\n".join(lines) + "\n")
+        mixture = tuple(part.format(models=models) for part in settings["data.mixture"])
+        settings = settings | {"data.mixture": mixture}
     sizes = {"train.steps": 1, "train.micro_batch": 4, "metrics.rollouts": 8}
     off = {"eval.every": 0, "checkpoint.every": 0}
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}

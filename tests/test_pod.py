@@ -15,6 +15,7 @@ import pytest
 from opd_jax import distributed
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.job import prepare
+from opd_jax.models import hf
 from opd_jax.train import train
 from tests import tiny
 
@@ -109,6 +110,22 @@ def test_metrics_and_state_of_two_processes_are_those_of_one(pod, models, sizes,
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def test_two_processes_export_one_folder_that_holds_the_checkpoint_bit_for_bit(pod, models, sizes, tmp_path):
+    done = subprocess.run(
+        ["bash", "launch/local_pod.sh", "2", "opd_jax.export", f"--workdir={pod}", f"--out={tmp_path}/out"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the student of step 2") == 1
+    with Checkpoints(pod, 2) as checkpoints:
+        saved = checkpoints.restore(2, prepare(tiny.config(models, **sizes)).abstract_state())[0]
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out")[1], saved.params)
+
+
 def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(start, tmp_path):
     process = start(tmp_path, "--config.train.steps=5000", "--config.eval.every=0")
     try:
@@ -124,6 +141,39 @@ def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(st
     assert f"told to stop after step {last}" in errors
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.latest == last < 5000
+
+
+TOLD_BETWEEN = """
+import os, signal, time
+import jax
+from opd_jax import distributed
+
+distributed.initialize()
+for run in range(2):
+    with distributed.Preemption() as preemption:
+        stops = []
+        for _ in range(3):
+            stops.append(preemption.reached())
+            distributed.gathered([0])
+    if run == 0 and jax.process_index() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)  # the notice travels on a thread of its own
+print(stops)
+"""
+
+
+def test_a_notice_between_two_runs_of_a_sweep_stops_the_second_at_its_first_step(tmp_path):
+    (tmp_path / "told_between.py").write_text(TOLD_BETWEEN)
+    done = subprocess.run(
+        ["bash", "launch/local_pod.sh", "2", "told_between"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[True, False, False]" in done.stdout
 
 
 def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path):

@@ -227,6 +227,25 @@ def test_a_sound_step_passes_and_says_what_it_needs(report):
     assert second.resident == 0 and first.resident > report.held["optimizer state"]
 
 
+def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_counted(models):
+    settings = {"objective.name": "sft", "rollout.samples_per_prompt": 2, "teacher.end_id": 5}
+    plan = planned(models, devices=1, **settings)
+    found = {p.name: p for p in preflight_check.check(plan, CHIP, largest=False).programs}
+    assert list(found) == ["sample", "train_step", "evaluation", "evaluation_sample"]
+    assert plan.teacher.exchanged == (0, 5)
+    sizes = 16, 48, 12
+    pair = tiny.TEACHER, tiny.STUDENT
+    of_teacher, of_student = (costs.phase_flops(writer, tiny.TEACHER, *sizes) for writer in pair)
+    grouped = costs.phase_flops(tiny.TEACHER, tiny.TEACHER, *sizes, samples=2)
+    assert found["sample"].flops == grouped["sample"] < of_teacher["sample"]
+    assert found["evaluation_sample"].flops == of_student["sample"]
+    one_pass = of_student["update"] / 3
+    assert found["train_step"].flops == pytest.approx(of_student["score"] + 4 * one_pass)
+    own = costs.train_bytes(tiny.STUDENT, tiny.TEACHER, 8, 2, 48, 12, plan.mesh.shape, 4)
+    pass_bytes = costs.forward_bytes(tiny.STUDENT, 8, 60, 1) + 12 * 8 * 12 * tiny.STUDENT.vocab_size
+    assert found["train_step"].bytes - own == 2 * pass_bytes
+
+
 def test_arguments_are_the_bytes_that_are_held(report):
     held = sum(report.held.values())
     assert held < report.programs[1].arguments

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import data, sft, tokenizers
+from opd_jax import data, distributed, sft, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import source, transformer
@@ -54,6 +54,13 @@ def test_responses_are_the_reply_and_its_end_token_and_prompts_end_where_they_be
         assert reply == f"It is {number * number}." + " Yes." * (number % 3) + "<|im_end|>"
 
 
+def test_the_chat_template_gets_the_arguments_of_data_template(folder):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% if brief %}Briefly.{% endif %}" + tokenizer.chat_template
+    train, _, _ = sft.read(config(folder, **{"data.template": '{"brief": true}'}), tokenizer, {tiny.END})
+    assert all(tokenizer.decode(e.prompt.ids).startswith("Briefly.") for e in train)
+
+
 def test_the_first_steps_loss_is_the_mean_negative_log_likelihood_of_the_batchs_responses(folder, tmp_path):
     c = config(folder, **{"train.steps": 1, "eval.every": 1})
     sft.train(c, tmp_path / "run")
@@ -96,6 +103,18 @@ def test_a_run_that_is_gone_on_with_ends_bit_for_bit_as_one_that_never_stopped(f
     assert kinds == [("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4)]
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_up(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(distributed.Preempted):
+        patched.setattr(distributed.Preemption, "reached", lambda self: True)
+        sft.train(config(folder, **{"train.steps": 1}), tmp_path)
+    assert [line["kind"] for line in read_lines(tmp_path / "metrics.jsonl")] == ["train"]
+    sft.train(config(folder, **{"train.steps": 1}), tmp_path)
+    made_up = read_lines(tmp_path / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in made_up] == [("train", 1), ("eval", 1)]
+    sft.train(config(folder, **{"train.steps": 1}), tmp_path)
+    assert read_lines(tmp_path / "metrics.jsonl") == made_up
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     draw = np.random.default_rng(0).normal
     x, params = draw(size=(8, 3)).astype(np.float32), {"w": draw(size=3).astype(np.float32)}
@@ -116,6 +135,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         ({}, '{"prompt": "hi"}', "line 1 is not an object with 'messages'"),
         ({}, '{"messages": [{"role": "user", "content": "hi"}]}', "assistant's reply"),
         ({"rollout.max_tokens": 12}, None, "rollout.max_tokens=12; set them to"),
+        ({"rollout.max_tokens": 400}, None, "is more than the 256 positions of student.path"),
+        ({"data.template": '{"brief": true}'}, None, "chat template never reads 'brief'"),
         ({"rollout.max_tokens": 12, "data.over_long": "drop", "data.heldout": 10}, None, "data.heldout=10"),
     ],
 )
