@@ -58,7 +58,7 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
         step = checkpoints.find(step)
         params = checkpoints.restore_params(step, abstract, shardings)
     where = source.resolve(config.student.path, "student.path")
-    generation = hf.read_generation(where.path) if where.kind == "folder" else {}
+    generation = {} if where.kind == "gguf" else hf.read_generation(where.path)
     try:
         hf.save(out, model, params, tokenizer, dtype=dtype, generation=generation)
     except OSError as error:

@@ -61,12 +61,19 @@ def test_half_precision_is_the_rounded_checkpoint(run, tmp_path):
     assert_same(params, jax.tree.map(lambda x: x.astype("bfloat16"), states[4].params))
 
 
-def test_how_the_student_is_meant_to_be_sampled_is_kept(models, run, tmp_path):
+@pytest.mark.parametrize("prefix", ["", "random:"])
+def test_how_the_student_is_meant_to_be_sampled_is_kept(models, run, tmp_path, prefix):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(run[0] / "checkpoints")
+    settings = json.loads((run[0] / "config.json").read_text())
+    settings["student"]["path"] = f"{prefix}{models / 'student'}"
+    (workdir / "config.json").write_text(json.dumps(settings))
     file = models / "student" / "generation_config.json"
     before = file.read_text()
     try:
         file.write_text(json.dumps({"temperature": 0.6, "bos_token_id": 257, "_from_model_config": True}))
-        export(run[0], tmp_path / "out")
+        export(workdir, tmp_path / "out")
     finally:
         file.write_text(before)
     kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())

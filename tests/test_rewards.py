@@ -1,11 +1,14 @@
 """Grading: what counts as right, and rewards that reach the mesh in the order of the prompts."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from opd_jax import answers, rewards, sharding
 from opd_jax.grading import Grader
+from opd_jax.job import prepare
 from tests import tiny
 
 RIGHT = [
@@ -80,3 +83,17 @@ def test_rewards_stand_in_the_order_of_the_prompts_and_are_nan_without_an_answer
         reward_B = rewards.reward_batch(mesh, tiny.tokenizer(), grader, wanted, placed)
     assert reward_B.sharding == sharding.batch(mesh)
     np.testing.assert_array_equal(jax.device_get(reward_B), [1, 1, 0, np.nan, 0, 1, np.nan, 0])
+
+
+def test_responses_to_one_prompt_are_graded_by_its_answer(models, tmp_path):
+    lines = [json.dumps({"prompt": f"Say {n}.", "answer": str(n)}) for n in range(9)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {"data.path": str(tmp_path / "prompts.jsonl"), "data.heldout": 1, "reward.weight": 1.0}
+    groups = {"rollout.samples_per_prompt": 2, "train.micro_batch": 4, "mesh.data": 2, "mesh.tensor": 2}
+    job = prepare(tiny.config(models, **settings, **groups))
+    index_Q = np.array([5, 0, 3, 6])
+    said = [job.prompts.train[index].answer for index in index_Q]
+    responses = [text for answer in said for text in (f"It is {answer}.", "It is 77.")]
+    rollouts = tiny.written(responses, tiny.STUDENT, tiny.student_params(), width=12)
+    reward_B = job.reward(index_Q, sharding.put_batch(job.mesh, rollouts))
+    np.testing.assert_array_equal(jax.device_get(reward_B), [1, 0] * 4)
