@@ -128,11 +128,15 @@ def main(_):
 
 
 def run_config(workdir) -> ConfigDict:
-    """The config of the run in a workdir."""
+    """The config of the run in a workdir; fields that are newer than the run have their defaults."""
+    from configs import default
+
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--workdir={workdir} holds no run (no config.json)")
-    return ConfigDict(json.loads(path.read_text()))
+    config = default.get_config()
+    config.update(json.loads(path.read_text()))
+    return config
 
 
 def restore(job, workdir, wanted: str) -> tuple[dict, int]:

@@ -9,7 +9,7 @@ from scipy import stats
 from opd_jax import metrics
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.estimates import bootstrap_ratio
-from opd_jax.evaluate import evaluate
+from opd_jax.evaluate import evaluate, run_config
 from opd_jax.job import prepare
 from tests import tiny
 
@@ -119,3 +119,12 @@ def test_a_run_or_checkpoint_that_is_not_there_ends_in_one_line(run, arguments, 
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
+
+
+def test_a_run_older_than_a_field_is_read_with_the_fields_default(models, tmp_path):
+    settings = tiny.config(models, **{"data.prompt_buckets": (16,), "rollout.top_k": 7}).to_dict()
+    del settings["rollout"]["min_p"], settings["data"]["columns"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = run_config(tmp_path)
+    assert (config.rollout.min_p, config.rollout.top_k, config.data.prompt_buckets) == (0.0, 7, (16,))
+    assert config.data.columns.prompt == ""
