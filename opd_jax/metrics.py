@@ -101,6 +101,18 @@ class MetricWriter:
         self._progress = _Progress(total_steps, resume_step or 0, plain_every, stream)
         self._closing.callback(self._progress.close)
 
+    @classmethod
+    def of(cls, config: Any, workdir: str | os.PathLike, resume_step: int | None, **options: Any) -> Self:
+        """The writer that a config asks for: its steps, TensorBoard and Weights & Biases."""
+        return cls(
+            workdir,
+            total_steps=config.train.steps,
+            tensorboard=config.metrics.tensorboard,
+            wandb={"project": config.metrics.wandb} if config.metrics.wandb else None,
+            resume_step=resume_step,
+            **options,
+        )
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".
 

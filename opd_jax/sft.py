@@ -10,7 +10,6 @@ checkpoint.
 """
 
 import contextlib
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -202,7 +201,7 @@ def train(config, workdir) -> steps.TrainState:
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = programs.student_model(c, mesh)
     programs.check_length(c, "student.path", model)
-    model = dataclasses.replace(model, eos_ids=tokenizers.end_ids(tokenizer, model))
+    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
     exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = steps.make_optimizer(c)
     shardings = programs.state_shardings(mesh, model, optimizer)
@@ -251,16 +250,7 @@ def train(config, workdir) -> steps.TrainState:
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         preemption = stack.enter_context(distributed.Preemption())
-        writer = stack.enter_context(
-            metrics.MetricWriter(
-                workdir,
-                total_steps=c.train.steps,
-                tensorboard=c.metrics.tensorboard,
-                wandb={"project": c.metrics.wandb} if c.metrics.wandb else None,
-                resume_step=done,
-                plain_every=100,
-            )
-        )
+        writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done, plain_every=100))
         if dropped:
             writer.say(f"data.over_long=drop: {dropped} lines are left out")
 
@@ -291,6 +281,8 @@ def train(config, workdir) -> steps.TrainState:
                 writer.sync()
                 checkpoints.save(step, state, prompts.state(), None)
             if stopping:
+                if pending is not None:
+                    _write(writer, *pending, last)
                 raise distributed.Preempted
         if pending is not None:
             _write(writer, *pending, last)

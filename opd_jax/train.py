@@ -70,15 +70,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         stack.callback(checkpoints.close)
         preemption = stack.enter_context(distributed.Preemption())
         clock = stack.enter_context(metrics.PhaseClock())
-        writer = stack.enter_context(
-            metrics.MetricWriter(
-                workdir,
-                total_steps=c.train.steps,
-                tensorboard=c.metrics.tensorboard,
-                wandb={"project": c.metrics.wandb} if c.metrics.wandb else None,
-                resume_step=done,
-            )
-        )
+        writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done))
         # What is recorded of the step to go on from, as process 0 sees it.
         asked = [("eval", None), *(("benchmark", exam.benchmark.name) for exam in job.exams)]
         recorded = distributed.gathered([name in writer.recorded for name in asked])[0]

@@ -8,7 +8,6 @@ task's `release` arm), OUT/*.svg, and prints the tables.
 
 import csv
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
+from opd_jax.compare import read_lines
 from opd_jax.estimates import seed_interval
 from opd_jax.study import sorting
 
@@ -31,8 +31,8 @@ SHOWN = {"sorting": ("accuracy", "accuracy"), "pair": ("kl", "held-out KL, nats/
 
 def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[str, Any]]:
     """One row an evaluation of one run: KL, lengths, supervised tokens so far, and accuracy if graded."""
-    lines = _read(workdir / "metrics.jsonl")
-    answers = _read(workdir / "evaluations.jsonl") if graded else []
+    lines = read_lines(workdir / "metrics.jsonl")
+    answers = read_lines(workdir / "evaluations.jsonl") if graded else []
     rows = []
     for line in lines:
         if line["kind"] != "eval":
@@ -63,7 +63,7 @@ def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[s
 def rollouts(workdir: Path, seed: int) -> list[dict[str, Any]]:
     """One row a logged rollout: sentences, kept ones, first wrong one, and each sentence's margin."""
     rows = []
-    for record in _read(workdir / "rollouts.jsonl"):
+    for record in read_lines(workdir / "rollouts.jsonl"):
         right = sorting.solution_of(QUESTION.search(record["prompt"])[0])
         text = _text("".join(sentence["text"] for sentence in record["sentences"]))
         rows.append(
@@ -301,10 +301,6 @@ def _arms(folder: Path) -> list[str]:
 
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("seed-"))
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _write_csv(path: Path, columns, rows) -> None:

@@ -71,12 +71,6 @@ def solution_of(text: str) -> str:
     return solution(numbers.split(), direction == "upwards")
 
 
-def final_answer(response: str) -> str | None:
-    """The last order that a response gives."""
-    found = re.findall(r"So the order is ([\d ]+)\.", response)
-    return found[-1] if found else None
-
-
 def first_error(response: str, right: str) -> int | None:
     """Number of the first sentence, from 0, that differs from the right response's; None where none does.
 
