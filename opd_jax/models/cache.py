@@ -10,6 +10,7 @@ from flax import struct
 
 from opd_jax.models import attention, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.int8 import quantise
 
 SLOT_AXES = (3, 2, 3, 3)  # of a layer's keys, values and their scales
 
@@ -36,21 +37,12 @@ def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
     )
 
 
-def quantise(x, axis: int):
-    """(int8, float32 scale) whose product is x up to half a scale: one scale for all along `axis`."""
-    x = x.astype(jnp.float32)
-    largest = jnp.abs(x).max(axis=axis, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1) / 127
-    return jnp.round(x / scale).astype(jnp.int8), scale
-
-
 def _stored(k_BKCL, v_BKLC, int8: bool) -> tuple[jax.Array, ...]:
     """Keys and values as a layer of the cache keeps them."""
     if not int8:
         return k_BKCL, v_BKLC
-    k_BKCL, k_scale_BK1L = quantise(k_BKCL, axis=2)
-    v_BKLC, v_scale_BKL1 = quantise(v_BKLC, axis=3)
-    return k_BKCL, v_BKLC, k_scale_BK1L, v_scale_BKL1.swapaxes(2, 3)
+    k, v = quantise(k_BKCL, (2,)), quantise(v_BKLC, (3,))  # one scale for each token and head
+    return k.values, v.values, k.scale, v.scale.swapaxes(2, 3)
 
 
 def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool = False):

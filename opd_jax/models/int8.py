@@ -4,6 +4,8 @@ A weight is values x scale, where scale = max |weight| / 127 over the axes that 
 the scale leaves the sum: x @ weight = (x @ values) x scale. Integers up to 127 are exact in bfloat16, sums
 are float32, and the compiler turns int8 into the compute dtype where the product reads it.
 
+The cache's keys and values are quantised by the same function, with a scale for each token and head.
+
 Vectors (norms, biases) and the router stay as they are: they are small, and a router's error would send
 tokens to other experts.
 """
@@ -58,7 +60,7 @@ def summed_axes(name: str, logical_axes) -> tuple[int, ...]:
 
 
 def quantise(weight, summed: tuple[int, ...]):
-    """The weight in int8, off by at most half a scale each; as it is where `summed` is empty.
+    """The weight, or any array, in int8, off by at most half a scale each; as it is where `summed` is empty.
 
     A channel of zeros gets a scale of 1, and so gives zeros.
     """

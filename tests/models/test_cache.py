@@ -7,7 +7,7 @@ import pytest
 from scipy import special
 
 from opd_jax import rollout
-from opd_jax.models import attention, cache, transformer
+from opd_jax.models import attention, int8, transformer
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(layers=8, head_size=64, max_positions=1024)
@@ -18,7 +18,8 @@ def test_int8_values_times_their_scale_are_within_half_a_scale_and_reach_127(axi
     x = np.random.default_rng(0).normal(size=(3, 40, 50)).astype(np.float32)
     x[1] *= 1e4
     x[2, :, 7] = x[2, 7] = 0
-    values, scale = cache.quantise(jnp.asarray(x), axis=axis)
+    kept = int8.quantise(jnp.asarray(x), (axis,))
+    values, scale = kept.values, kept.scale
     assert values.dtype == jnp.int8
     assert scale.shape == x.max(axis=axis, keepdims=True).shape
     error = np.abs(np.asarray(values, np.float64) * np.asarray(scale) - x)
