@@ -257,9 +257,17 @@ def get_config() -> ConfigDict:
     c.checkpoint.keep = 2
 
     c.metrics = ConfigDict()
-    # Steps between lists of rollouts written to rollouts.jsonl, and how many each time; 0 writes none.
+    # Steps between lists of rollouts written to rollouts.jsonl, and how many each time; 0 writes none. Those
+    # whose prompts have an `answer` are graded, in processes of their own while the device works on the next
+    # step. The report's curves of S, and those of right and wrong answers, are of these rollouts alone.
     c.metrics.rollouts_every = 10
     c.metrics.rollouts = 4
+    # Steps between measurements of the gradient's norm and signal-to-noise ratio, of the tokens trained on,
+    # of all and of the released ones; 0 never measures, and costs nothing. Each is a program of its own
+    # before the step: it scores the rollouts again and takes three gradients over the batch, up to thrice
+    # the time of the training step, and needs twice the student's float32 parameters of memory beside the
+    # activations of a micro-batch.
+    c.metrics.gradient_noise_every = 0
     # Write TensorBoard event files.
     c.metrics.tensorboard = True
     # Weights & Biases project; "" stays off. Needs `pip install wandb`.

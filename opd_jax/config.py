@@ -76,6 +76,7 @@ RANGES = {
     "checkpoint.keep": (1, None),
     "metrics.rollouts_every": (0, None),
     "metrics.rollouts": (0, None),
+    "metrics.gradient_noise_every": (0, None),
 }
 
 

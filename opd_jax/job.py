@@ -94,9 +94,29 @@ class Job(programs.Programs):
           index_Q: the numbers of this process's prompts.
           rollouts: Rollouts on the mesh.
         """
-        index_B = np.repeat(index_Q, self.config.rollout.samples_per_prompt)
-        answers = [self.prompts.train[index].answer for index in index_B]
+        answers = self._answers(index_Q)
         return rewards.reward_batch(self.mesh, self.tokenizer, shared_grader(), answers, rollouts)
+
+    def graded(self, index_Q, rollouts) -> list[bool | None] | None:
+        """Whether responses to training prompts are right, None for one without a reference answer.
+
+        Args:
+          index_Q: the numbers of their prompts.
+          rollouts: Rollouts on the host.
+
+        Returns:
+          One entry a rollout; None where no prompt has an answer.
+        """
+        answers = self._answers(index_Q)[: len(rollouts.mask_BT)]
+        if all(answer is None for answer in answers):
+            return None
+        return rewards.graded(
+            self.tokenizer, shared_grader(), answers, rollouts.response_BT, rollouts.mask_BT
+        )
+
+    def _answers(self, index_Q) -> list[str | None]:
+        index_B = np.repeat(index_Q, self.config.rollout.samples_per_prompt)
+        return [self.prompts.train[index].answer for index in index_B]
 
 
 def prepare(config, workdir=None) -> Job:

@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 
-from opd_jax import data, scoring, segments, sharding
-from opd_jax import release as releasing
+from opd_jax import data, sharding
+from opd_jax import train_step as steps
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
-from opd_jax.train_step import Supervision
 from opd_jax.transcripts import transcripts
 
 
@@ -37,23 +36,12 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     batch = sharding.put_batch(mesh, next(first))
     step = jax.device_put(np.int32(0), sharding.replicated(mesh))
     rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
-    recompute = c.scoring.student == "recompute"
 
-    def supervise(params, teacher_params, rollouts, table, key, step):
-        scores = scoring.score(
-            job.teacher,
-            teacher_params,
-            rollouts,
-            chunk=c.scoring.chunk,
-            micro_batches=c.rollout.batch // c.train.micro_batch,
-            student=(job.student, params) if recompute else None,
-        )
-        segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
-        key = jax.random.fold_in(key, step)
-        release = releasing.release(scores, segment_BT, rollouts.mask_BT, c.release, step=step, key=key)
-        return Supervision(scores=scores.per_token(), release=release)
+    def supervise(*arguments):
+        scores, release, _ = steps.supervise(job.student, job.teacher, c, *arguments)
+        return steps.Supervision(scores=scores.per_token(), release=release)
 
     supervision = jax.jit(sharding.on(mesh, supervise))(
-        params, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY), step
+        params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
     )
     return transcripts(job.tokenizer, 0, *jax.device_get((rollouts, supervision)))

@@ -52,6 +52,7 @@ class MetricWriter:
       stream: where progress goes; standard error by default.
 
     Attributes:
+      active: whether this process is the one that writes, number 0.
       recorded: (kind, benchmark or None) of what process 0 found of the resume_step.
 
     Raises:
@@ -69,12 +70,12 @@ class MetricWriter:
         plain_every: int = 10,
         stream: TextIO | None = None,
     ):
-        self._active = jax.process_index() == 0
+        self.active = jax.process_index() == 0
         self._closing = contextlib.ExitStack()
         self._files: dict[str, TextIO] = {}
         self._tensorboard = self._wandb = None
         self.recorded: frozenset[tuple[str, str | None]] = frozenset()
-        if not self._active:
+        if not self.active:
             return
         workdir = Path(workdir)
         if wandb is not None:
@@ -119,7 +120,7 @@ class MetricWriter:
         Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
         is not finite is written as null, since JSON has none.
         """
-        if not self._active:
+        if not self.active:
             return
         plain = {key: _plain(value) for key, value in record.items()}
         self._append(METRICS_FILE, plain)
@@ -155,11 +156,11 @@ class MetricWriter:
 
     def say(self, text: str) -> None:
         """Shows one line among the progress."""
-        if self._active:
+        if self.active:
             self._progress.line(text)
 
     def _append_all(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        if self._active:
+        if self.active:
             for line in lines:
                 self._append(name, {key: _plain(value) for key, value in line.items()})
 

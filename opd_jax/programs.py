@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from opd_jax import gradient_noise as noises
 from opd_jax import objectives, rollout, scoring, segments, sharding
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
@@ -148,9 +149,20 @@ class Programs:
 
         With a reward.weight it takes one argument more, what `reward` returns.
         """
+        return _train_step_program(self.mesh, self.student, self.teacher, self._train_step_settings)
+
+    @functools.cached_property
+    def gradient_noise(self):
+        """Compiled gradient_noise(params, step, teacher_params, rollouts, table, key) -> scalars.
+
+        With a reward.weight it takes one argument more, as `train_step` does.
+        """
+        return _gradient_noise_program(self.mesh, self.student, self.teacher, self._train_step_settings)
+
+    @property
+    def _train_step_settings(self) -> str:
         settings = self.config.to_dict()
-        read = json.dumps({name: settings[name] for name in TRAIN_STEP_READS}, sort_keys=True)
-        return _train_step_program(self.mesh, self.student, self.teacher, read)
+        return json.dumps({name: settings[name] for name in TRAIN_STEP_READS}, sort_keys=True)
 
     @property
     def divergence(self):
@@ -202,14 +214,32 @@ def _train_step_program(mesh, student: ModelConfig, teacher: ModelConfig, settin
     p = Programs.of(config, mesh, student, teacher)
     step = steps.make_train_step(student, teacher, config, p.optimizer)
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
-    table = rows if config.segments.kind == "nltk" else whole
-    reward = (rows,) if config.reward.weight else ()
     return jax.jit(
         sharding.on(mesh, step),
-        in_shardings=(p.state_shardings, p.teacher_shardings, rows, table, whole, *reward),
+        in_shardings=(p.state_shardings, p.teacher_shardings, *_lesson_shardings(mesh, config)),
         out_shardings=(p.state_shardings, whole, rows),
         donate_argnums=0,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _gradient_noise_program(mesh, student: ModelConfig, teacher: ModelConfig, settings: str):
+    config = ConfigDict(json.loads(settings))
+    noise = noises.make_gradient_noise(student, teacher, config, noises.group_count(config, mesh))
+    whole = sharding.replicated(mesh)
+    models = param_shardings(mesh, student), whole, param_shardings(mesh, teacher)
+    return jax.jit(
+        sharding.on(mesh, noise),
+        in_shardings=(*models, *_lesson_shardings(mesh, config)),
+        out_shardings=whole,
+    )
+
+
+def _lesson_shardings(mesh, config) -> tuple:
+    """Of (rollouts, table, key) and, with a reward.weight, reward_B."""
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    table = rows if config.segments.kind == "nltk" else whole
+    return rows, table, whole, *((rows,) if config.reward.weight else ())
 
 
 @functools.lru_cache(maxsize=8)
@@ -304,6 +334,12 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
     sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
     prompts = config.rollout.batch // config.rollout.samples_per_prompt
     sharding.check_batch(mesh, "rollout.batch / rollout.samples_per_prompt", prompts)
+    if config.metrics.gradient_noise_every and noises.group_count(config, mesh) is None:
+        raise UserError(
+            f"metrics.gradient_noise_every={config.metrics.gradient_noise_every} compares groups of prompts, "
+            f"and {prompts} prompts (rollout.batch / rollout.samples_per_prompt) make no two that fill "
+            "mesh.data x mesh.fsdp devices and fit into train.micro_batch; use more prompts, or set it to 0"
+        )
     check_length(config, "student.path", student)
     check_length(config, "teacher.path", teacher)
     valid = min(student.valid_vocab, teacher.valid_vocab)

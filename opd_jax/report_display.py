@@ -16,6 +16,7 @@ from typing import Any
 from opd_jax import report_figures as figures
 from opd_jax import report_page
 from opd_jax.errors import UserError
+from opd_jax.report_html import SIGNS
 from opd_jax.run_record import Run, column, phase_seconds, read_run
 
 KEY_HEIGHT = 18  # points, of the line that names the runs
@@ -41,7 +42,8 @@ def standalone(svg: str, titles: Sequence[str] = ()) -> Svg:
     key, x = [], 8
     for number, title in enumerate(titles):
         colour = light[f"run-{number % figures.RUN_COLOURS}"]
-        key.append(f'<rect x="{x}" y="{5 - top}" width="9" height="9" rx="2" fill="{colour}"/>')
+        sign = SIGNS[number % len(SIGNS)]
+        key.append(f'<text x="{x}" y="{13 - top}" fill="{colour}">{sign}</text>')
         key.append(f'<text x="{x + 13}" y="{13 - top}" fill="{light["ink"]}">{escape(title)}</text>')
         x += 30 + 5.5 * len(title)
     page = f'<rect y="{-top}" width="100%" height="100%" fill="{light["page"]}"/>'

@@ -103,8 +103,14 @@ def _line(axes: Axes, series: Series, run: int, **style: Any) -> None:
     if len(values) >= 40:
         axes.plot(steps, values, color=colour(run), linewidth=0.7, alpha=0.35)
         values = _smooth(values)
-    marker = {"marker": "o", "markersize": 3} if len(values) == 1 else {}
-    axes.plot(steps, values, color=colour(run), **marker, **style)
+    axes.plot(steps, values, color=colour(run), **_marks(run, len(values)) | style)
+
+
+def _marks(run: int, points: int) -> dict[str, Any]:
+    """The run's own marks on a curve, a few, and not where the next run's are."""
+    every = max(1, points // 5)
+    start = int(every * (0.618 * run % 1))
+    return {"marker": MARKERS[run % len(MARKERS)], "markersize": 4.5, "markevery": (start, every)}
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
@@ -155,7 +161,7 @@ def kl(
     def draw(axes: Axes) -> None:
         for run, (series, lines) in enumerate(zip(sampled, measured, strict=True)):
             if series[0]:
-                _line(axes, series, run)
+                _line(axes, series, run, marker="")
             if lines:
                 value = np.array([line["kl"] for line in lines])
                 low, high = (
@@ -185,31 +191,43 @@ def kl(
 
 
 def position(
-    name: str, unit: str, profiles: Sequence[Mapping[str, np.ndarray]], floor: float | None = None
+    name: str,
+    unit: str,
+    profiles: Sequence[Mapping[str, np.ndarray | None]],
+    floor: float | None = None,
+    styles: Mapping[str, str] | None = None,
 ) -> str | None:
     """Profiles over the relative position in the response.
 
     Args:
-      profiles: for each run {window: a value for each bin, NaN where it is empty}; the first of two
-        windows is drawn dotted.
+      profiles: for each run {window or group: a value for each bin, NaN where it is empty; or [3, bins], the
+        values and the ends of their intervals, drawn as a band}.
       floor: a value that the axis must show, drawn as a line.
+      styles: the line style of each group; by default the first of two windows is dotted.
     """
+    profiles = [{key: x for key, x in profile.items() if x is not None} for profile in profiles]
     if not any(profiles):
         return None
-
-    def draw(axes: Axes) -> None:
+    if styles is None:
         styles = {}
         for profile in profiles:
             for number, window in enumerate(profile):
                 styles[window] = ":" if number == 0 and len(profile) > 1 else "-"
+
+    def draw(axes: Axes) -> None:
         for run, profile in enumerate(profiles):
             for window, value in profile.items():
-                centre = (np.arange(len(value)) + 0.5) / len(value)
-                axes.plot(centre, value, color=colour(run), linestyle=styles[window])
+                value_N, *interval = np.atleast_2d(value)
+                centre = (np.arange(len(value_N)) + 0.5) / len(value_N)
+                look = {"linestyle": styles[window]} | _marks(run, len(value_N))
+                axes.plot(centre, value_N, color=colour(run), **look)
+                if interval:
+                    axes.fill_between(centre, *interval, color=colour(run), alpha=0.15, linewidth=0)
         if floor is not None:
             axes.axhline(floor, color=MUTED, linewidth=0.8)
         axes.set_xlim(0, 1)
-        _kinds(axes, [(window, {"linestyle": style}) for window, style in styles.items()])
+        shown = {window for profile in profiles for window in profile}
+        _kinds(axes, [(window, {"linestyle": style}) for window, style in styles.items() if window in shown])
         _label(axes, "relative position in the response", unit)
 
     return _svg(name, draw)
@@ -227,6 +245,8 @@ def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
                 share = count / count.sum()
                 axes.stairs(share, edges, color=colour(run), fill=True, alpha=0.2)
                 axes.stairs(share, edges, color=colour(run), linewidth=1.4)
+                marks = _marks(run, len(share)) | {"linestyle": "", "color": colour(run)}
+                axes.plot((edges[:-1] + edges[1:]) / 2, share, **marks)
         axes.set_xlim(0, 1)
         axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
         _label(axes, "relative position of the cut in the response", "share of accepted releases")
@@ -313,3 +333,32 @@ def intervals(
         axes.set_xlabel(f"{unit}, 95% interval")
 
     return _svg(unit, draw, height=1.0 + 0.3 * len(labels))
+
+
+def groups(
+    name: str, unit: str, titles: Sequence[str], estimates: Sequence[Mapping[str, tuple | None]]
+) -> str | None:
+    """Right and wrong of several runs below one another, each (value, low, high); filled marks are right."""
+    if not any(value is not None for found in estimates for value in found.values()):
+        return None
+
+    def draw(axes: Axes) -> None:
+        for run, found in enumerate(estimates):
+            for group, estimate in found.items():
+                if estimate is None:
+                    continue
+                value, low, high = estimate
+                right = group == "right"
+                style = {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run), "capsize": 3}
+                style |= {} if right else {"markerfacecolor": "none"}
+                error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                row = run + (-0.15 if right else 0.15)
+                axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, **style)
+        axes.set_yticks(range(len(titles)), titles, parse_math=False)
+        axes.set_ylim(len(titles) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        looks = {"right": {}, "wrong": {"markerfacecolor": "none"}}
+        _kinds(axes, [(group, {"linestyle": "", "marker": "o"} | look) for group, look in looks.items()])
+        axes.set_xlabel(unit)
+
+    return _svg(name, draw, height=1.3 + 0.4 * len(titles))

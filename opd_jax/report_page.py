@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax import report_answers, report_gradient, report_rollouts, rollout_profiles
 from opd_jax import report_figures as figures
-from opd_jax import report_rollouts
+from opd_jax import report_html as html
 from opd_jax.run_record import Run, column, differences, phase_seconds
 
 STYLE_FILE = Path(__file__).with_name("report.css")
@@ -33,6 +34,8 @@ def render(
         _progress(runs),
         _teachability(runs),
         _release(runs),
+        report_gradient.section(runs),
+        report_answers.section(runs),
         _health(runs),
         _time(runs),
         _rollouts(runs),
@@ -50,39 +53,13 @@ def render(
     )
 
 
-def _section(title: str, *body: str) -> str:
-    return f"<section><h2>{title}</h2>\n{''.join(body)}</section>\n"
-
-
-def _panel(title: str, svg: str | None, note: str, empty: str) -> str:
-    """One plot with its heading and how to read it, or the words that stand in for it."""
-    body = svg if svg is not None else f'<p class="empty">{empty}</p>'
-    return f"<figure><h3>{title}</h3>{body}<figcaption>{note}</figcaption></figure>\n"
-
-
-def _panels(runs: Sequence[Run], *panels: str) -> str:
-    keys = "".join(f"<span>{_swatch(i)}{escape(run.title)}</span>" for i, run in enumerate(runs))
-    return f'<p class="key">{keys}</p><div class="panels">{"".join(panels)}</div>'
-
-
-def _swatch(run: int) -> str:
-    return f'<i class="swatch" style="background:var(--run-{run % figures.RUN_COLOURS})"></i>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells."""
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
-    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
 def _summary(runs: Sequence[Run], rows: Sequence[Mapping[str, str]]) -> str:
     head = list(dict.fromkeys(key for row in rows for key in row))
     cells = [
-        [(_swatch(i) if key == "Run" else "") + escape(row.get(key, "–")) for key in head]
+        [(html.swatch(i) if key == "Run" else "") + escape(row.get(key, "–")) for key in head]
         for i, row in enumerate(rows)
     ]
-    body = _table([escape(key) for key in head], cells)
+    body = html.table([escape(key) for key in head], cells)
     body += (
         "<p>Held-out KL: first → last evaluation [95% interval over prompts]. Sampled KL: means of"
         " the first and the last tenth of the steps. Seconds and tokens/s: medians, without the"
@@ -97,29 +74,29 @@ def _summary(runs: Sequence[Run], rows: Sequence[Mapping[str, str]]) -> str:
             )
     differing = differences(runs)
     if differing:
-        table = _table(
-            ["Config key", *(_swatch(i) + escape(run.title) for i, run in enumerate(runs))],
+        table = html.table(
+            ["Config key", *(html.swatch(i) + escape(run.title) for i, run in enumerate(runs))],
             [[f"<code>{escape(k)}</code>", *map(escape, row)] for k, row in differing.items()],
         )
         body += f"<details open><summary>Where the configs differ</summary>{table}</details>"
-    return _section("Summary", body)
+    return html.section("Summary", body)
 
 
 def _progress(runs: Sequence[Run]) -> str:
-    return _section(
+    return html.section(
         "Does the student approach the teacher?",
-        _panels(
+        html.panels(
             runs,
-            _panel(
+            html.panel(
                 "Divergence",
                 figures.kl([column(run.train, "kl") for run in runs], [run.evals for run in runs]),
                 "KL of student from teacher on the student's own text. Lower is closer. Faint:"
                 " single steps; line: running mean.",
                 "No KL was recorded.",
             ),
-            _panel(
+            html.panel(
                 "Loss",
-                _curve(runs, "Loss over the steps", "loss, nats/token", "loss"),
+                html.curve(runs, "Loss over the steps", "loss, nats/token", "loss"),
                 "The objective of each step. A policy-gradient loss follows the advantages that are"
                 " kept, so compare it within a run.",
                 "No loss was recorded.",
@@ -128,24 +105,16 @@ def _progress(runs: Sequence[Run]) -> str:
     )
 
 
-def _curve(runs: Sequence[Run], name: str, unit: str, *keys: str, **options: Any) -> str | None:
-    """Curves of up to two metrics, the second one dashed."""
-    styles = ("-", "--")
-    kinds = [
-        (key.replace("_", " "), style, [column(run.train, key) for run in runs])
-        for key, style in zip(keys, styles, strict=False)
-    ]
-    return figures.curves(name, unit, kinds, **options)
-
-
 def _teachability(runs: Sequence[Run]) -> str:
     def panel(title: str, unit: str, note: str, profile: Callable, **options: Any) -> str:
         svg = figures.position(title, unit, [position_profile(run, profile) for run in runs], **options)
-        return _panel(title, svg, note, "No profile over the position was recorded.")
+        return html.panel(title, svg, note, "No profile over the position was recorded.")
 
-    return _section(
+    scores = [rollout_profiles.profile(run.rollouts, rollout_profiles.score) for run in runs]
+    counts = ", ".join(f"{len(run.rollouts):,}" for run in runs)
+    return html.section(
         "Where does the teacher still teach?",
-        _panels(
+        html.panels(
             runs,
             panel(
                 "Teacher margin M",
@@ -153,6 +122,17 @@ def _teachability(runs: Sequence[Run]) -> str:
                 "How far the teacher's best candidate is ahead of its second best, among the"
                 " student's own. Where it falls, the teacher no longer tells them apart.",
                 mean_margin,
+            ),
+            html.panel(
+                "Segment score S",
+                figures.position(
+                    "Segment score S",
+                    "mean S = log(1 + M of the sentence)",
+                    [{"recorded rollouts, 95% interval": score} for score in scores],
+                ),
+                "What the rule looks for a drop in; each token with its sentence's S. Of the recorded"
+                f" rollouts alone ({counts}).",
+                "No rollouts were recorded.",
             ),
             panel(
                 "Advantage A, mean",
@@ -215,24 +195,20 @@ def binned(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 def _release(runs: Sequence[Run]) -> str:
     counts = [binned(run.train, "release_histogram") for run in runs]
-    words = "".join(
-        f"<li>{_swatch(i)}{escape(run.title)}: {_release_words(run, count)}</li>"
-        for i, (run, count) in enumerate(zip(runs, counts, strict=True))
-    )
-    return _section(
+    return html.section(
         "What is released?",
-        f'<ul class="words">{words}</ul>',
-        _panels(
+        html.words(runs, [_release_words(run, count) for run, count in zip(runs, counts, strict=True)]),
+        html.panels(
             runs,
-            _panel(
+            html.panel(
                 "Release positions",
                 figures.release_histogram(counts),
                 "Supervision ends at the cut; what follows it adds nothing to the loss.",
                 "No rollout of any run had an accepted release.",
             ),
-            _panel(
+            html.panel(
                 "Kept and accepted",
-                _curve(
+                html.curve(
                     runs,
                     "Shares over the steps",
                     "share",
@@ -267,34 +243,34 @@ def _release_words(run: Run, count: np.ndarray) -> str:
 
 
 def _health(runs: Sequence[Run]) -> str:
-    return _section(
+    return html.section(
         "Is the training sound?",
-        _panels(
+        html.panels(
             runs,
-            _panel(
+            html.panel(
                 "Gradient norm",
-                _curve(runs, "Gradient norm over the steps", "gradient norm", "grad_norm"),
+                html.curve(runs, "Gradient norm over the steps", "gradient norm", "grad_norm"),
                 "Global norm before clipping.",
                 "No gradient norm was recorded.",
             ),
-            _panel(
+            html.panel(
                 "Response length",
-                _curve(runs, "Response length over the steps", "tokens", "response_length"),
+                html.curve(runs, "Response length over the steps", "tokens", "response_length"),
                 "Mean length of a rollout.",
                 "No response length was recorded.",
             ),
-            _panel(
+            html.panel(
                 "Does the student stop?",
-                _curve(
+                html.curve(
                     runs, "Finished share over the steps", "share of rollouts", "finished_share", share=True
                 ),
                 "Share of rollouts that ended by themselves. One that falls to 0 has all responses run"
                 " into the limit; the next plot tells whether the teacher wants that.",
                 "No finished share was recorded.",
             ),
-            _panel(
+            html.panel(
                 "Would the teacher stop?",
-                _curve(
+                html.curve(
                     runs,
                     "Probability of an end token over the steps",
                     "probability a token",
@@ -305,9 +281,9 @@ def _health(runs: Sequence[Run]) -> str:
                 " the teacher's (dashed). The student is trained towards the dashed line.",
                 "No stop probability was recorded.",
             ),
-            _panel(
+            html.panel(
                 "Spread of the advantage",
-                _curve(
+                html.curve(
                     runs,
                     "Advantage spread over the steps",
                     "standard deviation, nats",
@@ -322,13 +298,13 @@ def _health(runs: Sequence[Run]) -> str:
 
 def _time(runs: Sequence[Run]) -> str:
     svg = figures.phase_bars([run.title for run in runs], [phase_seconds(run) for run in runs])
-    panel = _panel(
+    panel = html.panel(
         "Time of a step",
         svg,
         "“Other” is what the phases do not cover: waiting, logging, evaluation, checkpoints.",
         "No times were recorded.",
     )
-    return _section("Where does the time go?", _panels(runs, panel))
+    return html.section("Where does the time go?", html.panels(runs, panel))
 
 
 def _rollouts(runs: Sequence[Run]) -> str:
@@ -345,10 +321,10 @@ def _rollouts(runs: Sequence[Run]) -> str:
         shown = report_rollouts.articles(run.rollouts) or '<p class="empty">No rollouts were recorded.</p>'
         colour = f"--kept: var(--run-{i % figures.RUN_COLOURS})"
         body.append(
-            f'<details{state} style="{colour}"><summary>{_swatch(i)}{escape(run.title)}</summary>'
+            f'<details{state} style="{colour}"><summary>{html.swatch(i)}{escape(run.title)}</summary>'
             f"{shown}</details>"
         )
-    return _section("Rollouts, sentence by sentence", legend, *body)
+    return html.section("Rollouts, sentence by sentence", legend, *body)
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
@@ -363,7 +339,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
         + "</div></article>"
         for item in answers
     ]
-    return _section("Answers to the same prompts", *articles)
+    return html.section("Answers to the same prompts", *articles)
 
 
 def _provenance(runs: Sequence[Run]) -> str:
@@ -372,9 +348,9 @@ def _provenance(runs: Sequence[Run]) -> str:
     for i, run in enumerate(runs):
         versions = ", ".join(f"{key} {value}" for key, value in run.versions.items())
         blocks.append(
-            f"<details><summary>{_swatch(i)}{escape(run.title)}: versions and config</summary>"
+            f"<details><summary>{html.swatch(i)}{escape(run.title)}: versions and config</summary>"
             f"<p>{escape(versions) or 'No versions.json.'}</p>"
             f"<pre>{escape(json.dumps(run.config, indent=2)) if run.config else 'No config.json.'}"
             "</pre></details>"
         )
-    return _section("Provenance", *blocks)
+    return html.section("Provenance", *blocks)

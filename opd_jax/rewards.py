@@ -22,11 +22,22 @@ def reward_batch(mesh, tokenizer, grader: Grader, answers: Sequence[str | None],
     """
     tokens_BL, mask_BT = sharding.local_values((rollouts.tokens_BL, rollouts.mask_BT))
     response_BT = tokens_BL[:, -mask_BT.shape[1] :]
-    graded = [b for b, answer in enumerate(answers) if answer is not None]
-    texts = [tokenizer.decode(response_BT[b][mask_BT[b]], skip_special_tokens=True) for b in graded]
-    verdicts = grader.grade([Task(text, answers[b]) for text, b in zip(texts, graded)])
+    verdicts = graded(tokenizer, grader, answers, response_BT, mask_BT)
     rows = sharding.local_rows(mesh, len(rollouts.mask_BT))
     right_B = np.full(len(rollouts.mask_BT), -1, np.int32)
-    right_B[rows[graded]] = [verdict.right for verdict in verdicts]
+    right_B[rows] = [-1 if right is None else right for right in verdicts]
     right_B = distributed.gathered(right_B).max(axis=0)[rows]
     return sharding.put_batch(mesh, np.where(right_B < 0, np.nan, right_B).astype(np.float32))
+
+
+def graded(
+    tokenizer, grader: Grader, answers: Sequence[str | None], response_BT: np.ndarray, mask_BT: np.ndarray
+) -> list[bool | None]:
+    """Whether each response is right; None where there is no answer to compare with."""
+    right: list[bool | None] = [None] * len(answers)
+    known = [b for b, answer in enumerate(answers) if answer is not None]
+    texts = [tokenizer.decode(response_BT[b][mask_BT[b]], skip_special_tokens=True) for b in known]
+    verdicts = grader.grade([Task(text, answers[b]) for text, b in zip(texts, known)])
+    for b, verdict in zip(known, verdicts):
+        right[b] = verdict.right
+    return right

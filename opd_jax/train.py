@@ -116,13 +116,15 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
                 rollouts = job.sample_group(state.params, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
             reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
-            table = job.segment_table(rollouts)
-            state, measured, supervision = job.train_step(
-                state, teacher_params, rollouts, table, release_key, *reward
-            )
+            lesson = teacher_params, rollouts, job.segment_table(rollouts), release_key, *reward
+            noise = {}
+            if due(c.metrics.gradient_noise_every, step):
+                noise = job.gradient_noise(state.params, state.step, *lesson)
+                clock.watch("gradient_noise", step, noise["gradient_norm_all"])
+            state, measured, supervision = job.train_step(state, *lesson)
             clock.watch("train", step, measured["loss"])
             read.finish()
-            read.begin(step, measured, data_seconds, rollouts, supervision)
+            read.begin(step, measured | noise, data_seconds, batch.index_B, rollouts, supervision)
             stopping = preemption.reached()
             evaluating = due(c.eval.every, step) and not stopping
             examining = bool(job.exams) and due(c.eval.benchmark_every, step) and not stopping
@@ -154,13 +156,13 @@ class Reader:
         """Starts the clock of the next step now: what came before was no training."""
         self._last = time.perf_counter()
 
-    def begin(self, step, measured, data_seconds, rollouts, supervision):
+    def begin(self, step, measured, data_seconds, index_Q, rollouts, supervision):
         """Notes what step `step` will have measured; starts no transfer of its rollouts unless shown."""
         c = self._job.config.metrics
         due = c.rollouts_every and c.rollouts and step % c.rollouts_every == 0
         shown = None
         if due or (c.rollouts_every and c.rollouts and step in (1, self._job.config.train.steps)):
-            shown = sharding.first_rows(self._job.mesh, (rollouts, supervision), c.rollouts)
+            shown = sharding.first_rows(self._job.mesh, (index_Q, rollouts, supervision), c.rollouts)
         self._pending = step, measured, data_seconds, shown
 
     def finish(self):
@@ -183,10 +185,11 @@ class Reader:
             }
             | {f"seconds_{name}": value for name, value in phases.items()}
         )
-        if shown is not None:
-            rollouts, supervision = jax.device_get(shown)
+        if shown is not None and self._writer.active:
+            index_Q, rollouts, supervision = jax.device_get(shown)
+            right = self._job.graded(index_Q, rollouts)
             self._writer.write_rollouts(
-                transcripts(self._job.tokenizer, step, rollouts, supervision)
+                transcripts(self._job.tokenizer, step, rollouts, supervision, right)
             )
 
 

@@ -30,6 +30,23 @@ class TrainState:
 
 
 @struct.dataclass
+class Lesson:
+    """What a gradient is taken of: the rollouts, and how much each of their tokens counts.
+
+    Attributes:
+      rollouts: with the student's log-probabilities that the advantage was made with.
+      advantage_BT: nats, as the loss sees it: clipped, and with the task reward mixed in.
+      weight_BT: the release rule's weight times the rescale; 0 outside the response.
+      targets: what the objective needs of the teacher beside.
+    """
+
+    rollouts: Rollouts
+    advantage_BT: jax.Array
+    weight_BT: jax.Array
+    targets: scoring.Targets
+
+
+@struct.dataclass
 class Supervision:
     """What a step decided for each rollout; for the report, never needed to go on."""
 
@@ -95,73 +112,26 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
       there is none; metrics is a dict of float32 scalars and [20] lists, summed or averaged over response
       tokens of the whole batch.
     """
-    train, scoring_ = config.train, config.scoring
+    train = config.train
     micro_batches = config.rollout.batch // train.micro_batch
-    name, options = config.objective.name, objectives.options(config)
-    objective = objectives.OBJECTIVES[name]
-    recompute = recomputes(config)
+    objective = objectives.OBJECTIVES[config.objective.name]
     schedule = learning_rate(config)
-
-    def gradient(params, batch, teacher_head_VD, tokens):
-        """(loss, gradient) of the mean over response tokens, accumulated over micro-batches."""
-
-        def loss(params, piece):
-            rollouts, advantage_BT, weight_BT, targets = piece
-            total = objectives.loss_sum(
-                name,
-                options,
-                student,
-                params,
-                rollouts,
-                advantage_BT,
-                weight_BT,
-                chunk=scoring_.chunk,
-                remat=train.remat,
-                targets=targets,
-                teacher=(teacher, teacher_head_VD),
-            )
-            return total / tokens
-
-        return accumulated_gradient(loss, params, batch, micro_batches)
+    mean_loss = make_loss(student, teacher, config)
 
     def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table, key, reward_B=None):
-        with jax.named_scope("score"):
-            scores = scoring.score(
-                teacher,
-                teacher_params,
-                rollouts,
-                chunk=scoring_.chunk,
-                micro_batches=micro_batches,
-                student=(student, state.params) if recompute else None,
-                keep=objective.teacher,
-                top_k=config.objective.top_k,
-            )
-            targets = scores.targets
-        with jax.named_scope("release"):
-            segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
-            released = releasing.release(
-                scores,
-                segment_BT,
-                rollouts.mask_BT,
-                config.release,
-                step=state.step,
-                key=jax.random.fold_in(key, state.step),
-            )
+        scores, released, lesson = supervise(
+            student, teacher, config, state.params, state.step, teacher_params, rollouts, table, key, reward_B
+        )
         supervision = Supervision(scores=scores.per_token(), release=released)
-        tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
-        advantage_BT = objectives.advantage(
-            scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
-        )
-        scored = rollouts.replace(logp_BT=scores.student_logp_BT)
-        batch = scored, advantage_BT, released.weight_BT, targets
-        teacher_head_VD = (
-            transformer.head(teacher, teacher_params) if objective.teacher == "logits" else None
-        )
+        tokens = response_tokens(rollouts)
+
+        def piece_loss(params, piece):
+            return mean_loss(params, piece, teacher_params, tokens)
 
         def update(carry, _):
             params, opt_state = carry
             with jax.named_scope("gradient"):
-                loss, grads = gradient(params, batch, teacher_head_VD, tokens)
+                loss, grads = accumulated_gradient(piece_loss, params, lesson, micro_batches)
             with jax.named_scope("update"):
                 changes, opt_state = optimizer.update(grads, opt_state, params)
                 params = optax.apply_updates(params, changes)
@@ -180,8 +150,8 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         }
         if objective.writer == "teacher":
             metrics["kl"] = -metrics["kl"]  # log T - log S of the teacher's own tokens: KL(T || S)
-        if targets.top is not None:
-            entropy_BT = jnp.where(rollouts.mask_BT, targets.top.entropy_BT, 0)
+        if lesson.targets.top is not None:
+            entropy_BT = jnp.where(rollouts.mask_BT, lesson.targets.top.entropy_BT, 0)
             metrics["teacher_entropy"] = entropy_BT.sum() / tokens
         if reward_B is not None:
             metrics["reward"] = jnp.nanmean(reward_B)
@@ -190,6 +160,91 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         return TrainState(state.step + 1, params, opt_state), metrics, supervision
 
     return train_step
+
+
+def supervise(
+    student: ModelConfig,
+    teacher: ModelConfig,
+    config,
+    params: dict,
+    step,
+    teacher_params: dict,
+    rollouts: Rollouts,
+    table,
+    key,
+    reward_B=None,
+) -> tuple[scoring.Scores, releasing.Release, Lesson]:
+    """What the teacher says of a batch, what a rule keeps of it, and what the loss reads.
+
+    Args:
+      params: the student's, read only where its scores are recomputed.
+      step: TrainState.step.
+      others: see `make_train_step`.
+    """
+    objective = objectives.OBJECTIVES[config.objective.name]
+    with jax.named_scope("score"):
+        scores = scoring.score(
+            teacher,
+            teacher_params,
+            rollouts,
+            chunk=config.scoring.chunk,
+            micro_batches=config.rollout.batch // config.train.micro_batch,
+            student=(student, params) if recomputes(config) else None,
+            keep=objective.teacher,
+            top_k=config.objective.top_k,
+        )
+    with jax.named_scope("release"):
+        segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
+        released = releasing.release(
+            scores,
+            segment_BT,
+            rollouts.mask_BT,
+            config.release,
+            step=step,
+            key=jax.random.fold_in(key, step),
+        )
+    advantage_BT = objectives.advantage(
+        scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
+    )
+    return scores, released, Lesson(
+        rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
+        advantage_BT=advantage_BT,
+        weight_BT=released.weight_BT,
+        targets=scores.targets,
+    )
+
+
+def make_loss(student: ModelConfig, teacher: ModelConfig, config):
+    """Builds loss(params, lesson, teacher_params, tokens), differentiable in params.
+
+    It is the objective's weighted sum over the lesson's rollouts, divided by `tokens`: the response tokens
+    of the whole batch, of which the lesson may be a part.
+    """
+    options = objectives.options(config)
+    needs_head = objectives.OBJECTIVES[config.objective.name].teacher == "logits"
+
+    def loss(params: dict, lesson: Lesson, teacher_params: dict, tokens):
+        total = objectives.loss_sum(
+            config.objective.name,
+            options,
+            student,
+            params,
+            lesson.rollouts,
+            lesson.advantage_BT,
+            lesson.weight_BT,
+            chunk=config.scoring.chunk,
+            remat=config.train.remat,
+            targets=lesson.targets,
+            teacher=(teacher, transformer.head(teacher, teacher_params) if needs_head else None),
+        )
+        return total / tokens
+
+    return loss
+
+
+def response_tokens(rollouts: Rollouts):
+    """Response tokens of a batch, float32, at least 1."""
+    return jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
 
 
 def accumulated_gradient(loss, params, batch, micro_batches: int):
@@ -211,7 +266,7 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
     share of the response that stays supervised.
     """
     scores, released, mask_BT = supervision.scores, supervision.release, rollouts.mask_BT
-    tokens = jnp.maximum(mask_BT.sum(), 1).astype(jnp.float32)
+    tokens = response_tokens(rollouts)
     length_B = mask_BT.sum(axis=1)
     accepted_B = released.accepted_B
     accepted = accepted_B.sum()

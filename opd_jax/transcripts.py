@@ -1,15 +1,21 @@
 """Rollouts as text, sentence by sentence, for rollouts.jsonl; host side."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def transcripts(tokenizer, step: int, rollouts, supervision) -> list[dict]:
+def transcripts(
+    tokenizer, step: int, rollouts, supervision, right: Sequence[bool | None] | None = None
+) -> list[dict]:
     """One record a rollout, as rollouts.jsonl holds them.
 
     Args:
       tokenizer: decodes the ids.
       step: the step they were written in.
       rollouts, supervision: Rollouts and Supervision with NumPy arrays.
+      right: whether the final answer of each is right, None for one that has no reference; absent from the
+        records if not given.
     """
     scores, release = supervision.scores, supervision.release
     prompt_width = rollouts.prompt_mask_BP.shape[1]
@@ -26,6 +32,7 @@ def transcripts(tokenizer, step: int, rollouts, supervision) -> list[dict]:
                     "kept": bool(release.mask_BT[b][here_T].all()),
                     "contrast": float(scores.contrast_BT[b][here_T].mean()),
                     "advantage": float(scores.advantage_BT[b][here_T].mean()),
+                    "advantage_std": float(scores.advantage_BT[b][here_T].std()),
                 }
             )
         records.append(
@@ -39,5 +46,6 @@ def transcripts(tokenizer, step: int, rollouts, supervision) -> list[dict]:
                 "tokens": int(rollouts.mask_BT[b].sum()),
                 "sentences": sentences,
             }
+            | ({} if right is None else {"right": right[b]})
         )
     return records

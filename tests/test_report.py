@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from opd_jax import report, report_figures, report_page, report_rollouts, run_record
+from opd_jax import report, report_answers, report_figures, report_page, report_rollouts, run_record
 from opd_jax.errors import UserError
 
 BINS = 4
@@ -47,10 +47,14 @@ def train_line(step: int, rng: np.random.Generator, released: bool) -> dict:
         "position_advantage_sq_sum": (tokens * (0.25 + 0.09)).tolist(),
         "position_kept_tokens": (tokens * [1, 1, 0, 0] if released else tokens).tolist(),
         "release_histogram": [0, 3, 1, 0] if released else [0, 0, 0, 0],
+    } | {
+        f"gradient_{name}_{part}": value
+        for part, value in (("kept", 2.0), ("all", 1.5), ("released", 0.25 if released else None))
+        for name in (("norm", "snr") if step % 2 else ())
     }
 
 
-def rollout(step: int, text: str = "One. ", accepted: bool = True) -> dict:
+def rollout(step: int, text: str = "One. ", accepted: bool = True, **more) -> dict:
     return {
         "step": step,
         "prompt": "Why <i>?",
@@ -60,10 +64,17 @@ def rollout(step: int, text: str = "One. ", accepted: bool = True) -> dict:
         "kept_tokens": 3,
         "tokens": 5,
         "sentences": [
-            {"text": text, "tokens": 3, "kept": True, "contrast": 1.5, "advantage": -0.25},
+            {
+                "text": text,
+                "tokens": 3,
+                "kept": True,
+                "contrast": 1.5,
+                "advantage": -0.25,
+                "advantage_std": 0.5,
+            },
             {"text": "Two.", "tokens": 2, "kept": False, "contrast": None, "advantage": None},
         ],
-    }
+    } | more
 
 
 def write_run(folder: Path, train=(), evals=(), rollouts=(), rule="paper") -> Path:
@@ -85,8 +96,8 @@ def workdirs(tmp_path_factory):
     full = [train_line(step, rng, released=False) for step in range(1, 13)]
     paper = [train_line(step, rng, released=True) for step in range(1, 13)]
     return [
-        write_run(base / "full", full, evals, rule="none"),
-        write_run(base / "paper", paper, evals, [rollout(1), rollout(12)]),
+        write_run(base / "full", full, evals, [rollout(3, accepted=False, right=True)], rule="none"),
+        write_run(base / "paper", paper, evals, [rollout(1, right=False), rollout(12, right=True)]),
     ]
 
 
@@ -136,7 +147,7 @@ def test_page_is_well_formed_and_loads_nothing(page):
 
 def test_every_plot_is_valid_svg_with_labelled_axes_and_colours_of_the_page(page):
     plots = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
-    assert len(plots) == 14
+    assert len(plots) == 24
     for plot in plots:
         root = ElementTree.fromstring(plot)
         labels = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
@@ -145,6 +156,9 @@ def test_every_plot_is_valid_svg_with_labelled_axes_and_colours_of_the_page(page
             "relative position in the response",
             "relative position of the cut in the response",
             "seconds a step (median)",
+            "share of rollouts with an accepted release",
+            "mean BIC gain of accepted releases",
+            "mean share of the response kept, accepted releases",
         }
         assert "#1112" not in plot and "#11110" not in plot  # no placeholder is left
         assert "var(--run-1)" in plot
@@ -199,6 +213,33 @@ def test_profiles_over_the_position_weigh_every_token_alike(workdirs, monkeypatc
         np.testing.assert_allclose(drawn["Supervised share"][0][window], [1, 1, 0, 0])
 
 
+def test_each_run_has_marks_of_its_own_beside_its_colour(page):
+    for plot in re.findall(r"<svg .*?</svg>", page, re.DOTALL):
+        drawn = re.findall(r'<use [^>]*xlink:href="#(m\w+)"[^>]*fill: var\(--run-(\d)\)', plot)
+        shapes = {run: {shape for shape, of in drawn if of == run} for _, run in drawn}
+        assert not shapes.get("0", set()) & shapes.get("1", set())
+    key = re.search(r'<p class="key">.*?</p>', page)[0]
+    assert "●" in key and "■" in key
+
+
+def test_the_gradients_signal_to_noise_is_told_by_the_tokens_it_is_of(page):
+    text = " ".join(Outline(page).text)
+    assert "median signal-to-noise 2.00 (trained on), 1.50 (all tokens), 0.25 (released alone)" in text
+    assert "1.50 (all tokens), – (released alone), over 6 measurements" in text
+
+
+def test_right_and_wrong_answers_are_counted_and_their_absence_is_explained(page, tmp_path):
+    assert "2 recorded rollouts, 1 right, 1 wrong." in page
+    lines = [train_line(1, np.random.default_rng(0), released=True)]
+    for name, rollouts, why in (
+        ("none", [], "No rollout was recorded, so none is graded"),
+        ("ungraded", [rollout(1)], "its prompts carry no answer"),
+    ):
+        run = run_record.read_run(write_run(tmp_path / name, lines, rollouts=rollouts))
+        section = report_answers.section([run])
+        assert why in section and "<svg" not in section
+
+
 def test_release_is_told_in_words_with_the_median_inside_its_bin(page):
     text = " ".join(Outline(page).text)
     # 12 steps x (3 in bin 2, 1 in bin 3): the median is 2/3 into the second quarter.
@@ -225,7 +266,7 @@ def test_model_text_titles_and_prompts_are_escaped(tmp_path):
 
 
 def test_kept_and_released_sentences_differ_and_carry_their_margin(page):
-    article = re.search(r"<article>.*?</article>", page, re.DOTALL)[0]
+    article = re.findall(r"<article>.*?</article>", page, re.DOTALL)[1]  # the first has none
     spans = re.findall(r'<span class="(\w+)"[^>]*>(.*?)</span><sub>(.*?)</sub>', article)
     assert spans == [("kept", "One.", "1.50"), ("released", "Two.", "–")]
     assert article.count('class="cut"') == 1

@@ -150,6 +150,28 @@ def test_prompt_buckets_change_no_loss_and_compile_each_program_once_a_width(mod
     np.testing.assert_allclose(losses(tmp_path / "bucketed"), losses(tmp_path / "plain"), rtol=1e-4)
 
 
+def test_gradient_noise_and_grades_are_recorded_and_change_no_step(models, tmp_path):
+    prompts = [{"prompt": f"What is {n}?"} | ({"answer": "123456"} if n % 2 else {}) for n in range(24)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    settings = {"data.path": str(tmp_path / "prompts.jsonl"), "data.heldout": 0, "eval.every": 0}
+    settings |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint.every": 0, "train.steps": 2}
+    settings |= {"metrics.rollouts": 8}
+    job = prepare(tiny.config(models, **settings))
+    train(job, tmp_path / "plain")
+    measuring = dataclasses.replace(job, config=copy.deepcopy(job.config))
+    measuring.config.metrics.gradient_noise_every = 2
+    train(measuring, tmp_path / "noise")
+    assert losses(tmp_path / "noise") == losses(tmp_path / "plain")
+    first, last = lines(tmp_path / "noise" / "metrics.jsonl")
+    assert not any(key.startswith("gradient_") for key in first)
+    np.testing.assert_allclose(last["gradient_norm_kept"], last["grad_norm"], rtol=1e-4)
+    assert last["seconds_gradient_noise"] > 0
+    shown = lines(tmp_path / "noise" / "rollouts.jsonl")
+    odd = [int("".join(filter(str.isdigit, r["prompt"]))) % 2 for r in shown]
+    assert [r["right"] for r in shown] == [False if n else None for n in odd]
+    assert 0 < sum(odd) < len(odd) == 16
+
+
 STEPS = 40
 
 

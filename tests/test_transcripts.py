@@ -59,7 +59,7 @@ def records():
         gain_B=np.array([4.5, 0.0], np.float32),
     )
     supervision = Supervision(scores=scores, release=release)
-    return transcripts(tiny.tokenizer(), 7, rollouts, supervision)
+    return transcripts(tiny.tokenizer(), 7, rollouts, supervision, right=[True, None])
 
 
 def test_the_sentences_join_to_the_response(records):
@@ -81,10 +81,12 @@ def test_each_sentence_has_the_means_of_its_own_tokens(records):
     sentences = records[0]["sentences"]
     assert [s["contrast"] for s in sentences] == [3, 2, 1]
     assert [s["advantage"] for s in sentences] == [-0.5, -1.0, -1.5]
+    assert [s["advantage_std"] for s in sentences] == [0, 0, 0]
     assert [s["tokens"] for s in sentences] == [16, 16, 5]
 
 
 def test_a_record_says_how_its_rollout_ended_and_what_was_released(records):
+    assert [record["right"] for record in records] == [True, None]
     keys = ("step", "finished", "accepted", "gain", "kept_tokens", "tokens")
     told = [tuple(record[key] for key in keys) for record in records]
     assert told == [(7, True, True, 4.5, 32, 37), (7, False, False, 0.0, 6, 6)]

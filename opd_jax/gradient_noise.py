@@ -1,0 +1,94 @@
+"""How much of a batch's gradient is signal, with and without the tokens that a rule releases.
+
+A program of its own, run beside the training step where `metrics.gradient_noise_every` asks for it: it scores
+the rollouts again and takes three gradients of the student, but changes nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opd_jax import scoring
+from opd_jax.models.config import ModelConfig
+from opd_jax.train_step import make_loss, response_tokens, supervise
+
+# kept: the tokens and weights that the step trains on. all: every response token, with weight 1.
+# released: those that the rule leaves out, with weight 1.
+PARTS = ("kept", "all", "released")
+LEAST_GROUPS = 16  # where the batch allows it: the noise is then known to about a fifth
+
+
+def group_count(config, mesh) -> int | None:
+    """Into how many groups of whole prompts a batch is cut; None where it has not two.
+
+    Every device that rows are cut over has a part of each group, and a group is no larger than a micro-batch.
+    """
+    prompts = config.rollout.batch // config.rollout.samples_per_prompt
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    fewest = max(2, config.rollout.batch // config.train.micro_batch)
+    possible = [n for n in range(fewest, prompts // shards + 1) if prompts % (n * shards) == 0]
+    return next((n for n in possible if n >= LEAST_GROUPS), possible[-1] if possible else None)
+
+
+def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, groups: int):
+    """Builds gradient_noise(params, step, teacher_params, rollouts, table, key, reward_B).
+
+    Args:
+      student, teacher, config: see `train_step.make_train_step`.
+      groups: n of `group_count`.
+
+    Returns:
+      A pure function that returns float32 scalars for each of PARTS: `gradient_norm_PART`, |g| of the mean
+      over the whole batch, and `gradient_snr_PART`, an estimate of |E g|^2 / E|g - E g|^2, signal power over
+      noise power of the batch's gradient: 0 (or, by chance, below) is noise alone. It is NaN where no group
+      differs, as where the part has no token.
+
+    With gradients g_1 .. g_n of n groups of whole prompts, whose mean is g, the noise is
+    sum |g_i - g|^2 / (n (n - 1)), an unbiased estimate of the variance of g, and the signal |g|^2 - noise.
+    Groups share one normalisation (the response tokens of the batch) and one set of weights, so what these
+    vary by does not count as noise.
+
+    Source: McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1; the ratio is batch size over their
+    "simple" noise scale.
+    """
+    mean_loss = make_loss(student, teacher, config)
+    samples = config.rollout.samples_per_prompt
+
+    def gradient_noise(params, step, teacher_params, rollouts, table, key, reward_B=None):
+        _, released, lesson = supervise(
+            student, teacher, config, params, step, teacher_params, rollouts, table, key, reward_B
+        )
+        tokens = response_tokens(rollouts)
+
+        def measured(weight_BT):
+            def add(sums, group):
+                number, mean, spread = sums
+                # As one of n groups, each has 1 / n of the batch's loss.
+                own = jax.grad(mean_loss)(params, group, teacher_params, tokens / groups)
+                away = optax.tree.sub(own, mean)
+                mean = jax.tree.map(lambda m, a: m + a / (number + 1), mean, away)
+                return (number + 1, mean, spread + optax.tree.vdot(away, optax.tree.sub(own, mean))), None
+
+            start = jnp.float32(0), jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
+            pieces = cut(lesson.replace(weight_BT=weight_BT), groups, samples)
+            (_, mean, spread), _ = jax.lax.scan(add, start, pieces)
+            power, noise = optax.tree.vdot(mean, mean), spread / (groups * (groups - 1))
+            return jnp.sqrt(power), jnp.where(noise > 0, (power - noise) / noise, jnp.nan)
+
+        left_BT = rollouts.mask_BT & ~released.mask_BT
+        part_3BT = jnp.stack([lesson.weight_BT, rollouts.mask_BT * 1.0, left_BT * 1.0])
+        norm_3, snr_3 = jax.lax.map(measured, part_3BT)
+        result = {}
+        for part, norm, snr in zip(PARTS, norm_3, snr_3, strict=True):
+            result |= {f"gradient_norm_{part}": norm, f"gradient_snr_{part}": snr}
+        return result
+
+    return gradient_noise
+
+
+def cut(tree, groups: int, samples: int):
+    """[B, ...] -> [groups, B / groups, ...]; the `samples` neighbouring rows of a prompt stay together."""
+    prompts = jax.tree.map(lambda x: x.reshape(-1, samples, *x.shape[1:]), tree)
+    return jax.tree.map(
+        lambda x: x.reshape(groups, -1, *x.shape[3:]), scoring.split(prompts, groups)
+    )
