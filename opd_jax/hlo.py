@@ -299,11 +299,15 @@ def jaxpr_host_calls(jaxpr) -> list[str]:
     })
 
 
-def matmul_flops(jaxpr, unknown_trips: int = 1) -> int:
+def matmul_flops(jaxpr, unknown_trips: int = 1, experts: int = 0) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
-    A grouped product counts every row that it is given, each in one group: where experts are cut over a mesh
-    axis that is too many, for every device along it is given all rows and multiplies its own.
+    A grouped product multiplies each row by one group, and a device that holds some of the experts its share
+    of the rows it is given, each expert as likely as another.
+
+    Args:
+      unknown_trips: rounds of a loop whose limit the program does not show.
+      experts: in a block of the sparse model; 0: every grouped product has all of them.
     """
     total = 0
     for e, times in _equations(jaxpr, 1, unknown_trips):
@@ -312,7 +316,9 @@ def matmul_flops(jaxpr, unknown_trips: int = 1) -> int:
             lhs = e.invars[0].aval.shape
             total += 2 * times * math.prod(e.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
         elif e.primitive.name == "ragged_dot_general":  # its values' and both its gradients' form
-            total += 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
+            products = 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
+            held = e.invars[2].aval.shape[0]
+            total += products * held // experts if experts else products
     return total
 
 

@@ -132,12 +132,26 @@ def test_a_sparse_models_flops_are_those_of_the_chosen_experts_forward_and_backw
         assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
 
 
+def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows():
+    rows, length = 8, 6
+
+    def hidden(params, tokens_BL, mask_BL):
+        return transformer.forward(SPARSE, params, tokens_BL, mask_BL)
+
+    arguments = transformer.abstract(SPARSE), *_tokens(rows, length)
+    cut = sharding.on(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4}), hidden)
+    whole, parts = (jax.make_jaxpr(fn)(*arguments).jaxpr for fn in (hidden, cut))
+    assert hlo.matmul_flops(parts, experts=8) == hlo.matmul_flops(whole, experts=8) == hlo.matmul_flops(whole)
+
+
 def test_a_decode_step_reads_the_experts_of_its_tokens_and_a_long_batch_reads_all():
     dense, expert = SPARSE.replace(experts=0, experts_per_token=0), 2 * 3 * SPARSE.width * SPARSE.ffn
     router = 2 * SPARSE.width * SPARSE.experts
     assert costs.read_bytes(SPARSE, 1, 1) == costs.weight_bytes(dense, 1) + expert + router  # two of them
     assert costs.read_bytes(SPARSE, 10_000, 1) == costs.weight_bytes(SPARSE, 1)
     assert costs.read_bytes(dense, 1, 1) == costs.weight_bytes(dense, 1)
+    spread = costs.weight_bytes(dense, 1) + router + 8 * expert // 2 // 4  # all eight, over four devices
+    assert costs.read_bytes(SPARSE, 10_000, 1, spread=4) == spread
 
 
 def test_the_steps_flops_are_three_student_passes_and_a_teacher_pass():
