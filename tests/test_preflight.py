@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -357,6 +359,20 @@ def test_a_device_computes_the_logits_of_its_own_rows_alone(models):
 
 
 # ---- Recipes.
+
+
+def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_names():
+    folder = Path(__file__).parents[1]
+    lines = (folder / "Makefile").read_text().partition("\npreflight:")[2].partition("\n\n")[0]
+    made = re.findall(r"opd_jax\.preflight (--config=\S+ --topology=\S+)", lines)
+    named = [
+        line
+        for path in (folder / "configs").glob("*.py")
+        if path.stem not in ("__init__", "default", "demo")  # what recipes start from; a run on CPU
+        for line in re.findall(r"opd_jax\.preflight (--config=\S+ --topology=\S+)", path.read_text())
+        or [path.stem]
+    ]
+    assert sorted(made) == sorted(named)
 
 
 @pytest.mark.parametrize("recipe", [one_chip, small_pod, dense])
