@@ -22,6 +22,9 @@ _BYTES = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "tok
 # Callbacks reach the host by custom calls or by send and recv; S(5) is the host's memory.
 _HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"|\{[^}]*S\(5\)')
 
+# Collectives between slices go over the hosts' network, written as transfers that this runtime serves.
+_BETWEEN_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
@@ -129,11 +132,11 @@ class Program:
         return list(found.values())
 
     def host_transfers(self) -> list[str]:
-        """Instructions that move data between device and host, or call it."""
+        """Instructions that move data between device and host, or call it; not what slices exchange."""
         return [
             f"{i.opcode} {i.op}".strip()
             for i, _, _ in self
-            if i.opcode in ("infeed", "outfeed") or _HOST.search(i.text)
+            if (i.opcode in ("infeed", "outfeed") or _HOST.search(i.text)) and _BETWEEN_SLICES not in i.text
         ]
 
     def vocabulary_arrays(self, rows: int, vocabularies, widths=()) -> list[str]:

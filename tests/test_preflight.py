@@ -328,6 +328,22 @@ def test_a_callback_that_only_the_compiled_text_shows_is_found():
     assert compiled(calls, jnp.float32(1)).host_transfers()
 
 
+def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
+    line = '%s = (f32[16,8,128], u32[], token[]) send(%a, %b), channel_id=2, is_host_transfer=true'
+    served = ', frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    between, other = (
+        hlo.Program(f"ENTRY %main (a: f32[]) -> f32[] {{\n  {text}\n}}") for text in (line + served, line)
+    )
+    assert between.host_transfers() == [] and other.host_transfers() == ["send"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="the TPU compiler is not installed: pip install 'opd_jax[tpu]'")
+def test_two_slices_are_described_with_the_data_axis_across_them():
+    _, devices = topology.describe("2xv5e:2x2")
+    mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 1}, devices)
+    assert [[d.slice_index for d in row.flat] for row in mesh.devices] == [[0] * 4, [1] * 4]
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_planted_logits_of_all_positions_fail_in_any_layout(models, order):
     plan = planned(models, devices=1)
