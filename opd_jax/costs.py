@@ -46,13 +46,19 @@ def weight_bytes(model: ModelConfig, tensor: int) -> int:
     return WEIGHT_BYTES[model.weights] * model.parameter_count() // tensor
 
 
-def read_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
-    """The part of `weight_bytes` that a pass over so many tokens reads, each expert as likely as another."""
+def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) -> int:
+    """The part of `weight_bytes` that a pass reads, each expert as likely as another.
+
+    Args:
+      tokens: of one device.
+      spread: devices along fsdp that the experts are spread over and whose tokens come to them.
+    """
     if not model.experts:
         return weight_bytes(model, tensor)
-    idle = (1 - model.experts_per_token / model.experts) ** tokens
+    idle = (1 - model.experts_per_token / model.experts) ** (tokens * spread)
     experts = 3 * model.width * model.ffn * model.experts * model.layers
-    return int(WEIGHT_BYTES[model.weights] * (model.parameter_count() - idle * experts) / tensor)
+    values = model.parameter_count() - experts + (1 - idle) * experts / spread
+    return int(WEIGHT_BYTES[model.weights] * values / tensor)
 
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
@@ -73,6 +79,7 @@ def sample_bytes(
     stages: int,
     samples: int = 1,
     int8_cache: bool = False,
+    spread: int = 1,
 ) -> int:
     """HBM traffic of one device that samples t tokens for each of its rows.
 
@@ -81,13 +88,14 @@ def sample_bytes(
       stages: rollout.cache_stages.
       samples: rollouts that share one prefill.
       int8_cache: the cache holds a byte a value and a float32 a token and head, instead of bfloat16.
+      spread: devices along fsdp that the experts are spread over while tokens are decoded.
     """
     slots = p + t * (stages + 1) / (2 * stages)
     kv_heads = -(-model.kv_heads // tensor)
     head_bytes = model.head_size + 4 if int8_cache else 2 * model.head_size
     cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
-    step = read_bytes(model, rows, tensor) + cache + logits
+    step = read_bytes(model, rows, tensor, spread) + cache + logits
     prefill = forward_bytes(model.replace(attention="plain"), rows // samples, p, tensor)
     return int(prefill + t * step)
 

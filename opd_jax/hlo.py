@@ -22,6 +22,9 @@ _BYTES = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "tok
 # Callbacks reach the host by custom calls or by send and recv; S(5) is the host's memory.
 _HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"|\{[^}]*S\(5\)')
 
+# Collectives between slices go over the hosts' network, written as transfers that this runtime serves.
+_BETWEEN_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
@@ -129,11 +132,11 @@ class Program:
         return list(found.values())
 
     def host_transfers(self) -> list[str]:
-        """Instructions that move data between device and host, or call it."""
+        """Instructions that move data between device and host, or call it; not what slices exchange."""
         return [
             f"{i.opcode} {i.op}".strip()
             for i, _, _ in self
-            if i.opcode in ("infeed", "outfeed") or _HOST.search(i.text)
+            if (i.opcode in ("infeed", "outfeed") or _HOST.search(i.text)) and _BETWEEN_SLICES not in i.text
         ]
 
     def vocabulary_arrays(self, rows: int, vocabularies, widths=()) -> list[str]:
@@ -299,11 +302,15 @@ def jaxpr_host_calls(jaxpr) -> list[str]:
     })
 
 
-def matmul_flops(jaxpr, unknown_trips: int = 1) -> int:
+def matmul_flops(jaxpr, unknown_trips: int = 1, experts: int = 0) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
-    A grouped product counts every row that it is given, each in one group: where experts are cut over a mesh
-    axis that is too many, for every device along it is given all rows and multiplies its own.
+    A grouped product multiplies each row by one group, and a device that holds some of the experts its share
+    of the rows it is given, each expert as likely as another.
+
+    Args:
+      unknown_trips: rounds of a loop whose limit the program does not show.
+      experts: in a block of the sparse model; 0: every grouped product has all of them.
     """
     total = 0
     for e, times in _equations(jaxpr, 1, unknown_trips):
@@ -312,7 +319,9 @@ def matmul_flops(jaxpr, unknown_trips: int = 1) -> int:
             lhs = e.invars[0].aval.shape
             total += 2 * times * math.prod(e.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
         elif e.primitive.name == "ragged_dot_general":  # its values' and both its gradients' form
-            total += 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
+            products = 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
+            held = e.invars[2].aval.shape[0]
+            total += products * held // experts if experts else products
     return total
 
 

@@ -10,6 +10,7 @@ import jax
 
 from opd_jax import costs, hlo, programs, topology
 from opd_jax import train_step as steps
+from opd_jax.models import moe
 
 
 @dataclasses.dataclass
@@ -147,6 +148,7 @@ def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, sampl
     params = plan.abstract_teacher() if by_teacher else plan.abstract_state().params
     held = held_bytes(plan)
     int8, stages = c.rollout.cache_dtype == "int8", c.rollout.cache_stages
+    spread = mesh.shape["fsdp"] if moe.can_spread(writer, mesh) else 1
     return _compile(
         plan,
         chip,
@@ -155,7 +157,7 @@ def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, sampl
         (params, *plan.abstract_draw(b // samples)),
         rows=rows,
         flops=costs.phase_flops(writer, plan.teacher, b, p, t, samples)["sample"],
-        moved=costs.sample_bytes(writer, rows, p, t, tensor, stages, samples, int8),
+        moved=costs.sample_bytes(writer, rows, p, t, tensor, stages, samples, int8, spread),
         beside=held["optimizer state"] + held[f"{'student' if by_teacher else 'teacher'} parameters"],
         loop=t // stages,
     )
@@ -243,11 +245,12 @@ def _compile(
     started = time.perf_counter()
     traced = fn.trace(*arguments)
     count = mesh.devices.size
+    experts = max(plan.student.experts, plan.teacher.experts)
     report = ProgramReport(
         name=name,
         capacity=chip.hbm_bytes,
         flops=flops / count,
-        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, loop) / count,
+        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, loop, experts) / count,
         bytes=moved,
         memory_seconds=moved / chip.hbm_bandwidth,
         faults=[f"calls the host: {call}" for call in hlo.jaxpr_host_calls(traced.jaxpr.jaxpr)],

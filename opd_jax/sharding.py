@@ -15,12 +15,14 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 # Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole,
-# and so does one whose mesh axis an earlier axis took: experts are cut before their hidden width.
+# and so does one whose mesh axis an earlier axis took: experts are cut before their hidden width. Few tokens
+# (decoding) go to experts that lie all over the slice (`spread_experts`); many have the weights come to them.
 RULES = {
     "batch": ("data", "fsdp"),
     "replica": "data",
     "embed": "fsdp",
     "experts": "tensor",
+    "spread_experts": ("fsdp", "tensor"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",

@@ -46,12 +46,16 @@ CHIPS = {
 
 
 def describe(name: str) -> tuple[Chip, list]:
-    """(the chip, the slice's devices) of a topology such as v5e:4x4 or v5p:4x4x4; nothing is attached.
+    """(the chip, the devices) of a topology such as v5e:4x4 or v5p:4x4x4, or of two such slices, 2xv5e:4x4.
+
+    Nothing is attached.
 
     Raises:
       UserError: an unknown name, a shape that no slice has, or no TPU compiler on this machine.
     """
-    kind, _, shape = name.partition(":")
+    several = re.fullmatch(r"([1-9]\d*)x([a-z].*)", name)
+    slices, one = (int(several[1]), several[2]) if several else (1, name)
+    kind, _, shape = one.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise UserError(f"--topology={name} is not KIND:SHAPE with a kind of {', '.join(CHIPS)}; try v5e:4x4")
     chip = CHIPS[kind]
@@ -75,7 +79,9 @@ def describe(name: str) -> tuple[Chip, list]:
         if math.prod(sides) > 4:
             raise UserError(f"--topology={name}: sides of more than one host are even; try {kind}:4x4")
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=one, num_slices=slices, **options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology={name} cannot be described ({reason}); try {kind}:2x2") from error

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,12 +134,26 @@ def test_a_sparse_models_flops_are_those_of_the_chosen_experts_forward_and_backw
         assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
 
 
+def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows():
+    rows, length = 8, 6
+
+    def hidden(params, tokens_BL, mask_BL):
+        return transformer.forward(SPARSE, params, tokens_BL, mask_BL)
+
+    arguments = transformer.abstract(SPARSE), *_tokens(rows, length)
+    cut = sharding.on(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4}), hidden)
+    whole, parts = (jax.make_jaxpr(fn)(*arguments).jaxpr for fn in (hidden, cut))
+    assert hlo.matmul_flops(parts, experts=8) == hlo.matmul_flops(whole, experts=8) == hlo.matmul_flops(whole)
+
+
 def test_a_decode_step_reads_the_experts_of_its_tokens_and_a_long_batch_reads_all():
     dense, expert = SPARSE.replace(experts=0, experts_per_token=0), 2 * 3 * SPARSE.width * SPARSE.ffn
     router = 2 * SPARSE.width * SPARSE.experts
     assert costs.read_bytes(SPARSE, 1, 1) == costs.weight_bytes(dense, 1) + expert + router  # two of them
     assert costs.read_bytes(SPARSE, 10_000, 1) == costs.weight_bytes(SPARSE, 1)
     assert costs.read_bytes(dense, 1, 1) == costs.weight_bytes(dense, 1)
+    spread = costs.weight_bytes(dense, 1) + router + 8 * expert // 2 // 4  # all eight, over four devices
+    assert costs.read_bytes(SPARSE, 10_000, 1, spread=4) == spread
 
 
 def test_the_steps_flops_are_three_student_passes_and_a_teacher_pass():
@@ -312,6 +328,22 @@ def test_a_callback_that_only_the_compiled_text_shows_is_found():
     assert compiled(calls, jnp.float32(1)).host_transfers()
 
 
+def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
+    line = '%s = (f32[16,8,128], u32[], token[]) send(%a, %b), channel_id=2, is_host_transfer=true'
+    served = ', frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
+    between, other = (
+        hlo.Program(f"ENTRY %main (a: f32[]) -> f32[] {{\n  {text}\n}}") for text in (line + served, line)
+    )
+    assert between.host_transfers() == [] and other.host_transfers() == ["send"]
+
+
+@pytest.mark.skipif(not COMPILER, reason="the TPU compiler is not installed: pip install 'opd_jax[tpu]'")
+def test_two_slices_are_described_with_the_data_axis_across_them():
+    _, devices = topology.describe("2xv5e:2x2")
+    mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 1}, devices)
+    assert [[d.slice_index for d in row.flat] for row in mesh.devices] == [[0] * 4, [1] * 4]
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_planted_logits_of_all_positions_fail_in_any_layout(models, order):
     plan = planned(models, devices=1)
@@ -343,6 +375,20 @@ def test_a_device_computes_the_logits_of_its_own_rows_alone(models):
 
 
 # ---- Recipes.
+
+
+def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_names():
+    folder = Path(__file__).parents[1]
+    lines = (folder / "Makefile").read_text().partition("\npreflight:")[2].partition("\n\n")[0]
+    made = re.findall(r"opd_jax\.preflight (--config=\S+ --topology=\S+)", lines)
+    named = [
+        line
+        for path in (folder / "configs").glob("*.py")
+        if path.stem not in ("__init__", "default", "demo")  # what recipes start from; a run on CPU
+        for line in re.findall(r"opd_jax\.preflight (--config=\S+ --topology=\S+)", path.read_text())
+        or [path.stem]
+    ]
+    assert sorted(made) == sorted(named)
 
 
 @pytest.mark.parametrize("recipe", [one_chip, small_pod, dense])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax.models import attention, transformer
+from opd_jax.models import attention, moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
 
@@ -30,9 +30,13 @@ class KVCache:
 
 
 def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
-    """The blocks' weights, layer by layer, in the compute dtype or int8, gathered once for all steps."""
+    """The blocks' weights, layer by layer, as `decode` takes them: gathered once for all steps.
+
+    In the compute dtype or int8. Experts, most of a sparse model, are spread over the slice if they can be.
+    """
+    spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
     return tuple(
-        transformer.gather_block(config, jax.tree.map(lambda w, i=i: w[i], params["blocks"]))
+        transformer.gather_block(config, jax.tree.map(lambda w, i=i: w[i], params["blocks"]), spread=spread)
         for i in range(config.layers)
     )
 
@@ -64,7 +68,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
         return attention.attend(q, k, v, allowed_BPP), _stored(k, v, int8)
 
     def step(x_BPD, p):
-        return transformer.block(config, p, x_BPD, rope, attend)
+        return transformer.block(config, transformer.gather_block(config, p), x_BPD, rope, attend)
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, stacked = jax.lax.scan(step, x_BPD, params["blocks"])
@@ -101,6 +105,7 @@ def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache
     Returns:
       (hidden_BD, normalised; the cache with the slot filled).
     """
+    spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
     rope = attention.rope_tables(config, position_B[:, None])
     filled_BS = jax.lax.dynamic_update_slice_in_dim(
         cache.filled_BS, jnp.ones_like(cache.filled_BS[:, :1]), slot, axis=1
@@ -118,7 +123,7 @@ def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache
             keys, values, *scales = layer
             return attention.attend(q, keys, values, filled_BS[:, None], scales), layer
 
-        x_B1D, layer = transformer.block(config, p, x_B1D, rope, attend)
+        x_B1D, layer = transformer.block(config, p, x_B1D, rope, attend, spread=spread)
         kept.append(layer)
     hidden_BD = transformer.rms_norm(x_B1D[:, 0], params["final_norm"], config.norm_eps)
     return hidden_BD, KVCache(layers=tuple(kept), filled_BS=filled_BS)

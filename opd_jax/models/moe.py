@@ -5,7 +5,9 @@ experts chosen, on TPU and GPU. XLA's CPU backend has no grouped product and mul
 expert: right, but for small models only.
 
 On a mesh each device takes its own rows through its own experts, and one sum over `tensor` puts the parts
-of a token together. The compiler is not asked to cut a grouped product: it would gather all experts.
+of a token together. Where experts are spread over `fsdp` as well (decoding: few tokens, and no device could
+hold all experts), each device takes the rows of all its neighbours through them. The compiler is not asked
+to cut a grouped product: it would gather all experts.
 """
 
 import jax
@@ -17,6 +19,7 @@ from opd_jax.models.config import ModelConfig
 
 # Logical axes of an expert's matrices as the products need them: whole along fsdp.
 _IN, _OUT = ("experts", None, "ffn"), ("experts", "ffn", None)
+_SPREAD = ("spread_experts", None, None)
 
 
 def route(config: ModelConfig, router_DE, x_MD):
@@ -31,12 +34,20 @@ def route(config: ModelConfig, router_DE, x_MD):
     return expert_MX, weight_MX
 
 
-def feed_forward(config: ModelConfig, p: dict, x_BLD):
+def can_spread(config: ModelConfig, mesh) -> bool:
+    """Whether a mesh can put every expert on one device of those along fsdp and tensor."""
+    if not config.experts or mesh.empty:
+        return False
+    return config.experts % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
+
+
+def feed_forward(config: ModelConfig, p: dict, x_BLD, *, spread: bool = False):
     """Sum over each token's experts of weight x (silu(x gate) * (x up)) down, as transformers' Qwen3MoE.
 
     Args:
       p: one block's weights: router [D, E], gate and up [E, D, F], down [E, F, D].
       x_BLD: normalised hidden states; padding is routed like any token and costs the same.
+      spread: each expert is on one device of those along fsdp and tensor; needs `can_spread`.
 
     Returns:
       [B, L, D] in x's dtype.
@@ -48,13 +59,14 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _held_experts(*arrays)
-    axes = (*(("batch", None, None),) * 3, _IN, _IN, _OUT)
+    weights = (_SPREAD,) * 3 if spread else (_IN, _IN, _OUT)
+    axes = (*(("batch", None, None),) * 3, *weights)
 
     def cut(x, names):
         return jax.tree.map(lambda part: sharding.spec(part.shape, names, mesh), x)
 
     specs = tuple(map(cut, arrays, axes))
-    experts_cut_by, width_cut_by, _ = sharding.spec(p["down"].shape, _OUT, mesh)
+    experts_cut_by, width_cut_by, _ = sharding.spec(p["down"].shape, weights[-1], mesh)
 
     def part(x_BLD, *others):
         cut_by = experts_cut_by or width_cut_by
@@ -65,7 +77,17 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD):
         x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
         return jax.lax.psum(_held_experts(x_BLD, *others, first), cut_by)
 
-    return jax.shard_map(part, in_specs=specs, out_specs=specs[0])(*arrays)
+    def spread_part(*arrays):
+        rows, weights = arrays[:3], arrays[3:]
+        # Everyone's rows come to the experts held here, and what these add goes back to the rows' owners.
+        x_BLD, *chosen = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in rows)
+        x_BLD = jax.lax.pcast(x_BLD, "tensor", to="varying")
+        first = jax.lax.axis_index(experts_cut_by) * weights[-1].shape[0]
+        out_BLD = _held_experts(x_BLD, *chosen, *weights, first)
+        return jax.lax.psum(jax.lax.psum_scatter(out_BLD, "fsdp", tiled=True), "tensor")
+
+    cut_part = spread_part if spread else part
+    return jax.shard_map(cut_part, in_specs=specs, out_specs=specs[0])(*arrays)
 
 
 def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, first=0):

@@ -123,13 +123,16 @@ def rms_norm(x, scale, eps: float):
     return (x32 * inverse).astype(x.dtype) * scale
 
 
-def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
+def block(config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False):
     """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
+
+    Args:
+      p: what `gather_block` returned.
+      spread: as there.
 
     Returns:
       (x_BLD, what `attend` returned beside its output).
     """
-    p = gather_block(config, p)
     x_BLD = sharding.constrain(x_BLD, "batch")
     with jax.named_scope("attention"):
         h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
@@ -146,15 +149,26 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend):
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
         if config.experts:
-            return x_BLD + moe.feed_forward(config, p, h_BLD), kept
+            return x_BLD + moe.feed_forward(config, p, h_BLD, spread=spread), kept
         gated_BLF = jax.nn.silu(project(h_BLD, p["gate"])) * project(h_BLD, p["up"])
         return x_BLD + project(gated_BLF, p["down"]), kept
 
 
-def gather_block(config: ModelConfig, p: dict) -> dict:
-    """One block's weights in the compute dtype, whole along fsdp."""
+def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
+    """One block's weights in the compute dtype or int8, whole along fsdp.
+
+    Args:
+      spread: leave every expert on one device of those along fsdp and tensor, to which tokens then go.
+    """
     axes = block_axes(config)
-    return {name: gather(config, w, axes[name]) for name, w in p.items()}
+
+    def placed(name, weight):
+        if spread and "experts" in axes[name]:
+            weight = int8.cast(weight, config.dtype)
+            return jax.tree.map(lambda w: sharding.constrain(w, "spread_experts"), weight)
+        return gather(config, weight, axes[name])
+
+    return {name: placed(name, w) for name, w in p.items()}
 
 
 def gather(config: ModelConfig, weight, axes):
@@ -208,7 +222,7 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
         return attention.attend(q, *attention.cached(k, v), attention.causal_mask(mask_BL)), None
 
     def step(x_BLD, p):
-        return block(config, p, x_BLD, rope, attend)[0], None
+        return block(config, gather_block(config, p), x_BLD, rope, attend)[0], None
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax import rollout, sharding
-from opd_jax.models import moe, transformer
+from opd_jax.models import cache, moe, transformer
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(
@@ -172,8 +172,22 @@ def test_experts_are_cut_over_tensor_and_never_gathered_along_it():
     assert not any(re.fullmatch(r"(1,)?8,(32,12|12,32)", shape) for shape in gathered)
 
 
-def test_a_mesh_samples_what_one_device_samples():
-    config = MODEL.replace(experts=8)
+def test_experts_are_spread_over_fsdp_and_tensor_while_tokens_are_decoded():
+    config = MODEL.replace(experts=8, ffn=12)
+    weights, _ = on_mesh(config, (1, 4, 2))
+    mesh = weights["final_norm"].mesh
+    unstack = jax.jit(
+        sharding.on(mesh, functools.partial(cache.unstack, config)), in_shardings=(weights,)
+    )
+    compiled = unstack.lower(transformer.abstract(config)).compile()
+    for layer in compiled.output_shardings:
+        assert layer["gate"].shard_shape((8, 32, 12)) == (1, 32, 12)
+        assert layer["down"].shard_shape((8, 12, 32)) == (1, 12, 32)
+
+
+@pytest.mark.parametrize("experts", [8, 6])  # four devices hold two each, or all six
+def test_a_mesh_samples_what_one_device_samples(experts):
+    config = MODEL.replace(experts=experts)
     sampling = rollout.Sampling(max_tokens=5)
 
     def sample(params, tokens_BP, mask_BP, key):
