@@ -1,8 +1,8 @@
 """A longer run of the demo's pair: five blocks removed, longer responses, two objectives.
 
 Teacher: SmolLM2-135M-Instruct. Student: the same model without blocks 4, 9, 14, 20 and 25. Both objectives
-use the release rule and start from the same student, prompts and seeds. A third arm trains nothing: in it
-the teacher itself writes, for how the rule reads text that no student has spoilt. Results: docs/smollm2.md.
+use the release rule and start from the same student, prompts and seeds; smollm2_teacher.py is what they are
+held against. Results: docs/smollm2.md.
 
     make smollm2
     python -m opd_jax.sweep --config=configs/smollm2.py --out=runs/smollm2
@@ -12,7 +12,6 @@ from configs import demo
 
 SEEDS = (0,)
 OBJECTIVES = ("policy_gradient", "reverse_kl")
-REFERENCE_STEPS = 8  # as many responses as a third of an objective's steps
 
 
 def get_config():
@@ -34,7 +33,5 @@ def get_config():
 
 
 def arms(config):
-    """One arm an objective, the first the paper's; and the teacher in the student's place, at a rate of 0."""
-    untrained = {"student.drop_layers": (), "optimizer.learning_rate": 0.0, "train.steps": REFERENCE_STEPS}
-    untrained |= {"eval.every": 0, "checkpoint.every": 0}
-    return {name: {"objective.name": name} for name in OBJECTIVES} | {"teacher": untrained}
+    """One arm an objective; the first is the paper's."""
+    return {name: {"objective.name": name} for name in OBJECTIVES}

@@ -15,6 +15,7 @@ from opd_jax.run_record import read_run
 from opd_jax.study import longer, report
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "smollm2.py")
+REFERENCE = CONFIG.replace("smollm2.py", "smollm2_teacher.py")
 STEPS = 9
 
 
@@ -72,9 +73,8 @@ def workdir(tmp_path_factory):
 
 def test_arms_start_from_one_student_and_differ_in_the_objective_alone():
     planned = arms.plan(CONFIG, load(CONFIG), "out")
-    assert [run.arm for run in planned] == ["policy_gradient", "reverse_kl", "teacher"]
-    assert [run.config.objective.name for run in planned[:2]] == ["policy_gradient", "reverse_kl"]
-    plain = [run.config.to_dict() | {"objective": None} for run in planned[:2]]
+    assert [run.config.objective.name for run in planned] == ["policy_gradient", "reverse_kl"]
+    plain = [run.config.to_dict() | {"objective": None} for run in planned]
     assert plain[0] == plain[1]
     assert plain[0]["metrics"]["rollouts"] == plain[0]["rollout"]["batch"]  # every release point is on record
 
@@ -148,11 +148,12 @@ def test_tables_have_a_row_an_evaluation_and_a_row_a_window(workdir):
     assert late == "| arm | 7–9 | 0.126 | -4.00 | 4.00, 2.00 | 0% of 3 | 0% | – | 6.0 |"
 
 
-def test_the_reference_arm_has_the_teachers_weights_and_does_not_change_them():
-    *trained, reference = arms.plan(CONFIG, load(CONFIG), "out")
-    assert (reference.config.student.drop_layers, reference.config.optimizer.learning_rate) == ((), 0)
-    assert reference.config.student.path == reference.config.teacher.path
-    assert 3 * reference.config.train.steps == trained[0].config.train.steps
+def test_the_reference_has_the_teachers_weights_and_does_not_change_them():
+    config, trained = load(REFERENCE), load(CONFIG)
+    assert (config.student.drop_layers, config.optimizer.learning_rate) == ((), 0)
+    assert config.student.path == config.teacher.path
+    assert 3 * config.train.steps == trained.train.steps
+    assert config.data == trained.data and config.rollout == trained.rollout
 
 
 def test_figures_name_their_axes_units_and_arms(workdir, tmp_path):

@@ -2,7 +2,8 @@
 
     python -m opd_jax.study.longer --runs=runs/smollm2 --out=docs/smollm2
 
-Early and late are the first and the last third of the steps. Writes OUT/quality.svg, OUT/margin.svg,
+RUNS holds the sweep of configs/smollm2.py, and as its last arm the run of configs/smollm2_teacher.py. Early
+and late are the first and the last third of the steps. Writes OUT/quality.svg, OUT/margin.svg,
 OUT/releases.svg and OUT/steps.csv, and prints the tables.
 """
 
@@ -69,7 +70,7 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
 
 
 def windows(run: Run) -> dict[str, list[int]]:
-    """"early" and "late" -> their steps, a third of the run's each; "all" of the reference arm."""
+    """"early" and "late" -> their steps, a third of the run's each; "all" of the teacher's run."""
     steps = [line["step"] for line in run.train]
     third = len(steps) // 3
     if run.title == REFERENCE_ARM:
@@ -170,7 +171,7 @@ def draw_quality(figure, found, runs, reference) -> None:
             if name == "kl":
                 error = np.abs([[row[key] - row["kl"] for row in rows] for key in ("kl_low", "kl_high")])
             ax.errorbar([r["step"] for r in rows], [r[name] for r in rows], error, capsize=3, **style)
-        ax.set(xlabel="step", ylabel=label, ylim=(0, None))
+        ax.set(xlabel="step", ylabel=label, ylim=(0, 1.2))
     for ax, (name, label) in zip(below, SAMPLED.items()):
         for run, style in zip(runs, LINES):
             steps, values = column(run.train, name)
@@ -193,9 +194,9 @@ def draw_margins(figure, runs, reference) -> None:
             place = (np.arange(len(mean)) + 0.5) / len(mean)
             ax.plot(place, mean, markersize=3, label=window, **style)
             ax.fill_between(place, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.set(title=run.title, xlabel="relative position in the response", xlim=(0, 1), ylim=(0, None))
+        ax.set(title=run.title, xlabel="relative position in the response", xlim=(0, 1))
         ax.legend(frameon=False, loc="lower left")
-    figure.axes[0].set_ylabel("teacher margin M, nats")
+    figure.axes[0].set(ylabel="teacher margin M, nats", ylim=(0, None))
 
 
 def draw_releases(figure, runs, reference) -> None:
@@ -209,8 +210,8 @@ def draw_releases(figure, runs, reference) -> None:
             label = f"{window}: {found['accepted']:.0%} released"
             ax.stairs(share, edges, linewidth=1.6, label=label, **look)
         ax.set(title=run.title, xlabel="share of the response's tokens before the cut", xlim=(0, 1))
-        ax.legend(frameon=False)
-    figure.axes[0].set_ylabel("share of all responses")
+        ax.legend(frameon=False, loc="upper right")
+    figure.axes[0].set(ylabel="share of all responses", ylim=(0, 1.4 * figure.axes[0].get_ylim()[1]))
 
 
 def _parts(run: Run, reference: Run):
@@ -238,6 +239,6 @@ def main(_):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("runs", "runs/smollm2", "The sweep of configs/smollm2.py.")
+    flags.DEFINE_string("runs", "runs/smollm2", "The sweep, and in it the teacher's run.")
     flags.DEFINE_string("out", "docs/smollm2", "Where figures and steps.csv go.")
     app.run(main)
