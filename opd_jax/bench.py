@@ -88,18 +88,42 @@ def main(argv):
     )
 
     params = transformer.init(student, jax.random.key(0))
-    teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
     prompts = random_prompts(jax.random.key(2), b, p, student.vocab_size)
     sampling = rollout.Sampling(
         max_tokens=t,
         candidates=config.scoring.candidates,
         cache_stages=flags.FLAGS.cache_stages,
     )
-    table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
-
     sample = jax.jit(lambda *a: rollout.sample(student, *a, jax.random.key(3), sampling))
-    rollouts = sample(params, *prompts)
-    micro_batches = b // config.train.micro_batch
+    seconds = {"sample": best_seconds(sample, params, *prompts)}
+    if not flags.FLAGS.sample_only:
+        seconds |= _train_seconds(config, student, teacher, params, sample(params, *prompts))
+    rate = matmul_rate(student.dtype)
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}; "
+        f"a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s"
+    )
+    print(" ".join(f"{name}={value}" for name, value in sizes.items()))
+    print(f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}")
+    flops = costs.phase_flops(student, teacher, b, p, t)
+    for name in (name for name in ("sample", "score", "release", "update") if name in seconds):
+        line = f"{name:<12}{seconds[name]:>10.4f}{b * t / seconds[name]:>10.0f}"
+        if name in flops:
+            speed = flops[name] / seconds[name]
+            line += f"{flops[name] / 1e9:>9.1f}{speed / 1e9:>9.1f}{speed / rate:>11.0%}"
+        print(line)
+    if flags.FLAGS.sample_only:
+        return
+    whole = seconds["sample"] + seconds["train_step"]
+    print(f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}")
+    print(f"the release rule takes {seconds['release'] / whole:.2%} of the step")
+
+
+def _train_seconds(config, student, teacher, params, rollouts) -> dict[str, float]:
+    """Seconds of what follows sampling: score, release, update, and train_step, which is all three."""
+    teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
+    table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
+    micro_batches = config.rollout.batch // config.train.micro_batch
     score = jax.jit(
         lambda w, r: scoring.score(
             teacher, w, r, chunk=config.scoring.chunk, micro_batches=micro_batches
@@ -113,36 +137,14 @@ def main(argv):
         return release.release(scores, segment_BT, rollouts.mask_BT, config.release)
 
     seconds = {
-        "sample": best_seconds(sample, params, *prompts),
         "score": best_seconds(score, teacher_params, rollouts),
         "release": best_seconds(decide, scores, rollouts),
     }
-    seconds["train_step"] = _step_seconds(
-        steps.make_train_step(student, teacher, config, steps.make_optimizer(config)),
-        steps.make_optimizer(config),
-        params,
-        teacher_params,
-        rollouts,
-        table,
-    )
+    optimizer = steps.make_optimizer(config)
+    train_step = steps.make_train_step(student, teacher, config, optimizer)
+    seconds["train_step"] = _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table)
     seconds["update"] = seconds["train_step"] - seconds["score"] - seconds["release"]
-    rate = matmul_rate(student.dtype)
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}; "
-        f"a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s"
-    )
-    print(" ".join(f"{name}={value}" for name, value in sizes.items()))
-    print(f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}")
-    flops = costs.phase_flops(student, teacher, b, p, t)
-    whole = seconds["sample"] + seconds["train_step"]
-    for name in ("sample", "score", "release", "update"):
-        line = f"{name:<12}{seconds[name]:>10.4f}{b * t / seconds[name]:>10.0f}"
-        if name in flops:
-            speed = flops[name] / seconds[name]
-            line += f"{flops[name] / 1e9:>9.1f}{speed / 1e9:>9.1f}{speed / rate:>11.0%}"
-        print(line)
-    print(f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}")
-    print(f"the release rule takes {seconds['release'] / whole:.2%} of the step")
+    return seconds
 
 
 def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table) -> float:
@@ -160,6 +162,7 @@ def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table
 
 
 if __name__ == "__main__":
+    flags.DEFINE_bool("sample_only", False, "Time sampling alone.")
     flags.DEFINE_integer("teacher_layers", 0, "Layers of the teacher; the student's if 0.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
     flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")

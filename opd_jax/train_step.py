@@ -290,6 +290,7 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         "kl": -advantage_mean,
         "advantage_std": jnp.sqrt(variance),
         "contrast": mean(scores.contrast_BT),
+        "teacher_logp": mean(scores.teacher_logp_BT),
         "stop_probability": mean(rollouts.stop_BT),
         "teacher_stop_probability": mean(scores.teacher_stop_BT),
         "response_tokens": mask_BT.sum(),

@@ -342,8 +342,8 @@ def by_hand(accepted):
     scores = scoring.Scores(
         advantage_BT=advantage_BT,
         contrast_BT=2 * mask_BT.astype(np.float32),
-        teacher_logp_BT=zero_BT,
-        student_logp_BT=zero_BT,
+        teacher_logp_BT=3 * advantage_BT,
+        student_logp_BT=2 * advantage_BT,
         teacher_topk_logp_BTK=zero_BTK,
         student_topk_logp_BTK=zero_BTK,
         overlap_BT=zero_BT,
@@ -358,6 +358,7 @@ def test_the_numbers_of_a_case_worked_by_hand():
         "kl": (4 * 1.0 + 20 * 0.5) / 24,
         "advantage_std": np.std([-1.0] * 4 + [-0.5] * 20),
         "contrast": 2,
+        "teacher_logp": -(4 * 3.0 + 20 * 1.5) / 24,
         "stop_probability": 0.25,
         "teacher_stop_probability": 0.125,
         "response_tokens": 24,
