@@ -1,4 +1,4 @@
-"""Products with bfloat16 operands against float64 NumPy on the rounded operands, and what they change in a model."""
+"""Products with bfloat16 operands against float64 NumPy on the same operands, and in a model."""
 
 import functools
 
