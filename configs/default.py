@@ -23,12 +23,18 @@ def get_config() -> ConfigDict:
     # Dtype of activations and matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32
     # on CPU). Master parameters and the optimizer's variance are always float32.
     c.student.compute_dtype = "auto"
+    # Operands of the blocks' matrix products in the loss and in scoring: compute (the compute dtype), or
+    # bfloat16 where that is float32: sums, activations and the sampler's own products stay float32. On CPUs
+    # with bfloat16 instructions these products are about twice as fast (docs/models.md).
+    c.student.products = "compute"
 
     c.teacher = ConfigDict()
     # As student.path. Must have the student's tokenizer.
     c.teacher.path = ""
     # Dtype of the teacher's weights and activations: float32, bfloat16, or auto.
     c.teacher.dtype = "auto"
+    # As student.products, when the teacher scores.
+    c.teacher.products = "compute"
     # How its matrices are kept: float (in that dtype), or int8 with a float32 scale for each output channel,
     # quantised while loading: half the memory and traffic of bfloat16. docs/models.md has what it costs.
     c.teacher.weights = "float"

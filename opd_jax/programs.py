@@ -276,7 +276,9 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
     """
     teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
     teacher = teacher.replace(
-        weights=config.teacher.weights, attention=attention_kernel(config, mesh, "teacher.path", teacher)
+        weights=config.teacher.weights,
+        products=config.teacher.products,
+        attention=attention_kernel(config, mesh, "teacher.path", teacher),
     )
     return student_model(config, mesh), teacher
 
@@ -292,6 +294,7 @@ def student_model(config, mesh) -> ModelConfig:
         )
     return student.replace(
         layers=student.layers - len(set(drop)),
+        products=config.student.products,
         attention=attention_kernel(config, mesh, "student.path", student),
     )
 

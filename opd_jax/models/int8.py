@@ -112,12 +112,16 @@ def rows(table, ids, dtype):
     return (table.values[ids].astype(jnp.float32) * table.scale[ids]).astype(dtype)
 
 
-def product(x_MR, weight_RN):
-    """x_MR @ weight_RN, the weight's axes flattened to these two by `flat`, in x's dtype."""
+def product(x_MR, weight_RN, dtype=None):
+    """x_MR @ weight_RN, the weight's axes flattened to these two by `flat`, in x's dtype.
+
+    Args:
+      dtype: of the result where the weight is quantised, if not x's.
+    """
     if not is_quantised(weight_RN):
         return x_MR @ weight_RN
     out_MN = jnp.dot(x_MR, weight_RN.values.astype(x_MR.dtype), preferred_element_type=jnp.float32)
-    return (out_MN * weight_RN.scale).astype(x_MR.dtype)
+    return (out_MN * weight_RN.scale).astype(dtype or x_MR.dtype)
 
 
 def flat(weight, inputs: int):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opd_jax import sharding
-from opd_jax.models import attention, int8, moe, splash
+from opd_jax.models import attention, bf16_products, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
@@ -123,20 +123,24 @@ def rms_norm(x, scale, eps: float):
     return (x32 * inverse).astype(x.dtype) * scale
 
 
-def block(config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False):
+def block(
+    config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False, narrow: bool = False
+):
     """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
 
     Args:
       p: what `gather_block` returned.
       spread: as there.
+      narrow: products take bfloat16 operands (bf16_products.py); experts' do not.
 
     Returns:
       (x_BLD, what `attend` returned beside its output).
     """
     x_BLD = sharding.constrain(x_BLD, "batch")
+    times = functools.partial(project, narrow=narrow)
     with jax.named_scope("attention"):
         h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
-        q, k, v = (project(h_BLD, p[name]) for name in ("query", "key", "value"))
+        q, k, v = (times(h_BLD, p[name]) for name in ("query", "key", "value"))
         if config.attention_bias:
             bias = (p[name][None, None] for name in ("query_bias", "key_bias", "value_bias"))
             q, k, v = (x + b for x, b in zip((q, k, v), bias, strict=True))
@@ -145,13 +149,13 @@ def block(config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = F
             k = rms_norm(k, p["key_norm"], config.norm_eps)
         q, k = attention.rotate(q, rope), attention.rotate(k, rope)
         out_BLHC, kept = attend(q, k, v)
-        x_BLD = x_BLD + project(out_BLHC, p["output"], inputs=2)
+        x_BLD = x_BLD + times(out_BLHC, p["output"], inputs=2)
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
         if config.experts:
             return x_BLD + moe.feed_forward(config, p, h_BLD, spread=spread), kept
-        gated_BLF = jax.nn.silu(project(h_BLD, p["gate"])) * project(h_BLD, p["up"])
-        return x_BLD + project(gated_BLF, p["down"]), kept
+        gated_BLF = jax.nn.silu(times(h_BLD, p["gate"])) * times(h_BLD, p["up"])
+        return x_BLD + times(gated_BLF, p["down"]), kept
 
 
 def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
@@ -183,15 +187,24 @@ def block_axes(config: ModelConfig) -> dict:
     return {name: axes[1:] for name, axes in declared_axes(config)["blocks"].items()}
 
 
-def project(x, weight, inputs: int = 1):
+def project(x, weight, inputs: int = 1, *, narrow: bool = False):
     """x times a weight matrix: the last `inputs` axes of x against the first ones of weight.
+
+    With `narrow`, operands are bfloat16 and the result is in x's dtype all the same.
 
     Both are flattened to two axes first, so that the product and both its gradients are plain matrix
     products; with more axes a compiler may put a transposed copy before each weight gradient.
     """
     lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
     rows = x.reshape(-1, math.prod(weight.shape[:inputs]))
-    return int8.product(rows, int8.flat(weight, inputs)).reshape(*lead, *out)
+    weight_RN = int8.flat(weight, inputs)
+    if not narrow:
+        product = int8.product(rows, weight_RN)
+    elif int8.is_quantised(weight_RN):
+        product = int8.product(rows.astype(jnp.bfloat16), weight_RN, x.dtype)
+    else:
+        product = bf16_products.product(rows, weight_RN)
+    return product.reshape(*lead, *out)
 
 
 def embed(config: ModelConfig, params: dict, tokens):
@@ -222,7 +235,8 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
         return attention.attend(q, *attention.cached(k, v), attention.causal_mask(mask_BL)), None
 
     def step(x_BLD, p):
-        return block(config, gather_block(config, p), x_BLD, rope, attend)[0], None
+        p = gather_block(config, p)
+        return block(config, p, x_BLD, rope, attend, narrow=config.narrow)[0], None
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)

@@ -1,0 +1,74 @@
+"""Products with bfloat16 operands against float64 NumPy on the same operands, and in a model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import scoring
+from opd_jax.models import bf16_products, transformer
+from tests import tiny
+
+NARROW = tiny.TEACHER.replace(products="bfloat16")
+TEXTS = ["One. Two.", "A third one, longer.", "x", "No end here"]
+
+
+def rounded(x) -> np.ndarray:
+    """x as bfloat16 holds it, in float64."""
+    return np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    return tiny.written(TEXTS, tiny.STUDENT, tiny.weights(tiny.STUDENT, 4), width=21)
+
+
+def test_value_and_both_gradients_are_sums_over_rounded_operands():
+    draw = np.random.default_rng(0)
+    x, w, c = (draw.normal(size=shape).astype(np.float32) for shape in ((5, 40), (40, 3), (5, 3)))
+    got, back = jax.vjp(bf16_products.product, x, w)
+    dx, dw = back(jnp.asarray(c))
+    x, w, c = map(rounded, (x, w, c))
+    for array, expected in ((got, x @ w), (dx, c @ w.T), (dw, x.T @ c)):
+        assert array.dtype == jnp.float32
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_product_of_a_scored_block_takes_bfloat16_and_no_other_does(rollouts):
+    params = tiny.weights(NARROW, 3)
+
+    def operands(config):
+        score = functools.partial(scoring.score, config, chunk=8)
+        text = jax.jit(score).lower(params, rollouts).as_text()
+        dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        return sum("bf16" in line for line in dots), len(dots)
+
+    plain, all_plain = operands(tiny.TEACHER)
+    narrow, all_narrow = operands(NARROW)
+    assert plain == 0 and all_narrow == all_plain
+    assert narrow == 7  # query, key, value, output, gate, up, down; the layers are one loop
+
+
+def test_log_probabilities_differ_by_less_than_those_of_a_bfloat16_model(rollouts):
+    params = tiny.weights(NARROW, 3)
+    plain, narrow, low = (
+        np.asarray(jax.jit(functools.partial(scoring.score, c, chunk=8))(params, rollouts).teacher_logp_BT)
+        for c in (tiny.TEACHER, NARROW, tiny.TEACHER.replace(compute_dtype="bfloat16"))
+    )
+    mask_BT = np.asarray(rollouts.mask_BT)
+    off, off_low = (np.abs(plain - x)[mask_BT].mean() for x in (narrow, low))
+    assert 0 < off < off_low
+
+
+def test_a_bfloat16_model_is_left_as_it_is():
+    config = NARROW.replace(compute_dtype="bfloat16")
+    tokens = jnp.arange(12).reshape(1, 12) % 7
+    mask = jnp.ones((1, 12), bool)
+    params = tiny.weights(NARROW, 3)
+    a, b = (
+        transformer.forward(c, params, tokens, mask) for c in (config, config.replace(products="compute"))
+    )
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
