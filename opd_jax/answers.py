@@ -23,7 +23,7 @@ WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 PER_CENT = re.compile(r"\s*(?:%|\bper\s?cent)$")
 BOUND = re.compile(r"[a-zA-Z]\s*(<|≤|>|≥)([^<>=≤≥]+)")
 CHAIN = re.compile(r"([^<>=≤≥]+?)(<|≤)\s*[a-zA-Z]\s*(<|≤)([^<>=≤≥]+)")
-LONGEST = 1000  # characters of a final answer that is read as an expression; no reference is that long
+LONGEST = 1000  # characters of a final answer; no reference is that long
 
 
 def grade(response: str, answer: str) -> bool:
@@ -57,6 +57,8 @@ def reference(answer: str) -> str:
 
 def same(said: str, answer: str) -> bool:
     """Whether two final answers, without the text around them, are equal."""
+    if len(said) > LONGEST:
+        return False
     said, answer = LEAD.sub("", _clean(said), count=1), _clean(answer)
     if not said:
         return not answer
@@ -175,8 +177,6 @@ def _same_expression(said: str, answer: str) -> bool:
 
     # "22/7 ≈ 3.14" says the first of the two.
     said = re.split(r"\\approx|≈", said)[0]
-    if len(said) > LONGEST:
-        return False
     # math-verify divides a mixed number's fraction alone by 100: per cent is taken off before it.
     said_bare, bare = PER_CENT.sub("", said), PER_CENT.sub("", answer)
     said_values, values = parse(said_bare), parse(bare)
