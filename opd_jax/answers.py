@@ -3,8 +3,9 @@
 This may take any time and memory on a hostile expression: `grading` runs it in processes that it can end.
 """
 
-import math
 import re
+
+from opd_jax import quantities
 
 BRACE = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{$.,]+)")
@@ -12,26 +13,17 @@ MARKED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 MARKUP = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{([^{}]*)\}")
 SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])|\\(?:left|right|displaystyle)(?![a-z])")
 SENTENCE_END = re.compile(r"[.!](?=\s|$)|,?\s+(?:because|since|so that|as)\s|;\s")
-UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
-NUMBER = re.compile(rf"(?<![\w.])-?{UNSIGNED}(?![\w^])")
-QUANTITY = re.compile(rf"([-+]?{UNSIGNED})(\s*)([^\d\s].*)?")
+NUMBER = re.compile(rf"(?<![\w.])-?{quantities.UNSIGNED}(?![\w^])")
 CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
+LEAD = re.compile(r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 CHOSEN = re.compile(r"(?:option|choice|answer)?\s*(?:\(([A-J])\)|([A-J])(?=$|[).:,]|\s+(?![a-z])))", re.I)
+OPTION = re.compile(r"\(?([A-J])[).:]\s")
+CHOSEN_LAST = re.compile(r"\b(?:is|be)\s+\(?([A-J])\)?[\s.,]*$")
 WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
-POWER_OF_TEN = re.compile(r"(?:([-+]?[\d.]+)\s*(?:\\times|\\cdot|×|\*)\s*)?10\s*\^\s*\{?\s*(-?\d+)\s*\}?")
+PER_CENT = re.compile(r"\s*(?:%|\bper\s?cent)$")
 BOUND = re.compile(r"[a-zA-Z]\s*(<|≤|>|≥)([^<>=≤≥]+)")
 CHAIN = re.compile(r"([^<>=≤≥]+?)(<|≤)\s*[a-zA-Z]\s*(<|≤)([^<>=≤≥]+)")
-LONGEST = 1000  # characters of a final answer that is read as an expression; no reference is that long
-TOLERANCE = 1e-6  # relative, between two plain numbers
-
-SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-# Letters straight after a number are a unit only if they are one of these: 5cm, but not 5x.
-ATTACHED = re.compile(
-    r"[mcdk]?m|in|ft|yd|mi|[mk]?g|lbs?|oz|m?[lL]|m?s|min|hr?s?|[kM]?Hz|k?[JWN]|kWh|k?Pa|k?V|mol|[KCF]"
-    r"|[mk]ph|rad|deg|km/h|m/s"
-)
-# Words after a number that are mathematics.
-NO_UNIT = re.compile(r"pi|sqrt|sin|cos|tan|log|ln|exp|and|or|mod|to|[xyzn]|times|plus|minus|over")
+LONGEST = 1000  # characters of a final answer; no reference is that long
 
 
 def grade(response: str, answer: str) -> bool:
@@ -40,7 +32,8 @@ def grade(response: str, answer: str) -> bool:
     The final answer is what the last \\boxed{} holds, else what stands in <answer> tags, after #### or
     after "answer is"; without any of these, the last number for a numeric reference and the last line for
     any other. A reference of one letter from A to J is a choice. Numbers are compared as numbers, without
-    units, currency and thousands separators; a per cent sign on one side alone may or may not count.
+    currency and thousands separators, and by `quantities.same` where they have units; a per cent sign on
+    one side alone may or may not count.
     Words are compared without case and closing punctuation, and the rest as expressions, by math-verify.
     """
     answer = reference(answer)
@@ -48,8 +41,9 @@ def grade(response: str, answer: str) -> bool:
     if CHOICE.fullmatch(_clean(answer)):
         return _chosen(said[-1] if said else None, response) == CHOICE.fullmatch(_clean(answer))[1]
     if not said:
-        if _quantity(answer)[0] is not None:
-            return _same_quantity((_last_number(response), False), _quantity(answer))
+        if quantity := quantities.read(_clean(answer)):
+            number = _last_number(response)
+            return number is not None and quantities.same(quantities.Quantity(number), quantity)
         said = [(response.strip().splitlines() or [""])[-1]]
     return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
 
@@ -63,19 +57,21 @@ def reference(answer: str) -> str:
 
 def same(said: str, answer: str) -> bool:
     """Whether two final answers, without the text around them, are equal."""
-    said, answer = _clean(said), _clean(answer)
+    if len(said) > LONGEST:
+        return False
+    said, answer = LEAD.sub("", _clean(said), count=1), _clean(answer)
     if not said:
         return not answer
     if said == answer or _plain(said) == _plain(answer):
         return True
-    quantities = _quantity(said), _quantity(answer)
-    if None not in (quantities[0][0], quantities[1][0]):
-        return _same_quantity(*quantities)
+    said_quantity, quantity = quantities.read(said), quantities.read(answer)
+    if said_quantity and quantity:
+        return quantities.same(said_quantity, quantity)
     if WORDS.fullmatch(_plain(answer)):
         # "Yes, it is": the first word answers a question of yes or no.
         first = re.split(r"[\s,.;:]", _plain(said), maxsplit=1)[0]
         return _plain(answer) in ("yes", "no", "true", "false") and first == _plain(answer)
-    if WORDS.fullmatch(_plain(said)) and not any(map(NO_UNIT.fullmatch, _plain(said).split())):
+    if WORDS.fullmatch(_plain(said)) and not any(map(quantities.NO_UNIT.fullmatch, _plain(said).split())):
         return False
     return _same_expression(said, answer)
 
@@ -83,9 +79,12 @@ def same(said: str, answer: str) -> bool:
 def final_answers(response: str) -> list[str]:
     """What the response marks as its answer, [] where nothing is marked.
 
-    Several only where the line of the last box has more than one box. Linear in the response's length.
+    Several only where the line of the last box has more than one box. Where no box is closed, the response
+    was cut in one, and what is there of it is the answer. Linear in the response's length.
     """
-    boxes = _boxes(response)
+    boxes, cut = _boxes(response)
+    if cut is not None and not boxes:
+        return [response[cut:].partition("\n")[0]]
     if boxes:
         line_start = response.rfind("\n", 0, boxes[-1][0]) + 1
         return [text for start, text in boxes if start >= line_start]
@@ -103,8 +102,8 @@ def final_answers(response: str) -> list[str]:
     return []
 
 
-def _boxes(response: str) -> list[tuple[int, str]]:
-    """(start, content) of every closed box, in order of their starts."""
+def _boxes(response: str) -> tuple[list[tuple[int, str]], int | None]:
+    """(start, content) of every closed box, in order; where the content of the last open box starts."""
     boxes, opened = [], []
     for match in BRACE.finditer(response):
         brace = match.group()
@@ -115,7 +114,7 @@ def _boxes(response: str) -> list[tuple[int, str]]:
         elif brace.endswith("{") and brace != "\\{":
             opened.append((match.start() if match[1] else None, match.end()))
     boxes += [(match.start(), match[1]) for match in BARE_BOX.finditer(response)]
-    return sorted(boxes)
+    return sorted(boxes), next((inside for start, inside in reversed(opened) if start is not None), None)
 
 
 def _first_sentence(text: str) -> str:
@@ -127,6 +126,7 @@ def _clean(text: str) -> str:
     """The text without delimiters of mathematics, spacing commands and markup of words."""
     text = text.strip().replace("\\$", "").replace("{,}", ",").replace("−", "-").replace(",\\!", ",")
     text = text.replace("\\varnothing", "\\emptyset").replace("\\dfrac", "\\frac")
+    text = re.sub(r"(\\sqrt(?:\[\d+\])?)\s*(\d+)", r"\1{\2}", text)  # all of \sqrt 51, as it is meant
     text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1,", text)
     text = re.sub(r"\\[()\[\]]", " ", text) if re.match(r"\\[(\[]", text) else text
     text = SPACING.sub(" ", text)
@@ -136,63 +136,24 @@ def _clean(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().strip("\"'`*").rstrip(".!").strip().casefold()
+    """Without case, quotes, closing punctuation of a word (7! stays) and an article before a word."""
+    text = re.sub(r"\s+", " ", text).strip().strip("\"'`*").casefold()
+    text = re.sub(r"(?<=[^\W\d_])[.!]+$|\.+$", "", text).strip()
+    return re.sub(r"^(?:an?|the) (?=[^\W\d_]{2})", "", text)
 
 
 def _chosen(said: str | None, response: str) -> str | None:
     """The letter of the choice that was made, or None."""
     if said is not None:
         match = CHOSEN.match(_clean(said))
+        if not match and (last := CHOSEN_LAST.search(_clean(said))):
+            return last[1]
         return (match[1] or match[2]).upper() if match else None
     lines = response.replace("**", "").strip().splitlines() or [""]
-    alone = CHOICE.fullmatch(_clean(lines[-1])) or re.match(r"\(?([A-J])\)\s", lines[-1])
+    listed = sum(bool(OPTION.match(line)) for line in lines) > 1  # which chooses none of them
+    alone = CHOICE.fullmatch(_clean(lines[-1])) or (None if listed else OPTION.match(lines[-1]))
     found = [alone[1]] if alone else re.findall(r"\(([A-J])\)|\b(?:option|choice) ([A-J])\b", lines[-1])
     return "".join(found[-1]) if found else None
-
-
-def _quantity(text: str) -> tuple[float | None, bool]:
-    """(value, whether in per cent) of one number with or without a unit; (None, False) for all else."""
-    text = re.sub(r"[$€£]", "", _clean(text)).strip()
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degrees", text)
-    text = re.split(r"(?<![<>!=])=(?!=)", text)[-1].strip()
-    power = POWER_OF_TEN.match(text)
-    if power:
-        text = f"{power[1] or 1}e{power[2]}{text[power.end() :]}"
-    match = QUANTITY.fullmatch(text)
-    if not match or not any(c.isdigit() for c in match[1]):
-        return None, False
-    value, unit = float(match[1].replace(",", "")), (match[3] or "").strip()
-    if unit.startswith("%") or re.match(r"per\s?cent", unit):
-        return (value, True) if unit in ("%", "percent", "per cent") else (None, False)
-    if math.isinf(value):
-        return None, False
-    scale, _, rest = unit.partition(" ")
-    if scale.lower() in SCALES:
-        value, unit = value * SCALES[scale.lower()], rest
-    return (value, False) if not unit or _is_unit(unit, attached=not match[2]) else (None, False)
-
-
-def _is_unit(unit: str, attached: bool) -> bool:
-    words = re.findall(r"[^\W\d_]+", unit)
-    if not re.fullmatch(r"[^\W\d_][\w^{}²³/·' .-]*", unit) or any(map(NO_UNIT.fullmatch, words)):
-        return False
-    if re.search(r"\d", re.sub(r"\^\{?-?\d\}?", "", unit)):  # more than an exponent
-        return False
-    bare = re.sub(r"\^\{?-?\d\}?|[²³]", "", unit).strip()
-    return bool(ATTACHED.fullmatch(bare)) or (not attached and len(words[0]) > 1)
-
-
-def _same_quantity(said: tuple[float | None, bool], answer: tuple[float | None, bool]) -> bool:
-    """Whether two results of `_quantity` are the same number; 50% is 50 and 0.5, but 0.5% is not 50%."""
-    (said_value, said_percent), (value, percent) = said, answer
-    if said_value is None or value is None:
-        return False
-    if math.isclose(value, said_value, rel_tol=TOLERANCE):
-        return True
-    if said_percent == percent:
-        return False
-    said_value = said_value / 100 if said_percent else said_value * 100
-    return math.isclose(value, said_value, rel_tol=TOLERANCE)
 
 
 def _last_number(text: str) -> float | None:
@@ -204,17 +165,28 @@ def _last_number(text: str) -> float | None:
 
 def _same_expression(said: str, answer: str) -> bool:
     """Whether two expressions are equal, by math-verify; may take any time."""
-    import math_verify  # with sympy, a second to import
+    import math_verify  # a second to import
+    import sympy
 
     def parse(text):
         text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "(" not in text and "{" not in text else text
         return math_verify.parse("\\boxed{" + _interval(text) + "}", parsing_timeout=None)
 
+    def equal(one, other):
+        return bool(math_verify.verify(one, other, timeout_seconds=None))
+
     # "22/7 ≈ 3.14" says the first of the two.
     said = re.split(r"\\approx|≈", said)[0]
-    if len(said) > LONGEST:
+    # math-verify divides a mixed number's fraction alone by 100: per cent is taken off before it.
+    said_bare, bare = PER_CENT.sub("", said), PER_CENT.sub("", answer)
+    said_values, values = parse(said_bare), parse(bare)
+    if equal(values, said_values):
+        return True
+    if (said_bare == said) == (bare == answer):
         return False
-    return bool(math_verify.verify(parse(answer), parse(said), timeout_seconds=None))
+    percents = values if bare != answer else said_values
+    divided = [value / 100 for value in percents if isinstance(value, sympy.Expr)]
+    return equal(divided, said_values) if bare != answer else equal(values, divided)
 
 
 def _interval(text: str) -> str:

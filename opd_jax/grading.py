@@ -1,15 +1,17 @@
 """Grades many answers in worker processes, each task within a time limit, so that none can harm a run.
 
-A worker that is past the limit, out of memory or crashed is ended and replaced, and its task is not right.
+A worker that is past the limit, out of memory or crashed is replaced, and its task is not right.
 Workers import neither JAX nor what the caller runs.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import weakref
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SECONDS = 5.0
+GRACE_SECONDS = 5.0  # after the limit, for the worker to say so itself
 START_SECONDS = 120.0  # for Python and sympy on a busy machine
 MEMORY_BYTES = 4 << 30
 
@@ -38,7 +41,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """right: the answer equals the reference. failed: "" or why it could not be graded: time, crash."""
+    """right: the answer equals the reference. failed: "" or why it was not graded: time, crash, error."""
 
     right: bool
     failed: str = ""
@@ -105,13 +108,15 @@ class _Worker:
     def ask(self, task: Task) -> Verdict:
         if self._process is None:
             self._start()
+        while self._read(0):  # said by a worker that died without a task
+            pass
         try:
             self._process.stdin.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:  # it died between two tasks
             self.end()
             return Verdict(False, "crash")
-        line = self._read(self._seconds)
+        line = self._read(self._seconds + GRACE_SECONDS)
         if line:
             return Verdict(**json.loads(line))
         self.end()
@@ -125,6 +130,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a group that ends as one
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
         if not self._read(START_SECONDS):
@@ -138,6 +144,7 @@ class _Worker:
 
     def end(self):
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._process = None

@@ -2,6 +2,8 @@
 
 import collections
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from opd_jax import answers
 from opd_jax.grading import Grader, Task
 
-GOLDEN = Path(__file__).with_name("golden") / "grading.jsonl"
+GOLDEN = Path(__file__).with_name("golden")
 HOSTILE_SECONDS = 1.0
 
 
@@ -19,9 +21,8 @@ def text(response) -> str:
     return response if isinstance(response, str) else "".join(part * count for part, count in response)
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+def read(name) -> list[dict]:
+    return [json.loads(line) for line in (GOLDEN / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -30,30 +31,32 @@ def grader():
         yield grader
 
 
-def test_at_least_99_per_cent_of_known_verdicts_are_met(rows, grader):
-    plain = [row for row in rows if row["kind"] != "hostile"]
+@pytest.mark.parametrize("name", ["grading.jsonl", "grading_unseen.jsonl"])
+def test_at_least_99_per_cent_of_known_verdicts_are_met(name, grader):
+    plain = [row for row in read(name) if row["kind"] != "hostile"]
     assert len(plain) >= 200
-    assert min(collections.Counter(row["kind"] for row in plain).values()) >= 15
     verdicts = grader.grade([Task(text(row["response"]), row["answer"]) for row in plain])
     assert not any(verdict.failed for verdict in verdicts)
     wrong = [row for row, verdict in zip(plain, verdicts) if verdict.right != row["right"]]
     assert len(wrong) <= 0.01 * len(plain), wrong
     for right in (True, False):  # a grader that always says one thing fails here
-        assert sum(row["right"] == right for row in plain) > 100
+        assert sum(row["right"] == right for row in plain) > 40
 
 
-def test_hostile_answers_are_not_right_and_none_takes_more_than_its_limit(rows):
+def test_hostile_answers_are_not_right_and_none_takes_more_than_its_limit():
+    rows = [row for name in ("grading.jsonl", "grading_unseen.jsonl") for row in read(name)]
     hostile = [row for row in rows if row["kind"] == "hostile"]
-    assert len(hostile) >= 20
+    assert len(hostile) >= 45
     with Grader(2, seconds=HOSTILE_SECONDS) as grader:
         grader.grade([Task("1", "1")] * 2)  # both workers are up
         started = time.perf_counter()
         verdicts = grader.grade([Task(text(row["response"]), row["answer"]) for row in hostile])
         seconds = time.perf_counter() - started
         assert not any(verdict.right for verdict in verdicts)
-        ended = sum(bool(verdict.failed) for verdict in verdicts)
-        assert 3 < ended < len(hostile), "the limit was never needed, or always"
-        assert seconds < len(hostile) * HOSTILE_SECONDS + ended * 6, "6 seconds to replace a worker"
+        failed = collections.Counter(verdict.failed for verdict in verdicts)
+        assert 3 < failed["time"] < len(hostile), "the limit was never needed, or always"
+        assert set(failed) <= {"", "time", "crash", "error"}
+        assert seconds < len(hostile) * (HOSTILE_SECONDS + 0.5)
         again = grader.grade([Task("\\boxed{\\frac{2}{4}}", "0.5"), Task("\\boxed{3}", "0.5")])
         assert [verdict.right for verdict in again] == [True, False]
 
@@ -70,7 +73,7 @@ def test_a_worker_that_dies_between_two_tasks_is_replaced():
     with Grader(1) as grader:
         assert grader.grade([Task("1", "1")])[0].right
         process = grader._workers[0]._process
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert grader.grade([Task("1", "1")])[0].failed == "crash"
         assert grader.grade([Task("1", "1")])[0].right
@@ -94,6 +97,38 @@ def test_reasoning_gym_decides_where_many_answers_are_right(grader):
     wrong = Task("<answer>1</answer>", "", (*problem, 0))
     verdicts = grader.grade([*right, other, wrong])
     assert [verdict.right for verdict in verdicts] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize(
+    "said, answer, right",
+    [
+        ("500 cm", "5 m", True),
+        ("5 cm", "5 m", False),
+        ("2 square feet", "288 in^2", True),
+        ("60 mph", "60 miles per hour", True),
+        ("60 mph", "60 km/h", False),
+        ("90 minutes", "1.5 hours", True),
+        ("3 ms", "3 s", False),
+        ("180 degrees", "180 rad", False),
+        ("12 cm", "12 cm^2", True),  # the dimension is the problem's
+        ("12 apples", "12 pears", True),
+    ],
+)
+def test_units_of_one_dimension_are_converted_and_others_do_not_count(said, answer, right):
+    assert answers.same(said, answer) == right
+
+
+@pytest.mark.parametrize(
+    "response, right",
+    [
+        ("B. Both plates are charged.", True),
+        ("A. 5\nB. 7\nC. 9", False),  # lists the options, chooses none
+        ("A) 5\nB) 7", False),
+        ("A) 5\nB) 7\nB", True),
+    ],
+)
+def test_options_that_are_listed_are_not_chosen(response, right):
+    assert answers.grade(response, "B") == right
 
 
 def test_marked_answers_are_found_in_time_linear_in_the_text():

@@ -1,10 +1,13 @@
 """The notebooks run from top to bottom, with small parameters; the committed outputs are of a real run."""
 
+import importlib.util
 import os
+import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +77,51 @@ def test_qwen3_notebook_runs_on_a_tiny_pair(models, tmp_path, monkeypatch):
     )
     assert "20 prompts, 4 held out" in printed
     assert (tmp_path / "run" / "report.html").exists()
+
+
+class Shell:
+    """What IPython offers a cell: !commands run, magics such as %pip are noted."""
+
+    def __init__(self):
+        self.magics = []
+
+    def system(self, command):
+        subprocess.run(command, shell=True, check=False)
+
+    def run_line_magic(self, name, arguments):
+        self.magics.append(name)
+
+
+def install(name: str, repository: str) -> list[str]:
+    """Runs the install cell; returns the magics it used."""
+    (cell,) = (cell for cell in read(name).cells if "git clone" in cell.source)
+    shell, values = Shell(), {"REPOSITORY": repository, "EXTRAS": "demo"}
+    source = cell.source.replace("{REPOSITORY}", repository).replace("{EXTRAS}", "demo")
+    exec(TransformerManager().transform_cell(source), values | {"get_ipython": lambda: shell})
+    return shell.magics
+
+
+@pytest.mark.parametrize("name", ["demo.ipynb", "qwen3.ipynb"])
+def test_a_notebook_alone_on_a_machine_clones_the_repository_or_says_what_to_fill_in(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # nothing is installed
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^REPOSITORY is empty: set it in the first cell to the git"):
+        install(name, "")
+    with pytest.raises(SystemExit, match="^REPOSITORY = '/nowhere' holds no opd_jax: set it"):
+        install(name, "/nowhere")
+    origin = tmp_path / "my origin"
+    (origin / "configs").mkdir(parents=True)
+    (origin / "configs" / "demo.py").touch()
+    (origin / "setup.py").touch()
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    assert "pip" in install(name, str(origin))
+    assert Path.cwd() == tmp_path / "opd_jax"
+    install(name, str(origin))  # once more, as after a restart
+    assert Path.cwd() == tmp_path / "opd_jax"
 
 
 @pytest.mark.parametrize("name", ["demo.ipynb", "qwen3.ipynb"])

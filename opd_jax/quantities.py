@@ -1,0 +1,115 @@
+"""Numbers with or without a unit, as final answers give them: read from text, and compared."""
+
+import math
+import re
+from typing import NamedTuple
+
+UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
+QUANTITY = re.compile(rf"([-+]?{UNSIGNED})(\s*)([^\d\s].*)?")
+POWER_OF_TEN = re.compile(r"(?:([-+]?[\d.]+)\s*(?:\\times|\\cdot|×|\*)\s*)?10\s*\^\s*\{?\s*(-?\d+)\s*\}?")
+TOLERANCE = 1e-6  # relative, between two plain numbers
+SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+# Letters straight after a number are a unit only if they are one of these: 5cm, but not 5x.
+ATTACHED = re.compile(
+    r"[mcdk]?m|in|ft|yd|mi|[mk]?g|lbs?|oz|m?[lL]|m?s|min|hr?s?|[kM]?Hz|k?[JWN]|kWh|k?Pa|k?V|mol|[KCF]"
+    r"|[mk]ph|rad|deg|km/h|m/s"
+)
+# Words after a number that are mathematics.
+NO_UNIT = re.compile(r"pi|sqrt|sin|cos|tan|log|ln|exp|and|or|mod|to|[xyzn]|times|plus|minus|over")
+# What units of one dimension measure, in the first unit of each line; without the plural's s.
+SIZES = {
+    "length": {"m": 1, "meter": 1, "metre": 1, "km": 1e3, "kilometer": 1e3, "kilometre": 1e3}
+    | {"cm": 1e-2, "centimeter": 1e-2, "centimetre": 1e-2, "mm": 1e-3, "millimeter": 1e-3, "millimetre": 1e-3}
+    | {"in": 0.0254, "inch": 0.0254, "inches": 0.0254, "ft": 0.3048, "foot": 0.3048, "feet": 0.3048}
+    | {"yd": 0.9144, "yard": 0.9144, "mi": 1609.344, "mile": 1609.344},
+    "mass": {"g": 1, "gram": 1, "kg": 1e3, "kilogram": 1e3, "mg": 1e-3, "milligram": 1e-3}
+    | {"lb": 453.59237, "pound": 453.59237, "oz": 28.349523125, "ounce": 28.349523125},
+    "time": {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600}
+    | {"ms": 1e-3, "millisecond": 1e-3, "day": 86400, "week": 604800},
+    "volume": {"l": 1, "liter": 1, "litre": 1, "ml": 1e-3, "milliliter": 1e-3, "millilitre": 1e-3},
+    "angle": {"rad": 1, "radian": 1, "deg": math.pi / 180, "degree": math.pi / 180},
+    "money": {"dollar": 1, "cent": 0.01},
+}
+UNITS = {name: (dimension, size) for dimension, sizes in SIZES.items() for name, size in sizes.items()}
+FACTOR = re.compile(r"(square |cubic )?([a-z]+)(?:\s?\^\{?(-?\d)\}?| (squared|cubed))?")
+EXPONENTS = {"square ": 2, "cubic ": 3, "squared": 2, "cubed": 3}
+
+
+class Quantity(NamedTuple):
+    """value: the number; percent: whether in per cent, the value not yet divided; unit: as written, or ""."""
+
+    value: float
+    percent: bool = False
+    unit: str = ""
+
+
+def read(text: str) -> Quantity | None:
+    """The one number that a final answer consists of, with or without a unit; None for all else."""
+    text = re.sub(r"[$€£]", "", text).strip()
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degrees", text)
+    text = re.split(r"(?<![<>!=])=(?!=)", text)[-1].strip()
+    power = POWER_OF_TEN.match(text)
+    if power:
+        text = f"{power[1] or 1}e{power[2]}{text[power.end() :]}"
+    match = QUANTITY.fullmatch(text)
+    if not match or not any(c.isdigit() for c in match[1]):
+        return None
+    value, unit = float(match[1].replace(",", "")), (match[3] or "").strip()
+    if unit.startswith("%") or re.match(r"per\s?cent", unit):
+        return Quantity(value, percent=True) if unit in ("%", "percent", "per cent") else None
+    if math.isinf(value):
+        return None
+    scale, _, rest = unit.partition(" ")
+    if scale.lower() in SCALES:
+        value, unit = value * SCALES[scale.lower()], rest
+    return Quantity(value, unit=unit) if not unit or _is_unit(unit, attached=not match[2]) else None
+
+
+def same(said: Quantity, answer: Quantity) -> bool:
+    """Whether two quantities are equal.
+
+    50% is 50 and 0.5, but 0.5% is not 50%. Units of one dimension are converted: 5 m is 500 cm, not 5 cm.
+    Where one has no unit or the dimensions differ, the numbers alone count: the problem sets the dimension.
+    """
+    sizes = _size(said.unit), _size(answer.unit)
+    if None not in sizes and sizes[0][1] == sizes[1][1]:
+        return _close(said.value * sizes[0][0], answer.value * sizes[1][0])
+    if _close(said.value, answer.value):
+        return True
+    if said.percent == answer.percent:
+        return False
+    return _close(said.value / 100 if said.percent else said.value * 100, answer.value)
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=TOLERANCE)
+
+
+def _is_unit(unit: str, attached: bool) -> bool:
+    words = re.findall(r"[^\W\d_]+", unit)
+    if not re.fullmatch(r"[^\W\d_][\w^{}²³/·' .-]*", unit) or any(map(NO_UNIT.fullmatch, words)):
+        return False
+    if re.search(r"\d", re.sub(r"\^\{?-?\d\}?", "", unit)):  # more than an exponent
+        return False
+    bare = re.sub(r"\^\{?-?\d\}?|[²³]", "", unit).strip()
+    return bool(ATTACHED.fullmatch(bare)) or (not attached and len(words[0]) > 1)
+
+
+def _size(unit: str) -> tuple[float, frozenset] | None:
+    """(size, powers of the dimensions) of a unit such as cm^2 or miles per hour; None if unknown."""
+    unit = unit.replace("²", "^2").replace("³", "^3").strip().lower()
+    unit = {"mph": "mi/h", "kph": "km/h"}.get(unit, unit)
+    size, powers = 1.0, {}
+    for place, part in enumerate(re.split(r"\s*/\s*|\s+per\s+", unit)):
+        match = FACTOR.fullmatch(part.strip())
+        if not match:
+            return None
+        before, name, digit, after = match.groups()
+        name = name if name in UNITS else name.removesuffix("s")
+        if name not in UNITS:
+            return None
+        dimension, factor = UNITS[name]
+        exponent = int(digit or EXPONENTS.get(before or after, 1)) * (-1 if place else 1)
+        size *= factor**exponent
+        powers[dimension] = powers.get(dimension, 0) + exponent
+    return size, frozenset(powers.items())
