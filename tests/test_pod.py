@@ -60,8 +60,6 @@ def start(models, sizes, tmp_path_factory):
             | {
                 "PYTHON": sys.executable,
                 "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-                "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             },
             stderr=subprocess.PIPE,
             text=True,

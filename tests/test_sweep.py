@@ -44,17 +44,10 @@ def ablation(models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The processes compile the same programs: the later ones read them back."""
-    folder = str(tmp_path_factory.mktemp("cache"))
-    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-@pytest.fixture(scope="module")
-def finished(ablation, cache, tmp_path_factory):
+def finished(ablation, tmp_path_factory):
     """(folder, standard output) of a whole sweep."""
     out = tmp_path_factory.mktemp("whole")
-    done = tiny.entry("opd_jax.sweep", f"--config={ablation}", f"--out={out}", env=cache)
+    done = tiny.entry("opd_jax.sweep", f"--config={ablation}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -89,25 +82,42 @@ def test_the_table_has_every_arm_with_the_means_of_its_runs(finished):
     assert "Where the configs differ" in page
 
 
-def test_a_sweep_killed_and_started_again_gives_the_same_table(finished, ablation, cache, tmp_path):
-    arguments = f"--config={ablation}", f"--out={tmp_path}"
+# Moments to be killed at, each in what the one before left, from the first record to the table.
+MOMENTS = {
+    "in the first record": ("line", '"kind": "eval", "step": 0'),
+    "with a checkpoint written and not yet named": ("os.rename", "full/seed-0/checkpoints/4"),
+    "in the last record before the last checkpoint": ("line", f'"kind": "eval", "step": {STEPS}'),
+    "between two runs": ("os.mkdir", "half/seed-1'"),
+    "in the table": ("open", "table.md"),
+}
+
+
+def test_a_sweep_killed_again_and_again_and_started_again_gives_the_same_table(finished, ablation, tmp_path):
+    arguments = "opd_jax.sweep", f"--config={ablation}", f"--out={tmp_path}"
+    for moment, (event, text) in MOMENTS.items():
+        killed = tiny.entry("tests.killed", event, text, *arguments)
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr}"
+        if moment == "in the last record before the last checkpoint":
+            kill_past_a_checkpoint(arguments, tmp_path / "full" / "seed-1" / "checkpoints")
+    first = (tmp_path / "full" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns
+    again = tiny.entry(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count(": done") == 4
+    assert (tmp_path / "full" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == first
+    assert rows(tmp_path) == rows(finished[0])
+
+
+def kill_past_a_checkpoint(arguments, folder):
+    """Starts the sweep and kills it from outside, at no chosen moment past a run's first checkpoint."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = tiny.entry("opd_jax.sweep", *arguments, start=subprocess.Popen, env=cache, **quiet)
-    second = tmp_path / "full" / "seed-1" / "checkpoints"
-    for _ in range(20_000):  # into the second run, past a checkpoint
-        if any(path.name.isdigit() for path in second.glob("*")):
+    process = tiny.entry(*arguments, start=subprocess.Popen, **quiet)
+    for _ in range(20_000):
+        if any(path.name.isdigit() for path in folder.glob("*")):
             break
         assert process.poll() is None, "the sweep ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "table.csv").exists()
-    first = (tmp_path / "full" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns
-    again = tiny.entry("opd_jax.sweep", *arguments, env=cache)
-    assert again.returncode == 0, again.stderr
-    assert "[1/4] full, seed 0: done" in again.stdout
-    assert (tmp_path / "full" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == first
-    assert rows(tmp_path) == rows(finished[0])
 
 
 def runs(ablation, out, only=(), seeds=()):
@@ -122,11 +132,11 @@ def test_a_finished_sweep_started_again_runs_nothing_and_says_the_same(finished,
     assert sweep_table.write(planned, out).partition("| arm |")[2] in said.partition("| arm |")[2]
 
 
-def test_job_files_are_whole_commands_that_end_as_the_sweep_does(finished, ablation, cache, tmp_path):
+def test_job_files_are_whole_commands_that_end_as_the_sweep_does(finished, ablation, tmp_path):
     planned = runs(ablation, tmp_path, ["half"], [1])
     (job,) = sweep.write_jobs(planned, tmp_path / "jobs", str(ablation), [])
     command = shlex.split(job.read_text().splitlines()[1].removeprefix("exec python -m "))
-    done = tiny.entry(*command, env=cache)
+    done = tiny.entry(*command)
     assert done.returncode == 0, done.stderr
     assert sweep.write_jobs(planned, tmp_path / "jobs", str(ablation), []) == []
     alone, whole = (out / "half" / "seed-1" / "metrics.jsonl" for out in (tmp_path, finished[0]))

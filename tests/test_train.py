@@ -191,15 +191,9 @@ def recipe(models, tmp_path_factory):
 def test_a_run_killed_and_started_again_ends_as_if_nothing_had_happened(
     recipe, models, tmp_path
 ):
-    # The three processes compile the same programs: the later ones read them back.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
     def run(name, **options):
         arguments = f"--config={recipe}", f"--workdir={tmp_path / name}"
-        return tiny.entry("opd_jax.train", *arguments, env=cache, **options)
+        return tiny.entry("opd_jax.train", *arguments, **options)
 
     whole = run("whole")
     assert whole.returncode == 0, whole.stderr
