@@ -43,6 +43,9 @@ def compare(a: str | Path, b: str | Path) -> dict[str, tuple[float, float, int, 
       UserError: one of them holds no results, they share none, or the problems differ.
     """
     found_a, found_b = measured(a), measured(b)
+    for path, found in ((a, found_a), (b, found_b)):
+        if not found:
+            raise UserError(f"{path} holds no results; give a workdir, or what evaluate --out wrote")
     shared = [name for name in found_a if name in found_b]
     if not shared:
         raise UserError(
@@ -60,7 +63,7 @@ def compare(a: str | Path, b: str | Path) -> dict[str, tuple[float, float, int, 
 
 
 def measured(path: str | Path) -> dict[str, Measured]:
-    """What a workdir, a folder of results or a results file holds."""
+    """What a workdir, a folder of results or a results file holds: name -> results; empty if none."""
     path = Path(path)
     if path.is_file():
         return {_benchmark(path): accuracy(read_lines(path))}
@@ -72,8 +75,6 @@ def measured(path: str | Path) -> dict[str, Measured]:
     if evaluations:
         last = max(row["step"] for row in evaluations)
         found["KL"] = kl([row for row in evaluations if row["step"] == last])
-    if not found:
-        raise UserError(f"{path} holds no results; give a workdir, or what evaluate --out wrote")
     return found
 
 

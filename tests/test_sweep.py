@@ -206,6 +206,20 @@ def test_a_run_that_lacks_its_last_benchmark_is_not_done(finished, ablation, tmp
     assert not sweep.is_done(planned)
 
 
+def test_an_arm_that_was_never_evaluated_has_a_row_without_results(finished, ablation, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for planned in runs(ablation, tmp_path, ["half"]):
+        (planned.workdir / "evaluations.jsonl").unlink()
+        shutil.rmtree(planned.workdir / "benchmarks")
+        path = planned.workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["kind"] == "train"))
+    assert "| half |" in sweep_table.write(runs(ablation, tmp_path), tmp_path)
+    full, half = rows(tmp_path)
+    assert full["KL"] and not half["KL"] and "KL difference" not in full
+    assert float(half["supervised tokens"]) > 0
+
+
 def test_every_rule_objective_and_rescale_has_an_arm(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
 
