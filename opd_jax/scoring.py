@@ -164,7 +164,8 @@ def _teacher_chunk(config, top_k, head_VD, chunk):
     end_BcE = jnp.broadcast_to(jnp.array(config.eos_ids, jnp.int32), (*token_Bc.shape, len(config.eos_ids)))
     logp_BcN = _logp(logits_BcV, candidate_BcK, token_Bc[..., None], end_BcE)
     ranked_BcK = jax.lax.top_k(jnp.take_along_axis(logits_BcV, candidate_BcK, axis=-1), 2)[0]
-    shared_BcK = (candidate_BcK[..., :, None] == _top(logits_BcV, k)[..., None, :]).any(axis=-1)
+    with jax.named_scope("overlap"):  # compiled only where a rule reads it
+        shared_BcK = (candidate_BcK[..., :, None] == _top(logits_BcV, k)[..., None, :]).any(axis=-1)
     return (
         logp_BcN[..., :k],
         logp_BcN[..., k],

@@ -311,6 +311,15 @@ def test_the_step_never_calls_the_host_and_reuses_the_states_memory(sharded):
     assert step.memory_analysis().alias_size_in_bytes >= sum(shards)
 
 
+@pytest.mark.parametrize(("rule", "needed"), [("paper", False), ("none", False), ("prune_opd", True)])
+def test_the_teachers_best_tokens_are_looked_for_only_by_a_rule_that_reads_their_overlap(
+    student, teacher, rollouts, table, rule, needed
+):
+    step = compiled(ADAM) if rule == "paper" else compiled(ADAM, release__rule=rule)
+    lowered = step.lower(start(student, ADAM), teacher, rollouts, table, KEY)
+    assert ("/overlap/" in lowered.compile(QUICK_COMPILE).as_text()) == needed
+
+
 def by_hand(accepted):
     """Two rollouts of 4 and 20 tokens; the first is cut after 1 token if accepted."""
     mask_BT = np.arange(20) < np.array([[4], [20]])
