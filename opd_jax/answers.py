@@ -13,6 +13,7 @@ MARKED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 MARKUP = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{([^{}]*)\}")
 SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])|\\(?:left|right|displaystyle)(?![a-z])")
 SENTENCE_END = re.compile(r"[.!](?=\s|$)|,?\s+(?:because|since|so that|as)\s|;\s")
+SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n")
 NUMBER = re.compile(rf"(?<![\w.])-?{quantities.UNSIGNED}(?![\w^])")
 CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
 LEAD = re.compile(r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
@@ -30,10 +31,11 @@ def grade(response: str, answer: str) -> bool:
     """Whether the final answer of `response` equals the reference `answer`.
 
     The final answer is what the last \\boxed{} holds, else what stands in <answer> tags, after #### or
-    after "answer is"; without any of these, the last number for a numeric reference and the last line for
-    any other. A reference of one letter from A to J is a choice. Numbers are compared as numbers, without
-    currency and thousands separators, and by `quantities.same` where they have units; a per cent sign on
-    one side alone may or may not count.
+    after "answer is"; without any of these, the last number for a numeric reference, the numbers of the
+    last sentence for one of several with spaces between, and the last line for any other. A reference of
+    one letter from A to J is a choice. Numbers are compared as numbers, without currency and thousands
+    separators, and by `quantities.same` where they have units; a per cent sign on one side alone may or
+    may not count.
     Words are compared without case and closing punctuation, and the rest as expressions, by math-verify.
     """
     answer = reference(answer)
@@ -44,6 +46,8 @@ def grade(response: str, answer: str) -> bool:
         if quantity := quantities.read(_clean(answer)):
             number = _last_number(response)
             return number is not None and quantities.same(quantities.Quantity(number), quantity)
+        if len(answer.split()) > 1 and all(map(NUMBER.fullmatch, answer.split())):
+            return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
         said = [(response.strip().splitlines() or [""])[-1]]
     return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
 
@@ -158,9 +162,14 @@ def _chosen(said: str | None, response: str) -> str | None:
 
 def _last_number(text: str) -> float | None:
     """The last number that is no part of a word or a difference, or None."""
+    return (_numbers(text) or [None])[-1]
+
+
+def _numbers(text: str) -> list[float]:
+    """All such numbers, in order."""
     text = re.sub(r"\\?[$%€£]|\*\*", "", text)
     found = [match.group() for match in NUMBER.finditer(text) if any(c.isdigit() for c in match.group())]
-    return float(found[-1].replace(",", "")) if found else None
+    return [float(number.replace(",", "")) for number in found]
 
 
 def _same_expression(said: str, answer: str) -> bool:

@@ -131,6 +131,20 @@ def test_options_that_are_listed_are_not_chosen(response, right):
     assert answers.grade(response, "B") == right
 
 
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("The smallest of 9 12 is 9. So the order is 3 7.5 9 12.", True),
+        ("So the order is 3 7.5 12 9.", False),
+        ("So the order is 1 3 7.5 9 12.", False),
+        ("3 7.5 9 12\nThat took 4 steps.", False),
+        ("", False),
+    ],
+)
+def test_an_unmarked_list_is_the_numbers_of_the_last_sentence(response, right):
+    assert answers.grade(response, "3 7.5 9 12") is right
+
+
 def test_marked_answers_are_found_in_time_linear_in_the_text():
     for part in ("\\boxed{", "<answer>", "{", "answer is ", "#### ", "\\boxed{1}"):
         started = time.perf_counter()
