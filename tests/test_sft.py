@@ -69,13 +69,17 @@ def test_the_first_steps_loss_is_the_mean_negative_log_likelihood_of_the_batchs_
     first = next(data.batches([e.prompt for e in train], 8, 48, tiny.PAD, c.seed))
     model, params = source.load(c.student.path)
 
+    @jax.jit
+    def whole(params, ids):
+        hidden = transformer.forward(model, params, ids, np.ones(ids.shape, bool))
+        return transformer.logits(model, transformer.head(model, params), hidden)
+
     def mean_nll(exchanges, params):
         """By one forward pass over each conversation, unpadded, in float64 after the logits."""
         total, count = 0.0, 0
         for e in exchanges:
             ids = np.array(e.prompt.ids + e.response)[None]
-            hidden = transformer.forward(model, params, ids, np.ones(ids.shape, bool))
-            logits = np.asarray(transformer.logits(model, transformer.head(model, params), hidden)[0], float)
+            logits = np.asarray(whole(params, ids)[0], float)
             logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
             logp -= logits.max(-1, keepdims=True)
             start = len(e.prompt.ids)
