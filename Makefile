@@ -37,8 +37,7 @@ study: $(VENV)/.installed
 # About half an hour on two cores; goes on where it stopped.
 smollm2: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.sweep --config=configs/smollm2.py --out=runs/smollm2 $(ARGS)
-	test -d runs/smollm2/teacher || $(BIN)/python -m opd_jax.train --config=configs/smollm2_teacher.py \
-	  --workdir=runs/smollm2/teacher/seed-0
+	$(BIN)/python -m opd_jax.train --config=configs/smollm2_teacher.py --workdir=runs/smollm2/teacher/seed-0
 	$(BIN)/python -m opd_jax.study.longer --runs=runs/smollm2 --out=docs/smollm2
 	test -d runs/smollm2/healed || $(BIN)/python -m opd_jax.export --workdir=runs/smollm2/reverse_kl/seed-0 \
 	  --out=runs/smollm2/healed

@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     # on CPU). Master parameters and the optimizer's variance are always float32.
     c.student.compute_dtype = "auto"
     # Operands of the blocks' matrix products in the loss and in scoring: compute (the compute dtype), or
-    # bfloat16 where that is float32: sums, activations and the sampler's own products stay float32. On CPUs
-    # with bfloat16 instructions these products are about twice as fast (docs/models.md).
+    # bfloat16 where that is float32: sums, activations and the sampler's own products stay float32. Faster on
+    # CPUs with bfloat16 instructions (figures in docs/models.md).
     c.student.products = "compute"
 
     c.teacher = ConfigDict()

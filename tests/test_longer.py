@@ -13,6 +13,7 @@ from opd_jax import arms
 from opd_jax.config import load
 from opd_jax.run_record import read_run
 from opd_jax.study import longer, report
+from tests import tiny
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "smollm2.py")
 REFERENCE = CONFIG.replace("smollm2.py", "smollm2_teacher.py")
@@ -178,3 +179,10 @@ def test_figures_name_their_axes_units_and_arms(workdir, tmp_path):
         report.draw(tmp_path, name, (8, 4), fill)
         svg = ElementTree.fromstring((tmp_path / f"{name}.svg").read_text())
         assert words[name] <= {node.text for node in svg.iter("{http://www.w3.org/2000/svg}text")}
+
+
+def test_a_folder_without_the_teachers_run_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "runs" / "policy_gradient" / "seed-0").mkdir(parents=True)
+    done = tiny.entry("opd_jax.study.longer", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 2 and "lacks teacher/seed-0" in done.stderr
+    assert not (tmp_path / "out").exists()

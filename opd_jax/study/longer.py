@@ -2,7 +2,7 @@
 
     python -m opd_jax.study.longer --runs=runs/smollm2 --out=docs/smollm2
 
-RUNS holds the sweep of configs/smollm2.py, and as its last arm the run of configs/smollm2_teacher.py. Early
+RUNS holds the sweep of configs/smollm2.py, and as arm "teacher" the run of configs/smollm2_teacher.py. Early
 and late are the first and the last third of the steps. Writes OUT/quality.svg, OUT/margin.svg,
 OUT/releases.svg and OUT/steps.csv, and prints the tables.
 """
@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.lines import Line2D
 
+from opd_jax import config
 from opd_jax.change_point import change_point
 from opd_jax.compare import read_lines
+from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
 from opd_jax.metrics import EVALUATIONS_FILE
 from opd_jax.run_record import Run, column, read_run
@@ -181,7 +183,7 @@ def draw_quality(figure, found, runs, reference) -> None:
         ax.axhline(np.mean(column(reference.train, name)[1]), **REFERENCE)
         ax.set(xlabel="step", ylabel=label)
     below[1].set_yscale("log")
-    handles = [Line2D([], [], **style) for style in (*LINES, REFERENCE)]
+    handles = [Line2D([], [], **style) for style in (*LINES[: len(found)], REFERENCE)]
     labels = [*found, "the teacher's own responses, mean"]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
 
@@ -224,8 +226,10 @@ def _parts(run: Run, reference: Run):
 def main(_):
     out, folder = Path(flags.FLAGS.out), Path(flags.FLAGS.runs)
     workdirs = {path.parent.name: path for path in sorted(folder.glob("*/seed-0"))}
-    runs = [read_run(path, arm) for arm, path in workdirs.items()]
-    trained, (reference,) = runs[:-1], runs[-1:]
+    if REFERENCE_ARM not in workdirs or len(workdirs) < 2:
+        raise UserError(f"--runs={folder} lacks {REFERENCE_ARM}/seed-0 or the sweep's arms; run make smollm2")
+    trained = [read_run(path, arm) for arm, path in workdirs.items() if arm != REFERENCE_ARM]
+    reference = read_run(workdirs[REFERENCE_ARM], REFERENCE_ARM)
     found = {run.title: evaluations(workdirs[run.title]) for run in trained}
     out.mkdir(parents=True, exist_ok=True)
     draw(out, "quality", (9, 5.4), lambda figure: draw_quality(figure, found, trained, reference))
@@ -234,11 +238,11 @@ def main(_):
     with (out / "steps.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ("arm", *STEP_COLUMNS), extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({"arm": run.title} | line for run in runs for line in run.train)
-    print(f"{quality_table(found)}\n\n{window_table(runs)}")
+        writer.writerows({"arm": run.title} | line for run in (*trained, reference) for line in run.train)
+    print(f"{quality_table(found)}\n\n{window_table([*trained, reference])}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("runs", "runs/smollm2", "The sweep, and in it the teacher's run.")
     flags.DEFINE_string("out", "docs/smollm2", "Where figures and steps.csv go.")
-    app.run(main)
+    config.run(main)
