@@ -228,6 +228,10 @@ def get_config() -> ConfigDict:
     c.train.updates_per_rollout = 1
     # Clip range of the importance ratio, used when updates_per_rollout > 1.
     c.train.clip_ratio = 0.2
+    # The student's parameters that keep their values, by name: ("embedding",), ("query", "key"). A name is
+    # that weight in every block; where the head is tied, embedding is the head too. They cost no gradient
+    # and no optimizer state: with a float32 first moment 12 bytes a parameter less.
+    c.train.frozen = ()
     # What the backward pass keeps of each block: none (everything kept), dots (matrix products kept), full
     # (nothing kept: one more forward pass of compute, least memory).
     c.train.remat = "full"

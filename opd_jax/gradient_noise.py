@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import scoring
+from opd_jax import scoring, trainable
 from opd_jax.models.config import ModelConfig
 from opd_jax.train_step import make_loss, response_tokens, supervise
 
@@ -59,17 +59,21 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
             student, teacher, config, params, step, teacher_params, rollouts, table, key, reward_B
         )
         tokens = response_tokens(rollouts)
+        trained, kept = trainable.split(params, config.train.frozen)
+
+        def group_loss(trained, group):
+            # As one of n groups, each has 1 / n of the batch's loss.
+            return mean_loss(trainable.join(trained, kept), group, teacher_params, tokens / groups)
 
         def measured(weight_BT):
             def add(sums, group):
                 number, mean, spread = sums
-                # As one of n groups, each has 1 / n of the batch's loss.
-                own = jax.grad(mean_loss)(params, group, teacher_params, tokens / groups)
+                own = jax.grad(group_loss)(trained, group)
                 away = optax.tree.sub(own, mean)
                 mean = jax.tree.map(lambda m, a: m + a / (number + 1), mean, away)
                 return (number + 1, mean, spread + optax.tree.vdot(away, optax.tree.sub(own, mean))), None
 
-            start = jnp.float32(0), jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
+            start = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained), jnp.float32(0)
             pieces = cut(lesson.replace(weight_BT=weight_BT), groups, samples)
             (_, mean, spread), _ = jax.lax.scan(add, start, pieces)
             power, noise = optax.tree.vdot(mean, mean), spread / (groups * (groups - 1))

@@ -15,7 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from opd_jax import gradient_noise as noises
-from opd_jax import objectives, rollout, scoring, segments, sharding
+from opd_jax import objectives, rollout, scoring, segments, sharding, trainable
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import source, splash, transformer
@@ -64,7 +64,7 @@ class Programs:
             student=student,
             teacher=teacher,
             optimizer=optimizer,
-            state_shardings=state_shardings(mesh, student, optimizer),
+            state_shardings=state_shardings(mesh, student, optimizer, config.train.frozen),
             teacher_shardings=param_shardings(mesh, teacher),
             **more,
         )
@@ -343,6 +343,7 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
             f"and {prompts} prompts (rollout.batch / rollout.samples_per_prompt) make no two that fill "
             "mesh.data x mesh.fsdp devices and fit into train.micro_batch; use more prompts, or set it to 0"
         )
+    trainable.check(transformer.abstract(student), config.train.frozen)
     check_length(config, "student.path", student)
     check_length(config, "teacher.path", teacher)
     valid = min(student.valid_vocab, teacher.valid_vocab)
@@ -352,14 +353,15 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
         raise UserError(f"objective.top_k={config.objective.top_k} must be below the {valid} token ids")
 
 
-def state_shardings(mesh, model: ModelConfig, optimizer) -> steps.TrainState:
-    """Where the state of a model in training lives."""
+def state_shardings(mesh, model: ModelConfig, optimizer, frozen) -> steps.TrainState:
+    """Where the state of a model in training lives; `frozen` is train.frozen."""
     params = param_shardings(mesh, model)
+    trained, _ = trainable.split(params, frozen)
     opt_state = abstract_state(model, optimizer).opt_state
     return steps.TrainState(
         step=sharding.replicated(mesh),
         params=params,
-        opt_state=sharding.like_params(mesh, opt_state, params),
+        opt_state=sharding.like_params(mesh, opt_state, trained),
     )
 
 

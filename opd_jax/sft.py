@@ -32,11 +32,13 @@ from opd_jax import (
     scoring,
     sharding,
     tokenizers,
+    trainable,
 )
 from opd_jax import train_step as steps
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run, validate
 from opd_jax.errors import UserError
+from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
 
@@ -162,20 +164,21 @@ def make_sft_step(model: ModelConfig, config, optimizer):
 
     def step(state: steps.TrainState, rollouts: Rollouts):
         tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
+        trained, kept = trainable.split(state.params, train.frozen)
         loss, grads = steps.accumulated_gradient(
-            lambda params, piece: loss_sum(params, piece, train.remat) / tokens,
-            state.params,
+            lambda trained, piece: loss_sum(trainable.join(trained, kept), piece, train.remat) / tokens,
+            trained,
             rollouts,
             micro_batches,
         )
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        changes, opt_state = optimizer.update(grads, state.opt_state, trained)
         measured = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
         }
-        params = optax.apply_updates(state.params, changes)
+        params = trainable.join(optax.apply_updates(trained, changes), kept)
         return steps.TrainState(state.step + 1, params, opt_state), measured
 
     def heldout(params, rollouts: Rollouts):
@@ -204,7 +207,8 @@ def train(config, workdir) -> steps.TrainState:
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
     exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = steps.make_optimizer(c)
-    shardings = programs.state_shardings(mesh, model, optimizer)
+    trainable.check(transformer.abstract(model), c.train.frozen)
+    shardings = programs.state_shardings(mesh, model, optimizer, c.train.frozen)
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     step_fn, heldout_fn = make_sft_step(model, c, optimizer)
     step_fn = jax.jit(

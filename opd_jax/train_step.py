@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from opd_jax import objectives, scoring, segments
+from opd_jax import objectives, scoring, segments, trainable
 from opd_jax import release as releasing
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
@@ -57,11 +57,13 @@ class Supervision:
 def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW with clipping by global norm and a warm-up to a constant, linear or cosine schedule.
 
+    It takes the gradients of the parameters that train.frozen leaves to train (`trainable.split`).
+
     Args:
-      config: the whole config; reads optimizer.* and train.steps, train.updates_per_rollout.
+      config: the whole config; reads optimizer.* and train.steps, train.updates_per_rollout, train.frozen.
     """
     o = config.optimizer
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
         optax.adamw(
             learning_rate(config),
@@ -72,6 +74,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
             mu_dtype=o.mu_dtype or None,
         ),
     )
+    return trainable.alone(adamw, config.train.frozen)
 
 
 def learning_rate(config) -> optax.Schedule:
@@ -103,7 +106,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
     Args:
       student, teacher: the models' configs.
       config: the whole config; reads objective.*, reward.*, scoring.*, release.*, train.*.
-      optimizer: what `make_optimizer` returned, or any optax transformation.
+      optimizer: what `make_optimizer` returned, or any optax transformation of the trained parameters.
 
     Returns:
       A pure function that returns (state, metrics, Supervision); jit it with the state donated. `table` is
@@ -128,16 +131,23 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         def piece_loss(params, piece):
             return mean_loss(params, piece, teacher_params, tokens)
 
-        def update(carry, _):
-            params, opt_state = carry
-            with jax.named_scope("gradient"):
-                loss, grads = accumulated_gradient(piece_loss, params, lesson, micro_batches)
-            with jax.named_scope("update"):
-                changes, opt_state = optimizer.update(grads, opt_state, params)
-                params = optax.apply_updates(params, changes)
-            return (params, opt_state), (loss, optax.tree.norm(grads))
+        trained, kept = trainable.split(state.params, train.frozen)
 
-        carry = state.params, state.opt_state
+        def update(carry, _):
+            trained, opt_state = carry
+            with jax.named_scope("gradient"):
+                loss, grads = accumulated_gradient(
+                    lambda trained, piece: piece_loss(trainable.join(trained, kept), piece),
+                    trained,
+                    lesson,
+                    micro_batches,
+                )
+            with jax.named_scope("update"):
+                changes, opt_state = optimizer.update(grads, opt_state, trained)
+                trained = optax.apply_updates(trained, changes)
+            return (trained, opt_state), (loss, optax.tree.norm(grads))
+
+        carry = trained, state.opt_state
         if train.updates_per_rollout == 1:
             carry, (loss, norm) = update(carry, None)
         else:
@@ -156,8 +166,8 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         if reward_B is not None:
             metrics["reward"] = jnp.nanmean(reward_B)
             metrics["graded_share"] = 1 - jnp.isnan(reward_B).mean()
-        params, opt_state = carry
-        return TrainState(state.step + 1, params, opt_state), metrics, supervision
+        trained, opt_state = carry
+        return TrainState(state.step + 1, trainable.join(trained, kept), opt_state), metrics, supervision
 
     return train_step
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from opd_jax.checkpoint import Checkpoints
@@ -46,6 +47,23 @@ def test_a_state_comes_back_bit_for_bit_onto_another_mesh(models, job, state, tm
     assert at == position
     assert jax.tree.map(lambda x: x.sharding, restored) == other.state_shardings
     assert restored.params["embedding"].sharding != state.params["embedding"].sharding
+
+
+def test_frozen_parameters_have_no_moments_in_a_checkpoint_and_come_back_with_it(models, tmp_path):
+    frozen = {"train.frozen": ("embedding", "down")}
+    job = prepare(tiny.config(models, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2} | frozen))
+    state = job.start()
+    for moment in (optax.tree.get(state.opt_state, name) for name in ("mu", "nu")):
+        assert "embedding" not in moment
+        assert "down" not in moment["blocks"]
+        assert moment["blocks"]["up"].sharding == state.params["blocks"]["up"].sharding
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state, {"step": 1}, None)
+    other = prepare(tiny.config(models, **{"mesh.fsdp": 8} | frozen))
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        restored, _ = checkpoints.restore(1, other.abstract_state())
+    assert_same(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == other.state_shardings
 
 
 def test_a_save_holds_what_was_saved_though_the_arrays_are_donated_at_once(tmp_path):

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import jax
 import pytest
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from opd_jax import config, job
 from opd_jax.errors import UserError
+from opd_jax.models import transformer
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+EVERY_NAME = tuple({path[-1] for path in traverse_util.flatten_dict(transformer.abstract(tiny.STUDENT))})
 DEMO = "--config=configs/demo.py"
 
 
@@ -78,6 +81,8 @@ def refusal(settings, workdir=None) -> str:
         ("rollout.min_p", 1.5, "between 0 and 1"),
         ("train.steps", 0, "at least 1"),
         ("train.micro_batch", 3, "rollout.batch=8"),
+        ("train.frozen", ("embeding",), "did you mean embedding?"),
+        ("train.frozen", EVERY_NAME, "leave one to train"),
         ("data.heldout", 0, "eval.every=0"),
         ("student.path", "", "model folder"),
         ("teacher.path", "/nowhere/at/all", "no folder"),

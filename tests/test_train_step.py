@@ -282,6 +282,23 @@ def test_recomputing_the_students_side_gives_the_same_step(
     assert_close(gradient(state), gradient(plain[0]), 5e-6)
 
 
+@pytest.mark.parametrize("micro_batch", [8, 2])
+def test_frozen_parameters_stay_and_the_others_learn_what_they_would_have(
+    micro_batch, student, teacher, rollouts, table, plain
+):
+    frozen = {"train__frozen": ("embedding", "query")}
+    optimizer = make_optimizer(settings(**frozen))
+    step = compiled(optimizer, **frozen, train__micro_batch=micro_batch)
+    state, measured, _ = step(start(student, optimizer), teacher, rollouts, table, KEY)
+    np.testing.assert_array_equal(state.params["embedding"], student["embedding"])
+    np.testing.assert_array_equal(state.params["blocks"]["query"], student["blocks"]["query"])
+    assert (state.params["blocks"]["key"] != student["blocks"]["key"]).any()
+    expected = gradient(plain[0])
+    del expected["embedding"], expected["blocks"]["query"]
+    assert_close(gradient(state), expected, 5e-6)
+    np.testing.assert_allclose(measured["grad_norm"], optax.tree.norm(expected), rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def sharded(models, rollouts):
     """(job, its step compiled, state, teacher) on a mesh of 2 x 2 x 2 devices."""

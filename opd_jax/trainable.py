@@ -1,0 +1,52 @@
+"""Which of the student's parameters are trained: the others keep their values, and cost no gradient and no
+optimizer state.
+
+Parameters are named by the last key of their path, so a name is that weight in every block: `query`, `down`,
+`embedding` (the head too, where the two are tied).
+"""
+
+import optax
+from flax import traverse_util
+
+from opd_jax.config import nearest
+from opd_jax.errors import UserError
+
+
+def split(params: dict, frozen) -> tuple[dict, dict]:
+    """(trained, kept) of nested parameters: two dicts of the same nesting, without what the other has."""
+    flat = traverse_util.flatten_dict(params)
+    kept = {path: x for path, x in flat.items() if path[-1] in frozen}
+    trained = {path: x for path, x in flat.items() if path not in kept}
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(kept)
+
+
+def join(trained: dict, kept: dict) -> dict:
+    """The parameters that `split` took apart."""
+    flatten = traverse_util.flatten_dict
+    return traverse_util.unflatten_dict(flatten(trained) | flatten(kept))
+
+
+def alone(optimizer: optax.GradientTransformation, frozen) -> optax.GradientTransformation:
+    """The optimizer of the trained parameters, initialised from all of them."""
+
+    def init(params):
+        return optimizer.init(split(params, frozen)[0])
+
+    return optax.GradientTransformation(init, optimizer.update)
+
+
+def check(params: dict, frozen):
+    """Refuses names that no parameter has, and a student of which nothing is trained.
+
+    Raises:
+      UserError: names train.frozen.
+    """
+    names = {path[-1] for path in traverse_util.flatten_dict(params)}
+    for name in frozen:
+        if name not in names:
+            raise UserError(
+                f"train.frozen names {name}, which the student has not{nearest(name, names)}; "
+                f"it has {', '.join(sorted(names))}"
+            )
+    if names <= set(frozen):
+        raise UserError("train.frozen names every parameter of the student; leave one to train")
