@@ -1,0 +1,20 @@
+"""Which of the student's parameters keep their values, under full supervision.
+
+    python -m opd_jax.sweep --config=configs/ablations/frozen.py --out=runs/frozen
+"""
+
+from opd_jax.config import load
+
+SEEDS = (0, 1, 2)
+
+
+def get_config(recipe="configs/demo.py"):
+    """The recipe that every arm starts from."""
+    return load(recipe)
+
+
+def arms(config):
+    """Everything trains; all but the embedding (and the head tied to it); the feed-forward layers alone."""
+    attention = ("query", "key", "value", "output")
+    choices = {"all": (), "blocks": ("embedding",), "feed_forward": ("embedding", *attention)}
+    return {name: {"train.frozen": frozen, "release.rule": "none"} for name, frozen in choices.items()}
