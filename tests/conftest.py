@@ -23,6 +23,31 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Files of half a minute and more, the longest first: one that is begun last leaves the other workers idle.
+LONGEST = (
+    "test_notebooks",
+    "test_sweep",
+    "test_train",
+    "test_pod",
+    "test_train_step",
+    "test_rollout",
+    "test_preflight",
+    "test_moe",
+    "test_benchmarks",
+    "test_train_objectives",
+    "test_look",
+    "test_docs",
+    "test_sft",
+    "test_evaluate",
+    "test_rules",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the files; make test has pytest-xdist keep the order."""
+    rank = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
