@@ -1,4 +1,4 @@
-"""Test set-up: CPU with eight virtual devices, programs compiled once, and rank promotion is an error."""
+"""Test set-up: CPU with eight virtual devices, programs compiled once and quickly, no rank promotion."""
 
 import atexit
 import os
@@ -11,6 +11,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="opd_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# A test's program runs a few times, on tiny arrays: optimising it costs more than it saves.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 import pytest
@@ -18,6 +22,31 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Files of half a minute and more, the longest first: one that is begun last leaves the other workers idle.
+LONGEST = (
+    "test_notebooks",
+    "test_sweep",
+    "test_train",
+    "test_pod",
+    "test_train_step",
+    "test_rollout",
+    "test_preflight",
+    "test_moe",
+    "test_benchmarks",
+    "test_train_objectives",
+    "test_look",
+    "test_docs",
+    "test_sft",
+    "test_evaluate",
+    "test_rules",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the files; make test has pytest-xdist keep the order."""
+    rank = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

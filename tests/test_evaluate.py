@@ -120,9 +120,10 @@ def test_a_mistake_ends_the_process_in_one_line():
         ({"workdir": "{run}", "step": "4"}, "no checkpoint of step 4; there: 3"),
         ({"workdir": "{run}", "step": "best"}, "--step=best"),
         ({"config": NONE_HELD_OUT}, "data.heldout=0"),
+        ({"model": "/nowhere"}, "--model needs --benchmark"),
     ],
 )
-def test_a_run_or_checkpoint_that_is_not_there_is_a_mistake(run, models, monkeypatch, given, said):
+def test_a_run_model_or_checkpoint_that_is_not_there_is_a_mistake(run, models, monkeypatch, given, said):
     given = {key: value.format(run=run) if isinstance(value, str) else value for key, value in given.items()}
     if "config" in given:
         given["config"] = tiny.config(models, **given["config"])
