@@ -344,8 +344,11 @@ def _equations(jaxpr, times: int, unknown_trips: int):
             inner *= unknown_trips
         elif e.primitive.name == "shard_map":  # its shapes are one device's
             inner *= e.params["mesh"].size
-        elif e.primitive.name == "pallas_call":  # blocks that it skips are counted too
-            inner *= math.prod(e.params["grid_mapping"].grid)
+        elif e.primitive.name == "pallas_call":
+            grid = e.params["grid_mapping"].grid
+            inner *= math.prod(grid)
+            if e.params["name"].startswith("splash"):  # of n x n blocks those above the diagonal are skipped
+                inner = inner * (grid[-1] + 1) // (2 * grid[-1])
         for value in e.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 part = getattr(part, "jaxpr", part)

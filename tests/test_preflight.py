@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import dense, one_chip, small_pod
+from configs import dense, one_chip, paper, paper_4b, paper_8b, small_pod
 from opd_jax import costs, hlo, preflight, preflight_check, preflight_table, sharding, topology
 from opd_jax.errors import UserError
-from opd_jax.models import presets, source, transformer
+from opd_jax.models import presets, source, splash, transformer
 from tests import tiny
 
 CHIP = topology.CHIPS["v5e"]
@@ -147,6 +147,22 @@ def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each
     experts = {(model.width, model.ffn): model.experts for model in (SPARSE, other)}
     assert hlo.matmul_flops(whole, 1, experts) == hlo.matmul_flops(whole)
     assert hlo.matmul_flops(parts, 1, experts) == hlo.matmul_flops(whole)
+
+
+def test_the_splash_kernels_products_are_those_of_the_blocks_it_computes_forward_and_backward():
+    b, length, heads, c, block = 2, 2048, 4, 128, 512
+
+    def attend(q, k, v):
+        return splash.attend(q, k, v, jnp.ones((b, length), bool)).astype(jnp.float32).sum()
+
+    kv_BLKC = jnp.ones((b, length, 2, c), jnp.bfloat16)
+    arguments = jnp.ones((b, length, heads, c), jnp.bfloat16), kv_BLKC, kv_BLKC
+    blocks = sum(range(1, length // block + 1))  # on the diagonal or below
+    product = 2 * b * heads * blocks * block**2 * c
+    assert hlo.matmul_flops(jax.make_jaxpr(attend)(*arguments).jaxpr) == 2 * product
+    backward = jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*arguments).jaxpr
+    row_sums = 2 * b * heads * length * c  # of output x its gradient
+    assert hlo.matmul_flops(backward) == (2 + 3 + 4) * product + row_sums
 
 
 def test_a_decode_step_reads_the_experts_of_its_tokens_and_a_long_batch_reads_all():
@@ -435,7 +451,7 @@ def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_nam
     assert sorted(made) == sorted(named)
 
 
-@pytest.mark.parametrize("recipe", [one_chip, small_pod, dense])
+@pytest.mark.parametrize("recipe", [one_chip, small_pod, dense, paper, paper_4b, paper_8b])
 def test_a_recipe_can_be_planned_and_names_its_launch_line(recipe):
     config = recipe.get_config()
     with config.unlocked():
