@@ -47,6 +47,10 @@ preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/dense.py --topology=v5p:4x4x4 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/paper.py --topology=v6e:8x8 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/paper_4b.py --topology=v5p:2x4x4 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x4x4 $(ARGS)
 
 $(VENV)/.tpu: $(VENV)/.installed
 	$(BIN)/pip install -q -e '.[test,tpu]'

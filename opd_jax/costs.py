@@ -119,14 +119,50 @@ def train_bytes(
       recomputed: scoring runs the student too.
     """
     tensor = mesh_shape["tensor"]
-    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + (3 + recomputed) * student.vocab_size) // tensor
-    scored = forward_bytes(teacher, rows, p + t, tensor)
-    # Forward, again, and a backward of two.
-    learnt = (4 + recomputed) * forward_bytes(student, rows, p + t, tensor)
+    scored = _score_bytes(student, teacher, rows, p, t, tensor, recomputed)
+    learnt = _gradient_bytes(student, rows, p, t, tensor)
     own = student.parameter_count() // (mesh_shape["fsdp"] * tensor)
     accumulated = 8 * own  # float32 gradients, read and written
     update = own * (4 + 2 * 4 + 2 * mu_bytes + 2 * 4)  # gradient, parameters, both moments
-    return pieces * (scored + learnt + logits + accumulated) + update
+    return pieces * (scored + learnt + accumulated) + update
+
+
+def gradient_noise_bytes(
+    student,
+    teacher,
+    rows: int,
+    pieces: int,
+    groups: int,
+    p: int,
+    t: int,
+    mesh_shape,
+    recomputed: bool = False,
+) -> int:
+    """HBM traffic of one device in the score and three gradients of each group.
+
+    Args:
+      rows, pieces, recomputed: of the score, as in `train_bytes`.
+      groups: that the batch is cut into, instead of `pieces`.
+    """
+    tensor = mesh_shape["tensor"]
+    own = student.parameter_count() // (mesh_shape["fsdp"] * tensor)
+    moments = 6 * 4 * own  # float32: the group's gradient, the old mean and the new one, written and read
+    learnt = _gradient_bytes(student, rows * pieces // groups, p, t, tensor)
+    scored = _score_bytes(student, teacher, rows, p, t, tensor, recomputed)
+    return pieces * scored + 3 * groups * (learnt + moments)
+
+
+def _score_bytes(student, teacher, rows: int, p: int, t: int, tensor: int, recomputed: bool) -> int:
+    """Of scoring one micro-batch."""
+    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + recomputed * student.vocab_size) // tensor
+    again = recomputed * forward_bytes(student, rows, p + t, tensor)
+    return forward_bytes(teacher, rows, p + t, tensor) + again + logits
+
+
+def _gradient_bytes(student, rows: int, p: int, t: int, tensor: int) -> int:
+    """Of the gradient of one micro-batch: forward, again, and a backward of two."""
+    logits = LOGIT_BYTES * rows * t * 3 * student.vocab_size // tensor
+    return 4 * forward_bytes(student, rows, p + t, tensor) + logits
 
 
 def divergence_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, tensor: int) -> int:

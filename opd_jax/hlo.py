@@ -302,7 +302,7 @@ def jaxpr_host_calls(jaxpr) -> list[str]:
     })
 
 
-def matmul_flops(jaxpr, unknown_trips: int = 1, experts: int = 0) -> int:
+def matmul_flops(jaxpr, unknown_trips: int = 1, experts: dict | None = None) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
     A grouped product multiplies each row by one group, and a device that holds some of the experts its share
@@ -310,7 +310,8 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts: int = 0) -> int:
 
     Args:
       unknown_trips: rounds of a loop whose limit the program does not show.
-      experts: in a block of the sparse model; 0: every grouped product has all of them.
+      experts: (width, an expert's width) of each sparse model -> experts in a block of it; of the latter a
+        device may hold a part. None: every grouped product has all of them.
     """
     total = 0
     for e, times in _equations(jaxpr, 1, unknown_trips):
@@ -321,8 +322,15 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts: int = 0) -> int:
         elif e.primitive.name == "ragged_dot_general":  # its values' and both its gradients' form
             products = 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
             held = e.invars[2].aval.shape[0]
-            total += products * held // experts if experts else products
+            total += products * held // _experts(e, experts) if experts else products
     return total
+
+
+def _experts(grouped, experts: dict) -> int:
+    """Experts in a block of the model that a grouped product belongs to, known by its rows' two widths."""
+    sides = grouped.invars[0].aval.shape[-1], grouped.outvars[0].aval.shape[-1]
+    orders = (sides, sides[::-1])
+    return next(n for (d, f), n in experts.items() if any(d == a and f % b == 0 for a, b in orders))
 
 
 def _equations(jaxpr, times: int, unknown_trips: int):
@@ -336,8 +344,11 @@ def _equations(jaxpr, times: int, unknown_trips: int):
             inner *= unknown_trips
         elif e.primitive.name == "shard_map":  # its shapes are one device's
             inner *= e.params["mesh"].size
-        elif e.primitive.name == "pallas_call":  # blocks that it skips are counted too
-            inner *= math.prod(e.params["grid_mapping"].grid)
+        elif e.primitive.name == "pallas_call":
+            grid = e.params["grid_mapping"].grid
+            inner *= math.prod(grid)
+            if e.params["name"].startswith("splash"):  # of n x n blocks those above the diagonal are skipped
+                inner = inner * (grid[-1] + 1) // (2 * grid[-1])
         for value in e.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 part = getattr(part, "jaxpr", part)

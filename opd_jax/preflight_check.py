@@ -9,6 +9,7 @@ import time
 import jax
 
 from opd_jax import costs, hlo, programs, topology
+from opd_jax import gradient_noise as noises
 from opd_jax import train_step as steps
 from opd_jax.models import moe
 
@@ -18,7 +19,7 @@ class ProgramReport:
     """One compiled program; bytes and seconds are one device's.
 
     Attributes:
-      name: sample, train_step, evaluation or evaluation_sample.
+      name: sample, train_step, evaluation, evaluation_sample or gradient_noise.
       arguments, temporaries, peak: bytes, as the compiler counts them; peak has the first two in it.
       resident: bytes of the run that lie in memory meanwhile and are not the program's arguments.
       capacity: bytes that a program may use.
@@ -73,7 +74,8 @@ class StepReport:
     """A step on one slice.
 
     Attributes:
-      programs: sample, train_step, evaluation, and evaluation_sample where evaluations sample otherwise.
+      programs: sample, train_step, evaluation, and evaluation_sample where evaluations sample otherwise,
+        gradient_noise where it is measured.
       seconds: predicted time of sample and train_step at full-length responses.
       tokens_a_second: response tokens a second a device, at that time.
       held: what lies in a device's memory between programs, name -> bytes.
@@ -93,12 +95,15 @@ class StepReport:
         return all(program.fits and not program.faults for program in self.programs)
 
 
-def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True) -> StepReport:
-    """Compiles sample, train_step and the evaluation's programs.
+def check(
+    plan: programs.Programs, chip: topology.Chip, *, largest: bool = True, sampled: list | None = None
+) -> StepReport:
+    """Compiles sample, train_step, the evaluation's programs and that of the gradient's noise.
 
     Args:
       chip: what a device of the plan's mesh can do.
       largest: also look for the largest micro-batch, at the price of compiling train_step a few times more.
+      sampled: what `samplers` returned for the same mesh; None compiles them.
     """
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
@@ -106,9 +111,10 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
     pieces = b // c.train.micro_batch
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     held = held_bytes(plan)
+    sample, *others = samplers(plan, chip) if sampled is None else sampled
     evaluated = plan.abstract_state().params, plan.abstract_teacher(), plan.abstract_rollouts()
     reports = [
-        _sample(plan, chip, "sample", by_teacher=plan.teacher_writes, samples=c.rollout.samples_per_prompt),
+        sample,
         train_step(plan, chip),
         _compile(
             plan,
@@ -123,9 +129,10 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
             ),
             beside=held["optimizer state"],
         ),
+        *others,
     ]
-    if (c.eval.every or c.eval.benchmark) and (plan.teacher_writes or c.rollout.samples_per_prompt > 1):
-        reports.append(_sample(plan, chip, "evaluation_sample", by_teacher=False, samples=1))
+    if c.metrics.gradient_noise_every:
+        reports.append(gradient_noise(plan, chip))
     seconds = reports[0].seconds + reports[1].seconds
     report = StepReport(
         programs=reports,
@@ -137,6 +144,19 @@ def check(plan: programs.Programs, chip: topology.Chip, *, largest: bool = True)
     if largest:
         report.largest_micro_batch = _largest(plan, chip, reports[1])
     return report
+
+
+def samplers(plan: programs.Programs, chip: topology.Chip) -> list[ProgramReport]:
+    """The reports of sample and, where evaluations sample otherwise, evaluation_sample.
+
+    They are the same whatever the micro-batch.
+    """
+    c = plan.config
+    samples = c.rollout.samples_per_prompt
+    found = [_sample(plan, chip, "sample", by_teacher=plan.teacher_writes, samples=samples)]
+    if (c.eval.every or c.eval.benchmark) and (plan.teacher_writes or samples > 1):
+        found.append(_sample(plan, chip, "evaluation_sample", by_teacher=False, samples=1))
+    return found
 
 
 def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, samples: int) -> ProgramReport:
@@ -185,14 +205,44 @@ def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
     )
 
 
+def gradient_noise(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
+    """The report of the program that metrics.gradient_noise_every runs beside some training steps."""
+    c, mesh = plan.config, plan.mesh
+    b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    pieces, groups = b // c.train.micro_batch, noises.group_count(c, mesh)
+    rows = c.train.micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+    recomputed = steps.recomputes(c)
+    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
+    state = plan.abstract_state()
+    arguments = [state.params, state.step, plan.abstract_teacher(), plan.abstract_rollouts()]
+    arguments += [plan.abstract_table(), plan.abstract_key()]
+    if c.reward.weight:
+        arguments.append(plan.abstract_reward())
+    return _compile(
+        plan,
+        chip,
+        "gradient_noise",
+        plan.gradient_noise,
+        arguments,
+        rows=rows,
+        flops=flops["score"] + flops["update"] * (3 + recomputed / 3),
+        moved=costs.gradient_noise_bytes(
+            plan.student, plan.teacher, rows, pieces, groups, p, t, mesh.shape, recomputed
+        ),
+        beside=held_bytes(plan)["optimizer state"],
+    )
+
+
 def search(config, devices, chip, planned) -> list:
-    """Compiles train_step over mesh shapes and micro-batches.
+    """Compiles all programs over mesh shapes and micro-batches.
+
+    On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not fit train_step.
 
     Args:
       planned: (config, devices) -> Programs.
 
     Returns:
-      [(mesh sizes, micro-batch, StepReport of all programs)], what works first, fastest first.
+      [(mesh sizes, micro-batch, StepReport)], what works first, fastest first.
     """
     found = []
     count = len(devices)
@@ -200,13 +250,15 @@ def search(config, devices, chip, planned) -> list:
         pieces = count // tensor
         if config.rollout.batch // config.rollout.samples_per_prompt % pieces:
             continue
-        micro_batch = pieces
+        micro_batch, sampled = pieces, None
         while config.rollout.batch % micro_batch == 0 and micro_batch <= config.rollout.batch:
             tried = copy.deepcopy(config)
             with tried.unlocked():
                 tried.mesh.data, tried.mesh.fsdp, tried.mesh.tensor = 1, pieces, tensor
                 tried.train.micro_batch = micro_batch
-            report = check(planned(tried, devices), chip, largest=False)
+            plan = planned(tried, devices)
+            sampled = samplers(plan, chip) if sampled is None else sampled
+            report = check(plan, chip, largest=False, sampled=sampled)
             found.append((dict(tried.mesh), micro_batch, report))
             if not report.programs[1].fits:
                 break
@@ -245,7 +297,7 @@ def _compile(
     started = time.perf_counter()
     traced = fn.trace(*arguments)
     count = mesh.devices.size
-    experts = max(plan.student.experts, plan.teacher.experts)
+    experts = {(m.width, m.ffn): m.experts for m in (plan.student, plan.teacher) if m.experts}
     report = ProgramReport(
         name=name,
         capacity=chip.hbm_bytes,

@@ -286,10 +286,10 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         return jnp.where(mask_BT, x_BT, 0).sum() / tokens
 
     place_BT = jnp.arange(mask_BT.shape[1])[None] * POSITION_BINS // jnp.maximum(length_B, 1)[:, None]
-    bin_BT = jnp.where(mask_BT, place_BT, POSITION_BINS)  # one past the end is dropped
+    bin_BT = jnp.where(mask_BT, place_BT, POSITION_BINS)  # one past the end is in no sum
 
     def by_position(x_BT):
-        return jnp.zeros(POSITION_BINS, jnp.float32).at[bin_BT].add(x_BT, mode="drop")
+        return binned(bin_BT, x_BT)
 
     cut_bin_B = jnp.minimum((kept_share_B * POSITION_BINS).astype(jnp.int32), POSITION_BINS - 1)
     advantage_mean = mean(scores.advantage_BT)
@@ -316,7 +316,14 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         "position_contrast_sum": by_position(scores.contrast_BT),
         "position_advantage_sum": by_position(scores.advantage_BT),
         "position_advantage_sq_sum": by_position(scores.advantage_BT**2),
-        "release_histogram": jnp.zeros(POSITION_BINS, jnp.float32)
-        .at[cut_bin_B]
-        .add(accepted_B.astype(jnp.float32)),
+        "release_histogram": binned(cut_bin_B, accepted_B.astype(jnp.float32)),
     }
+
+
+def binned(bin_, x):
+    """[POSITION_BINS] sums of x over the entries of each bin.
+
+    Masked sums, no scatter: a TPU sorts a scatter's indices first, and takes long to compile it.
+    """
+    bins = jnp.arange(POSITION_BINS).reshape(-1, *(1,) * x.ndim)
+    return jnp.where(bin_[None] == bins, x[None], 0).sum(axis=range(1, x.ndim + 1), dtype=jnp.float32)

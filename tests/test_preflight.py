@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import dense, one_chip, small_pod
+from configs import dense, one_chip, paper, paper_4b, paper_8b, small_pod
 from opd_jax import costs, hlo, preflight, preflight_check, preflight_table, sharding, topology
 from opd_jax.errors import UserError
-from opd_jax.models import presets, source, transformer
+from opd_jax.models import presets, source, splash, transformer
 from tests import tiny
 
 CHIP = topology.CHIPS["v5e"]
@@ -134,16 +134,35 @@ def test_a_sparse_models_flops_are_those_of_the_chosen_experts_forward_and_backw
         assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
 
 
-def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows():
-    rows, length = 8, 6
+def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each_sparse_model():
+    other = SPARSE.replace(experts=4, experts_per_token=1, ffn=64)
 
-    def hidden(params, tokens_BL, mask_BL):
-        return transformer.forward(SPARSE, params, tokens_BL, mask_BL)
+    def hidden(params, others, tokens_BL, mask_BL):
+        of_other = transformer.forward(other, others, tokens_BL, mask_BL)
+        return transformer.forward(SPARSE, params, tokens_BL, mask_BL) + of_other
 
-    arguments = transformer.abstract(SPARSE), *_tokens(rows, length)
+    arguments = *map(transformer.abstract, (SPARSE, other)), *_tokens(8, 6)
     cut = sharding.on(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4}), hidden)
     whole, parts = (jax.make_jaxpr(fn)(*arguments).jaxpr for fn in (hidden, cut))
-    assert hlo.matmul_flops(parts, experts=8) == hlo.matmul_flops(whole, experts=8) == hlo.matmul_flops(whole)
+    experts = {(model.width, model.ffn): model.experts for model in (SPARSE, other)}
+    assert hlo.matmul_flops(whole, 1, experts) == hlo.matmul_flops(whole)
+    assert hlo.matmul_flops(parts, 1, experts) == hlo.matmul_flops(whole)
+
+
+def test_the_splash_kernels_products_are_those_of_the_blocks_it_computes_forward_and_backward():
+    b, length, heads, c, block = 2, 2048, 4, 128, 512
+
+    def attend(q, k, v):
+        return splash.attend(q, k, v, jnp.ones((b, length), bool)).astype(jnp.float32).sum()
+
+    kv_BLKC = jnp.ones((b, length, 2, c), jnp.bfloat16)
+    arguments = jnp.ones((b, length, heads, c), jnp.bfloat16), kv_BLKC, kv_BLKC
+    blocks = sum(range(1, length // block + 1))  # on the diagonal or below
+    product = 2 * b * heads * blocks * block**2 * c
+    assert hlo.matmul_flops(jax.make_jaxpr(attend)(*arguments).jaxpr) == 2 * product
+    backward = jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*arguments).jaxpr
+    row_sums = 2 * b * heads * length * c  # of output x its gradient
+    assert hlo.matmul_flops(backward) == (2 + 3 + 4) * product + row_sums
 
 
 def test_a_decode_step_reads_the_experts_of_its_tokens_and_a_long_batch_reads_all():
@@ -262,6 +281,21 @@ def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_
     assert found["train_step"].bytes - own == 2 * pass_bytes
 
 
+def test_the_program_that_measures_the_gradients_noise_scores_once_and_takes_three_gradients(models):
+    plan = planned(models, devices=8, **{"metrics.gradient_noise_every": 5})
+    found = preflight_check.gradient_noise(plan, CHIP)
+    assert found.fits and not found.faults and found.peak > found.arguments > 0
+    flops = costs.phase_flops(tiny.STUDENT, tiny.TEACHER, 16, 48, 12)
+    assert found.flops == (flops["score"] + 3 * flops["update"]) / 8
+    # A micro-batch and one of two groups are 8 rollouts alike.
+    sizes = tiny.STUDENT, tiny.TEACHER, 1, 2
+    one = costs.train_bytes(*sizes, 48, 12, plan.mesh.shape, 4)
+    passes = 2 * (costs.forward_bytes(tiny.TEACHER, 1, 60, 1) + 12 * 12 * tiny.TEACHER.vocab_size)
+    own = tiny.STUDENT.parameter_count() // 8
+    learnt = one - passes - 2 * 8 * own - own * 28
+    assert found.bytes == passes + 3 * (learnt + 2 * 24 * own)
+
+
 def test_arguments_are_the_bytes_that_are_held(report):
     held = sum(report.held.values())
     assert held < report.programs[1].arguments
@@ -374,6 +408,32 @@ def test_a_device_computes_the_logits_of_its_own_rows_alone(models):
     assert program.vocabulary_arrays(rows, [264, 272], [32, 4]) == []
 
 
+def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ranks_them(models, monkeypatch):
+    sampled = []
+
+    def sample(plan, chip, name, **how):
+        sampled.append(plan.mesh.shape["tensor"])
+        return preflight_check.ProgramReport(name, memory_seconds=plan.mesh.shape["tensor"] / 2)
+
+    def compiled(plan, chip, name, *_, **how):
+        micro_batch, tensor = plan.config.train.micro_batch, plan.mesh.shape["tensor"]
+        seconds = 8 / micro_batch
+        return preflight_check.ProgramReport(
+            name, peak=micro_batch, capacity=4 * tensor, memory_seconds=seconds
+        )
+
+    monkeypatch.setattr(preflight_check, "_sample", sample)
+    monkeypatch.setattr(preflight_check, "_compile", compiled)
+    config = tiny.config(models, **{"rollout.batch": 8})
+    found = preflight_check.search(config, jax.devices()[:2], CHIP, preflight.plan)
+    tried = [(mesh["fsdp"], mesh["tensor"], size, report.ok) for mesh, size, report in found]
+    fitting = [(1, 2, 8, True), (2, 1, 4, True), (1, 2, 4, True), (2, 1, 2, True), (1, 2, 2, True)]
+    assert tried == [*fitting, (1, 2, 1, True), (2, 1, 8, False)]
+    assert sampled == [1, 2], "the sampler is compiled once for a mesh"
+    best = preflight_table.search(found).splitlines()[1]
+    assert best.split()[:4] == ["data=1", "fsdp=1", "tensor=2", "8"] and best.endswith("yes")
+
+
 # ---- Recipes.
 
 
@@ -391,7 +451,7 @@ def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_nam
     assert sorted(made) == sorted(named)
 
 
-@pytest.mark.parametrize("recipe", [one_chip, small_pod, dense])
+@pytest.mark.parametrize("recipe", [one_chip, small_pod, dense, paper, paper_4b, paper_8b])
 def test_a_recipe_can_be_planned_and_names_its_launch_line(recipe):
     config = recipe.get_config()
     with config.unlocked():

@@ -106,9 +106,7 @@ def cast(weight, dtype):
 
 
 def rows(table, ids, dtype):
-    """Rows [..., D] of a [V, D] table at integer ids, in a floating dtype."""
-    if not is_quantised(table):
-        return table[ids].astype(dtype)
+    """Rows [..., D] of a quantised [V, D] table at integer ids, in a floating dtype."""
     return (table.values[ids].astype(jnp.float32) * table.scale[ids]).astype(dtype)
 
 

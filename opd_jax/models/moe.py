@@ -1,8 +1,8 @@
 """The feed-forward of a mixture of experts: each token to its top-k experts, none dropped.
 
-Rows are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so the work is that of the
-experts chosen, on TPU and GPU. XLA's CPU backend has no grouped product and multiplies every row by every
-expert: right, but for small models only.
+Rows are put in their experts' order and multiplied group by group (`jax.lax.ragged_dot`), so the work is
+that of the experts chosen, on TPU and GPU. XLA's CPU backend has no grouped product and multiplies every row
+by every expert: right, but for small models only.
 
 On a mesh each device takes its own rows through its own experts, and one sum over `tensor` puts the parts
 of a token together. Where experts are spread over `fsdp` as well (decoding: few tokens, and no device could
@@ -94,19 +94,40 @@ def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, fir
     """What the experts held here, numbers first to first + E of all, add to each token: [B, L, D]."""
     held, chosen = gate_EDF.shape[0], expert_BLX.shape[-1]
     x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    expert_R = expert_BLX.reshape(-1) - first  # R = tokens x experts a token
-    expert_R = jnp.where((expert_R >= 0) & (expert_R < held), expert_R, held)  # other devices' rows go last
-    order_R = jnp.argsort(expert_R)
-    size_E = jnp.zeros(held, jnp.int32).at[expert_R].add(1, mode="drop")
+    place_R, size_E = _places(expert_BLX.reshape(-1, chosen) - first, held)  # R = tokens x experts a token
+    row_R = jnp.arange(len(place_R), dtype=jnp.int32)
+    # Of the sorted rows: which one of R it is. Past the groups stand rows of experts held elsewhere.
+    order_R = row_R.at[place_R].set(row_R, mode="drop", unique_indices=True)
     # What a grouped product gives past its groups is undefined, in its gradient too.
-    here_R1 = (jnp.arange(len(order_R)) < size_E.sum())[:, None]
+    here_R1 = (row_R < size_E.sum())[:, None]
     in_RD = jnp.where(here_R1, x_MD[order_R // chosen], 0)
-    sorted_R = expert_R[order_R]
+    sorted_R = jnp.maximum(expert_BLX.reshape(-1)[order_R] - first, 0)
     gated_RF = jax.nn.silu(int8.grouped_product(in_RD, gate_EDF, size_E, sorted_R))
     gated_RF = gated_RF * int8.grouped_product(in_RD, up_EDF, size_E, sorted_R)
     out_RD = jnp.where(here_R1, int8.grouped_product(gated_RF, down_EFD, size_E, sorted_R), 0)
-    # Back to the tokens' order: a gather by the inverse permutation, no scatter-add.
-    out_RD = out_RD.at[jnp.argsort(order_R)].get(unique_indices=True)
+    # Back to the tokens' order: a gather, no scatter-add.
+    out_RD = out_RD.at[place_R].get(mode="fill", fill_value=0, unique_indices=True)
     out_MXD = out_RD.reshape(len(x_MD), chosen, -1)
     weight_MX1 = weight_BLX.reshape(len(x_MD), chosen, 1).astype(out_MXD.dtype)
     return (out_MXD * weight_MX1).sum(axis=1).reshape(x_BLD.shape)
+
+
+def _places(expert_MX, held: int):
+    """(place_R, size_E): where each token's row for each of its experts stands once sorted by expert.
+
+    A counting sort: a sort of so many rows would take a compiler for TPU a minute, and a device longer.
+
+    Args:
+      expert_MX: numbers of each token's experts, no two the same; only 0 to held - 1 are held here.
+
+    Returns:
+      Places of experts held elsewhere are distinct and past R. size_E: rows of each expert held here.
+    """
+    here_MX = (expert_MX >= 0) & (expert_MX < held)
+    chosen_ME = (expert_MX[..., None] == jnp.arange(held)[None, None]).any(axis=1).astype(jnp.int32)
+    size_E = chosen_ME.sum(axis=0)
+    first_E = jnp.cumsum(size_E) - size_E
+    place_ME = first_E[None] + jnp.cumsum(chosen_ME, axis=0) - chosen_ME
+    place_MX = jnp.take_along_axis(place_ME, jnp.clip(expert_MX, 0, held - 1), axis=1)
+    row_R = jnp.arange(expert_MX.size, dtype=jnp.int32)
+    return jnp.where(here_MX.reshape(-1), place_MX.reshape(-1), expert_MX.size + row_R), size_E

@@ -129,6 +129,18 @@ def test_a_token_sees_no_later_token():
     assert (jnp.abs(before - after)[0, 5:].max(axis=-1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("at_a_time", [1, 3, 7, 100])
+def test_the_gradient_of_looked_up_rows_is_the_same_however_many_are_summed_at_a_time(at_a_time, monkeypatch):
+    monkeypatch.setattr(transformer, "LOOKED_UP", at_a_time)
+    ids_BL = np.random.default_rng(0).integers(0, 6, (2, 7))
+    grad_BLD = np.random.default_rng(1).normal(size=(2, 7, 4)).astype(np.float32)
+    want_VD = np.zeros((6, 4), np.float32)
+    np.add.at(want_VD, ids_BL, grad_BLD)
+    rows_BLD, pullback = jax.vjp(lambda table: transformer.look_up(table, ids_BL), jnp.eye(6, 4))
+    np.testing.assert_array_equal(rows_BLD, np.eye(6, 4)[ids_BL])
+    np.testing.assert_allclose(pullback(jnp.asarray(grad_BLD))[0], want_VD, rtol=1e-6, atol=1e-6)
+
+
 def test_rematerialisation_changes_neither_values_nor_gradients():
     tokens, mask = random_tokens((2, 6)), jnp.ones((2, 6), bool)
 
