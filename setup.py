@@ -51,7 +51,7 @@ setup(
             "nbclient",
             "nltk",
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.8",
             "ruff",
             "ruptures",
             "scipy",

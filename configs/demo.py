@@ -29,7 +29,7 @@ def get_config():
     c.optimizer.schedule = "linear"
     c.optimizer.eps = 1e-5  # 1e-8 moves a weight as far for a gradient of noise alone
     c.train.steps = 10
-    # Trained with the blocks, the tied head forgets to end: under few rollouts its rare rows see noise alone.
+    # And the head, which is tied to it: a quarter less to keep gradients and moments of.
     c.train.frozen = ("embedding",)
     c.train.remat = "none"
     c.train.micro_batch = 4
