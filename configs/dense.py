@@ -25,7 +25,7 @@ memory, before it generated code):
     all-to-all, GB         0.537 (7169×)   1.74 (24×)      1.21 (16×)
 
 Predicted step: 88 s at full length, 652 response tokens a second a chip. With attention.kernel=plain
-train_step takes 23.1 s, bound by HBM, at a peak of 20.97 GiB, the step 91 s, and micro-batches of up to 128 fit.
+train_step takes 23.1 s, bound by HBM, at a peak of 20.97 GiB, the step 91 s; micro-batches of up to 128 fit.
 """
 
 from configs import default

@@ -6,8 +6,8 @@
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
 Cost: at least 26 chip-hours for 100 steps, by the roofline below. Chunks are long, since every chunk of the
-loss sums the output matrix's gradient over the slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1; read from
-the programs that the compiler had optimised and given their memory, before it generated code):
+loss sums the output matrix's gradient over the slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1; read
+from the programs that the compiler had optimised and given their memory, before it generated code):
 
                             sample           train_step      evaluation
     arguments, GiB          0.40             2.17            1.36
@@ -27,7 +27,7 @@ the programs that the compiler had optimised and given their memory, before it g
     collective-permute, GB  –                257 (105600×)   –
 
 Predicted step: 59 s at full length, 976 response tokens a second a chip. With attention.kernel=plain
-train_step takes 15.7 s, bound by HBM, at a peak of 6.11 GiB, the step 64 s, and micro-batches of up to 64 fit.
+train_step takes 15.7 s, bound by HBM, at a peak of 6.11 GiB, the step 64 s; micro-batches of up to 64 fit.
 """
 
 from configs import default
