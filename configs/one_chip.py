@@ -14,15 +14,15 @@ float32, micro-batches of 2 fill the memory. Preflight's table (jax 0.10.2, libt
     held beside, GiB       6.54            0.00            3.33
     peak of capacity, GiB  13.98 of 15.75  14.58 of 15.75  10.91 of 15.75
     model TFLOPs           40.36           232.6           151.9
-    program TFLOPs         42.77           290.3           159.6
+    program TFLOPs         42.77           277.8           155.7
     HBM traffic, GB        3884            889.2           408
-    compute, s             0.217           1.47            0.81
+    compute, s             0.217           1.41            0.79
     HBM, s                 4.74            1.09            0.498
     links, s               0               0               0
     bound by               HBM             compute         compute
     compile, s             36              54              13
 
-Predicted step: 6.2 s at full length, 3950 response tokens a second; micro-batches of up to 8 fit. With
+Predicted step: 6.2 s at full length, 4000 response tokens a second; micro-batches of up to 8 fit. With
 attention.kernel=plain train_step takes 2.19 s, bound by HBM, at the same peak, and the step 6.9 s.
 """
 

@@ -57,15 +57,18 @@ def make_mesh(sizes, devices=None) -> Mesh:
         )
     types = (jax.sharding.AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if slices == 1:  # an axis may take a part of a side of the slice: tensor=2 of 8 x 8 chips
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(
             f"mesh.data={shape[0]} does not fit {slices} slices, over which it runs; "
             f"use a multiple of {slices}"
         )
     inside = (shape[0] // slices, *shape[1:])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=types)
 
 

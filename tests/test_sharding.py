@@ -171,6 +171,20 @@ def test_of_several_slices_only_the_data_axis_leaves_one():
     assert slice_of.reshape(4, -1).tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
 
 
+def test_an_axis_may_take_a_part_of_a_side_of_the_slice():
+    @dataclasses.dataclass(frozen=True)
+    class Placed(Chip):
+        coords: tuple[int, int, int] = (0, 0, 0)
+        core_on_chip: int = 0
+
+    kind = {"platform": "tpu", "device_kind": "TPU v6 lite"}
+    chips = [Placed(n, n // 4, coords=(n % 8, n // 8, 0), **kind) for n in range(64)]
+    mesh = sharding.make_mesh(sizes(1, -1, 2), chips)
+    assert mesh.devices.shape == (1, 32, 2)
+    for one, other in mesh.devices[0]:
+        assert np.abs(np.subtract(one.coords, other.coords)).sum() == 1, "partners are neighbours"
+
+
 def test_slices_over_which_the_data_axis_does_not_go_evenly_are_refused():
     chips = [Chip(n, n // 2, slice_index=n // 4) for n in range(8)]
     with pytest.raises(UserError, match="mesh.data=1 does not fit 2 slices.*multiple of 2"):
