@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers as hf_tokenizers
-from absl import app, flags
+from absl import flags
+
+from opd_jax import config
+from opd_jax.errors import UserError
 
 LEAST, MOST = 4, 7  # numbers to sort
 CHAT_TEMPLATE = (
@@ -27,9 +30,17 @@ SIZES = {"teacher": (3, 96), "student": (2, 64)}
 
 
 def problems(count: int, seed: int) -> list[tuple[list[str], bool]]:
-    """`count` distinct (numbers, whether upwards) of reasoning-gym's number_sorting."""
-    import reasoning_gym
+    """`count` distinct (numbers, whether upwards) of reasoning-gym's number_sorting.
 
+    Raises:
+      UserError: reasoning-gym is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            "the sorting problems need the package reasoning-gym; pip install reasoning-gym"
+        ) from error
     dataset = reasoning_gym.create_dataset(
         "number_sorting",
         size=count + count // 10,
@@ -111,7 +122,7 @@ def write_models(out: Path) -> None:
     for name, (layers, width) in SIZES.items():
         folder = out / "shapes" / name
         tokenizer.save_pretrained(folder)
-        config = {
+        shape = {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -131,7 +142,7 @@ def write_models(out: Path) -> None:
             "pad_token_id": tokenizer.pad_token_id,
             "torch_dtype": "float32",
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
 def write_problems(out: Path) -> None:
@@ -154,11 +165,14 @@ def write_problems(out: Path) -> None:
 
 def main(_):
     out = Path(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_models(out)
-    write_problems(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_models(out)
+        write_problems(out)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another folder") from error
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/sorting", "Folder for the files.")
-    app.run(main)
+    config.run(main)
