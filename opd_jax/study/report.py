@@ -30,8 +30,15 @@ QUESTION = re.compile(r"Sort [\d ]+ (?:upwards|downwards)\.")
 SEED = re.compile(r"seed-\d+")
 OFFSETS = range(-4, 5)
 GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
-# Task -> the column that its tables and plots are of, and its name.
-SHOWN = {"sorting": ("accuracy", "accuracy"), "pair": ("kl", "held-out KL, nats/token")}
+KL = {"kl": "held-out KL, nats/token"}
+# Task -> the columns that its tables are of, and their names; the first is drawn.
+SHOWN = {"sorting": {"accuracy": "accuracy"} | KL, "pair": KL}
+EXCHANGES = 200
+# The reference and the paper's rule stand out; the other arms take matplotlib's colours.
+LOOKS = {
+    "full": {"color": "black", "linewidth": 1.8, "zorder": 3},
+    "release": {"color": "#D55E00", "linewidth": 1.8, "marker": "s", "markersize": 4, "zorder": 3},
+}
 
 
 def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[str, Any]]:
@@ -171,9 +178,10 @@ def curves(figure, rows, quantity: str, label: str) -> None:
         steps = sorted({row["step"] for row in rows if row["arm"] == arm})
         points = [[r for r in rows if r["arm"] == arm and r["step"] == step] for step in steps]
         means = [np.mean([row[quantity] for row in point]) for point in points]
+        look = {"marker": ".", "linewidth": 1.1} | LOOKS.get(arm, {})
         tokens = [np.mean([row["supervised_tokens"] for row in point]) / 1000 for point in points]
-        left.plot(steps, means, marker=".", label=arm)
-        right.plot(tokens, means, marker=".")
+        left.plot(steps, means, label=arm, **look)
+        right.plot(tokens, means, **look)
     left.set(xlabel="step", ylabel=label)
     right.set(xlabel="supervised tokens, thousands")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -190,12 +198,16 @@ def _margin_figure(figure, found) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _release_figure(figure, rows) -> None:
+def _release_figure(figure, released) -> None:
     axes = figure.subplots()
-    both = [row for row in rows if row["accepted"] and row["first_error"] is not None]
-    distance = [row["kept"] - row["first_error"] for row in both]
-    axes.hist(distance, bins=np.arange(-10.5, 11.5), edgecolor="white")
+    distance = np.array([row["kept"] - row["first_error"] for row in released])
+    chance = _exchanged(released)
+    edges = np.arange(min(distance.min(), chance.min()) - 0.5, max(distance.max(), chance.max()) + 1)
+    axes.hist(distance, bins=edges, edgecolor="white", label="as released")
+    share = np.histogram(chance, edges)[0] / EXCHANGES
+    axes.stairs(share, edges, color="black", linewidth=1.4, label="release points exchanged")
     axes.set(xlabel="first released sentence less first wrong one", ylabel="responses")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def read_sweep(task: str, folder: Path) -> list[dict[str, Any]]:
@@ -244,15 +256,17 @@ def main(_):
     logged = read_rollouts(sweeps["sorting"]) if "sorting" in sweeps else []
     out.mkdir(parents=True, exist_ok=True)
     for task, rows in evaluated.items():
-        quantity, label = SHOWN[task]
-        print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
+        for quantity, label in SHOWN[task].items():
+            print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
+        quantity, label = next(iter(SHOWN[task].items()))
         fill = functools.partial(curves, rows=rows, quantity=quantity, label=label)
         draw(out, f"{task}_curves", (8, 3.6), fill)
         _write_csv(out / f"{task}_runs.csv", rows)
     if logged:
         found = margins_around_errors(logged)
         draw(out, "sorting_margin", (5, 3.2), lambda figure: _margin_figure(figure, found))
-        draw(out, "sorting_release", (5, 3.2), lambda figure: _release_figure(figure, logged))
+        if released := [row for row in logged if row["accepted"] and row["first_error"] is not None]:
+            draw(out, "sorting_release", (5, 3.2), lambda figure: _release_figure(figure, released))
         flat = [row | {"margins": " ".join(f"{m:.3f}" for m in row["margins"])} for row in logged]
         _write_csv(out / "sorting_rollouts.csv", flat)
         print(f"\nmargins around the first error\n{_margin_table(found)}\n\n{_release_summary(logged)}")
@@ -274,7 +288,7 @@ def _release_summary(rows) -> str:
         if part:
             share = np.mean([row["accepted"] for row in part])
             parts.append(f"released {name}: {share:.0%}")
-    if both:
+    if released:
         parts.append(
             f"first released less first wrong sentence: median {np.median(both):+.0f}, "
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
@@ -294,18 +308,23 @@ def _text(response: str) -> str:
 
 
 def _by_chance(rows) -> tuple[float, float]:
-    """(share of releases at the first error, mean distance) with release points permuted, fixed seed.
+    """(share of releases at the first error, mean distance) of `_exchanged`."""
+    distance = np.abs(_exchanged(rows))
+    return float(np.mean(distance == 0)), float(np.mean(distance))
+
+
+def _exchanged(rows) -> np.ndarray:
+    """First released less first wrong sentence, EXCHANGES x rows, with release points permuted, fixed seed.
 
     Release points move between responses of as many sentences only.
     """
     rng = np.random.default_rng(0)
-    total = []
+    found = []
     for sentences in {row["sentences"] for row in rows}:
         same = [row for row in rows if row["sentences"] == sentences]
         kept, error = (np.array([row[key] for row in same]) for key in ("kept", "first_error"))
-        total += [np.abs(rng.permutation(kept) - error) for _ in range(200)]
-    distance = np.concatenate(total)
-    return float(np.mean(distance == 0)), float(np.mean(distance))
+        found += [rng.permutation(kept) - error for _ in range(EXCHANGES)]
+    return np.concatenate(found)
 
 
 def _interval(values) -> tuple[float, float]:
