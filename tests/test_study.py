@@ -2,11 +2,20 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from opd_jax.errors import UserError
 from opd_jax.models import source
-from opd_jax.study import report, sorting
+from opd_jax.study import prune, report, sorting
+
+TEACHER = Path(__file__).parents[1] / "configs" / "study" / "models" / "teacher"
 
 
 def test_a_solution_takes_one_number_a_sentence_and_ends_in_the_order():
@@ -43,16 +52,31 @@ def test_the_first_error_is_the_first_sentence_that_differs_is_missing_or_too_mu
     assert sorting.first_error(response, "A b 1. C 2. D 3.") == number
 
 
-def test_every_number_is_one_token_and_both_models_share_the_tokenizer(tmp_path):
-    sorting.write_models(tmp_path)
+def test_every_number_is_one_token_and_the_model_is_small(tmp_path):
+    sorting.write_shape(tmp_path / "shape")
     tokenizer = sorting.make_tokenizer()
     for number in range(10, 100):
         assert len(tokenizer.encode(f" {number}")) == 1
-    texts = [(tmp_path / "shapes" / name / "tokenizer.json").read_text() for name in sorting.SIZES]
-    assert texts[0] == texts[1]
-    folders = {name: f"random:{tmp_path / 'shapes' / name}" for name in sorting.SIZES}
-    sizes = {name: source.config(folder).parameter_count() for name, folder in folders.items()}
-    assert 2 * sizes["student"] < sizes["teacher"] < 3_000_000  # 12 MB in float32
+    assert (tmp_path / "shape" / "tokenizer.json").read_bytes() == (TEACHER / "tokenizer.json").read_bytes()
+    shape, teacher = source.config(f"random:{tmp_path / 'shape'}"), source.config(str(TEACHER))
+    assert shape.replace(eos_ids=teacher.eos_ids) == teacher
+    assert shape.parameter_count() < 3_000_000  # 12 MB in float32
+
+
+def test_the_studys_student_is_its_teacher_pruned_as_the_model_card_says(tmp_path):
+    card = (TEACHER.parent / "README.md").read_text()
+    share = float(re.search(r"opd_jax.study.prune --model=models/teacher --share=(0\.\d+) ", card)[1])
+    prune.prune(TEACHER, share, tmp_path / "student")
+    student = TEACHER.parent / "student"
+    assert {path.name for path in student.iterdir()} == {path.name for path in TEACHER.iterdir()}
+    for path in student.iterdir():
+        assert path.read_bytes() == (tmp_path / "student" / path.name).read_bytes()
+
+
+def test_pruning_sets_the_least_entries_of_a_matrix_to_zero_and_leaves_vectors():
+    weight = np.array([[-4.0, 1.0], [0.5, -2.0], [3.0, 0.25]], np.float32)
+    assert prune.pruned(weight, 0.5).tolist() == [[-4.0, 0.0], [0.0, -2.0], [3.0, 0.0]]
+    assert prune.pruned(weight[0], 0.5).tolist() == [-4.0, 1.0]
 
 
 def test_problems_to_learn_from_and_to_distil_on_differ(tmp_path):
@@ -110,3 +134,71 @@ def test_chance_exchanges_release_points_between_responses_of_equal_length():
     pair = [{"sentences": 6, "kept": k, "first_error": k} for k in (1, 5)]
     at, distance = report._by_chance(pair)
     assert 0.4 < at < 0.6 and math.isclose(distance, 4 * (1 - at))
+
+
+def write_run(workdir, steps=2, **files):
+    """A sorting run whose evaluations at steps 0 and `steps` hold one right response."""
+    workdir.mkdir(parents=True)
+    numbers = ["42", "17"]
+    text = sorting.question(numbers, True)
+    evals = [
+        {"kind": "eval", "step": step, "kl": 0.5, "response_length": 9.0, "finished_share": 1.0}
+        for step in (0, steps)
+    ]
+    train = {"kind": "train", "supervised_tokens": 9, "response_tokens": 9, "accepted_share": 0.0}
+    lines = [evals[0], *(train | {"step": step} for step in range(1, steps + 1)), evals[1]]
+    answer = {"text": text, "response": sorting.solution(numbers, True) + "<|end|>"}
+    files |= {"metrics": lines, "evaluations": [answer | {"step": step} for step in (0, steps)]}
+    for name, rows in files.items():
+        (workdir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_sweep_is_read_arm_by_arm_with_the_accuracy_of_each_evaluation(tmp_path):
+    for seed in (10, 9):
+        write_run(tmp_path / "full" / f"seed-{seed}")
+    found = report.read_sweep("sorting", tmp_path)
+    assert [(row["seed"], row["step"], row["accuracy"]) for row in found] == [
+        (9, 0, 1.0),
+        (9, 2, 1.0),
+        (10, 0, 1.0),
+        (10, 2, 1.0),
+    ]
+
+
+def test_sweeps_that_cannot_be_reported_are_refused_in_one_line_that_names_them(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(UserError, match=rf"^--pair={missing} holds no run .* by --pair=$"):
+        report.read_sweep("pair", missing)
+    (tmp_path / "full" / "seed-0").mkdir(parents=True)
+    with pytest.raises(UserError, match="no metrics.jsonl"):
+        report.read_sweep("sorting", tmp_path)
+    write_run(tmp_path / "short" / "full" / "seed-0", steps=3)
+    write_run(tmp_path / "short" / "release" / "seed-0", steps=2)
+    with pytest.raises(UserError, match=r"short: release/seed-0 did not come as far as step 3;"):
+        report.read_sweep("sorting", tmp_path / "short")
+    with pytest.raises(UserError, match=r"no rollouts.jsonl in release/seed-N"):
+        report.read_rollouts(tmp_path / "short")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (report, ["--sorting=nowhere"], "--sorting=nowhere holds no run"),
+        (report, ["--sorting=", "--pair="], "--sorting= and --pair= leave nothing to report"),
+        (sorting, ["--out=taken/more"], "--out=taken/more cannot be written"),
+        (prune, ["--model=nowhere", "--share=0.5", "--out=new"], "--model=nowhere: no model.safetensors"),
+        (prune, ["--model=nowhere", "--share=1.5", "--out=new"], "--share=1.5: give the share"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path, command, arguments, message):
+    (tmp_path / "taken").write_text("a file")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", command.__name__, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from configs import default
 def get_config():
     """From random weights to a teacher, some minutes on two cores."""
     c = default.get_config()
-    c.student.path = "random:runs/sorting/shapes/teacher"
+    c.student.path = "random:runs/sorting/shape"
     c.data.source = "jsonl"
     c.data.path = "runs/sorting/worked.jsonl"
     c.data.prompt_tokens = 16

@@ -2,8 +2,9 @@
 
     python -m opd_jax.study.report --sorting=runs/study/sorting --pair=runs/study/pair --out=docs/study
 
-Writes OUT/runs.csv (every evaluation of every run), OUT/rollouts.csv (every logged rollout of the sorting
-task's `release` arm), OUT/*.svg, and prints the tables.
+Writes OUT/sorting_runs.csv and OUT/pair_runs.csv (every evaluation of every run), OUT/sorting_rollouts.csv
+(every logged rollout of the sorting task's `release` arm), OUT/*.svg, and prints the tables. --sorting= or
+--pair= with nothing after it leaves that task out, and its files as they are.
 """
 
 import csv
@@ -15,29 +16,38 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
+from opd_jax import config
 from opd_jax.compare import read_lines
+from opd_jax.errors import UserError
 from opd_jax.estimates import seed_interval
+from opd_jax.run_record import read_run
 from opd_jax.study import sorting
 
 QUESTION = re.compile(r"Sort [\d ]+ (?:upwards|downwards)\.")
+SEED = re.compile(r"seed-\d+")
 OFFSETS = range(-4, 5)
 GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
-# Task -> the column that its tables and plots are of, and its name.
-SHOWN = {"sorting": ("accuracy", "accuracy"), "pair": ("kl", "held-out KL, nats/token")}
+KL = {"kl": "held-out KL, nats/token"}
+# Task -> the columns that its tables are of, and their names; the first is drawn.
+SHOWN = {"sorting": {"accuracy": "accuracy"} | KL, "pair": KL}
+EXCHANGES = 200
+# The reference and the paper's rule stand out; the other arms take matplotlib's colours.
+LOOKS = {
+    "full": {"color": "black", "linewidth": 1.8, "zorder": 3},
+    "release": {"color": "#D55E00", "linewidth": 1.8, "marker": "s", "markersize": 4, "zorder": 3},
+}
 
 
 def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[str, Any]]:
     """One row an evaluation of one run: KL, lengths, supervised tokens so far, and accuracy if graded."""
-    lines = read_lines(workdir / "metrics.jsonl")
+    run = read_run(workdir)
     answers = read_lines(workdir / "evaluations.jsonl") if graded else []
     rows = []
-    for line in lines:
-        if line["kind"] != "eval":
-            continue
-        trained = [other for other in lines if other["kind"] == "train" and other["step"] <= line["step"]]
+    for line in run.evals:
+        trained = [other for other in run.train if other["step"] <= line["step"]]
         row = {
             "arm": arm,
             "seed": seed,
@@ -63,7 +73,7 @@ def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[s
 def rollouts(workdir: Path, seed: int) -> list[dict[str, Any]]:
     """One row a logged rollout: sentences, kept ones, first wrong one, and each sentence's margin."""
     rows = []
-    for record in read_lines(workdir / "rollouts.jsonl"):
+    for record in read_run(workdir).rollouts:
         right = sorting.solution_of(QUESTION.search(record["prompt"])[0])
         text = _text("".join(sentence["text"] for sentence in record["sentences"]))
         rows.append(
@@ -168,9 +178,10 @@ def curves(figure, rows, quantity: str, label: str) -> None:
         steps = sorted({row["step"] for row in rows if row["arm"] == arm})
         points = [[r for r in rows if r["arm"] == arm and r["step"] == step] for step in steps]
         means = [np.mean([row[quantity] for row in point]) for point in points]
+        look = {"marker": ".", "linewidth": 1.1} | LOOKS.get(arm, {})
         tokens = [np.mean([row["supervised_tokens"] for row in point]) / 1000 for point in points]
-        left.plot(steps, means, marker=".", label=arm)
-        right.plot(tokens, means, marker=".")
+        left.plot(steps, means, label=arm, **look)
+        right.plot(tokens, means, **look)
     left.set(xlabel="step", ylabel=label)
     right.set(xlabel="supervised tokens, thousands")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -187,48 +198,78 @@ def _margin_figure(figure, found) -> None:
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _release_figure(figure, rows) -> None:
+def _release_figure(figure, released) -> None:
     axes = figure.subplots()
-    both = [row for row in rows if row["accepted"] and row["first_error"] is not None]
-    distance = [row["kept"] - row["first_error"] for row in both]
-    axes.hist(distance, bins=np.arange(-10.5, 11.5), edgecolor="white")
+    distance = np.array([row["kept"] - row["first_error"] for row in released])
+    chance = _exchanged(released)
+    edges = np.arange(min(distance.min(), chance.min()) - 0.5, max(distance.max(), chance.max()) + 1)
+    axes.hist(distance, bins=edges, edgecolor="white", label="as released")
+    share = np.histogram(chance, edges)[0] / EXCHANGES
+    axes.stairs(share, edges, color="black", linewidth=1.4, label="release points exchanged")
     axes.set(xlabel="first released sentence less first wrong one", ylabel="responses")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+
+def read_sweep(task: str, folder: Path) -> list[dict[str, Any]]:
+    """`evaluations` of every run of a sweep, arm by arm.
+
+    Raises:
+      UserError: the folder holds no run, or one that has no step yet or did not come as far as the others.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in _arms(folder):
+        for path in _seeds(folder / arm):
+            found[f"{arm}/{path.name}"] = evaluations(path, arm, _number(path), task == "sorting")
+    if not found:
+        raise UserError(
+            f"--{task}={folder} holds no run of a sweep (ARM/seed-N); run configs/study/{task}.py there, or "
+            f"leave the task out by --{task}="
+        )
+    ends = {run: rows[-1]["step"] if rows else -1 for run, rows in found.items()}
+    short = [run for run, step in ends.items() if step < max(0, *ends.values())]
+    if short:
+        raise UserError(
+            f"--{task}={folder}: {', '.join(short)} did not come as far as step {max(ends.values())}; start "
+            "the sweep again, it goes on where it stopped"
+        )
+    return [{"task": task} | row for rows in found.values() for row in rows]
+
+
+def read_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """`rollouts` of all seeds of the sorting sweep's `release` arm.
+
+    Raises:
+      UserError: there are none.
+    """
+    rows = [row for path in _seeds(folder / "release") for row in rollouts(path, _number(path))]
+    if not rows:
+        raise UserError(f"--sorting={folder}: no rollouts.jsonl in release/seed-N; run the arm release too")
+    return rows
 
 
 def main(_):
     out = Path(flags.FLAGS.out)
+    sweeps = {task: Path(flags.FLAGS[task].value) for task in SHOWN if flags.FLAGS[task].value}
+    if not sweeps:
+        raise UserError("--sorting= and --pair= leave nothing to report; give at least one sweep's folder")
+    evaluated = {task: read_sweep(task, folder) for task, folder in sweeps.items()}
+    logged = read_rollouts(sweeps["sorting"]) if "sorting" in sweeps else []
     out.mkdir(parents=True, exist_ok=True)
-    everything = []
-    for task, (quantity, label) in SHOWN.items():
-        folder = Path(flags.FLAGS[task].value)
-        arms = _arms(folder)
-        if not arms:
-            print(f"\n{task}: no runs in {folder}")
-            continue
-        rows = [
-            {"task": task} | row
-            for arm in arms
-            for path in sorted((folder / arm).glob("seed-*"), key=_number)
-            for row in evaluations(path, arm, _number(path), task == "sorting")
-        ]
-        everything += rows
-        print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
+    for task, rows in evaluated.items():
+        for quantity, label in SHOWN[task].items():
+            print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
+        quantity, label = next(iter(SHOWN[task].items()))
         fill = functools.partial(curves, rows=rows, quantity=quantity, label=label)
         draw(out, f"{task}_curves", (8, 3.6), fill)
-    columns = list(dict.fromkeys(key for row in everything for key in row))
-    _write_csv(out / "runs.csv", columns, everything)
-
-    logged = [
-        row
-        for path in sorted((Path(flags.FLAGS.sorting) / "release").glob("seed-*"), key=_number)
-        for row in rollouts(path, _number(path))
-    ]
-    found = margins_around_errors(logged)
-    draw(out, "sorting_margin", (5, 3.2), lambda figure: _margin_figure(figure, found))
-    draw(out, "sorting_release", (5, 3.2), lambda figure: _release_figure(figure, logged))
-    flat = [row | {"margins": " ".join(f"{m:.3f}" for m in row["margins"])} for row in logged]
-    _write_csv(out / "rollouts.csv", list(flat[0]), flat)
-    print(f"\nmargins around the first error\n{_margin_table(found)}\n\n{_release_summary(logged)}")
+        _write_csv(out / f"{task}_runs.csv", rows)
+    if logged:
+        found = margins_around_errors(logged)
+        draw(out, "sorting_margin", (5, 3.2), lambda figure: _margin_figure(figure, found))
+        if released := [row for row in logged if row["accepted"] and row["first_error"] is not None]:
+            draw(out, "sorting_release", (5, 3.2), lambda figure: _release_figure(figure, released))
+        flat = [row | {"margins": " ".join(f"{m:.3f}" for m in row["margins"])} for row in logged]
+        _write_csv(out / "sorting_rollouts.csv", flat)
+        print(f"\nmargins around the first error\n{_margin_table(found)}\n\n{_release_summary(logged)}")
 
 
 def _margin_table(found) -> str:
@@ -247,7 +288,7 @@ def _release_summary(rows) -> str:
         if part:
             share = np.mean([row["accepted"] for row in part])
             parts.append(f"released {name}: {share:.0%}")
-    if both:
+    if released:
         parts.append(
             f"first released less first wrong sentence: median {np.median(both):+.0f}, "
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
@@ -267,18 +308,23 @@ def _text(response: str) -> str:
 
 
 def _by_chance(rows) -> tuple[float, float]:
-    """(share of releases at the first error, mean distance) with release points permuted, fixed seed.
+    """(share of releases at the first error, mean distance) of `_exchanged`."""
+    distance = np.abs(_exchanged(rows))
+    return float(np.mean(distance == 0)), float(np.mean(distance))
+
+
+def _exchanged(rows) -> np.ndarray:
+    """First released less first wrong sentence, EXCHANGES x rows, with release points permuted, fixed seed.
 
     Release points move between responses of as many sentences only.
     """
     rng = np.random.default_rng(0)
-    total = []
+    found = []
     for sentences in {row["sentences"] for row in rows}:
         same = [row for row in rows if row["sentences"] == sentences]
         kept, error = (np.array([row[key] for row in same]) for key in ("kept", "first_error"))
-        total += [np.abs(rng.permutation(kept) - error) for _ in range(200)]
-    distance = np.concatenate(total)
-    return float(np.mean(distance == 0)), float(np.mean(distance))
+        found += [rng.permutation(kept) - error for _ in range(EXCHANGES)]
+    return np.concatenate(found)
 
 
 def _interval(values) -> tuple[float, float]:
@@ -299,13 +345,18 @@ def _arms(folder: Path) -> list[str]:
         return [row["arm"] for row in csv.DictReader(file) if row["arm"] in there]
 
 
+def _seeds(folder: Path) -> list[Path]:
+    """The workdirs of an arm, in the order of their seeds."""
+    return sorted((path for path in folder.glob("seed-*") if SEED.fullmatch(path.name)), key=_number)
+
+
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("seed-"))
 
 
-def _write_csv(path: Path, columns, rows) -> None:
+def _write_csv(path: Path, rows) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
@@ -314,4 +365,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("sorting", "runs/study/sorting", "The sweep of configs/study/sorting.py.")
     flags.DEFINE_string("pair", "runs/study/pair", "The sweep of configs/study/pair.py.")
     flags.DEFINE_string("out", "docs/study", "Where the CSV files and plots go.")
-    app.run(main)
+    config.run(main)

@@ -2,9 +2,9 @@
 
     python -m opd_jax.study.sorting --out=runs/sorting
 
-writes the problems (reasoning-gym's number_sorting), worked in sentences, and two model folders without
-weights. A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The smallest of 42 93
-is 42. The smallest of 93 is 93. So the order is 17 42 93."
+writes the problems (reasoning-gym's number_sorting), worked in sentences, and OUT/shape, the teacher's model
+folder without weights. A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The
+smallest of 42 93 is 42. The smallest of 93 is 93. So the order is 17 42 93."
 """
 
 import json
@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers as hf_tokenizers
-from absl import app, flags
+from absl import flags
+
+from opd_jax import config
+from opd_jax.errors import UserError
 
 LEAST, MOST = 4, 7  # numbers to sort
 CHAT_TEMPLATE = (
@@ -22,14 +25,21 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ("<|pad|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-# Blocks and width of the two models; both see the same problems, the student fewer times.
-SIZES = {"teacher": (3, 96), "student": (2, 64)}
+LAYERS, WIDTH = 3, 96
 
 
 def problems(count: int, seed: int) -> list[tuple[list[str], bool]]:
-    """`count` distinct (numbers, whether upwards) of reasoning-gym's number_sorting."""
-    import reasoning_gym
+    """`count` distinct (numbers, whether upwards) of reasoning-gym's number_sorting.
 
+    Raises:
+      UserError: reasoning-gym is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            "the sorting problems need the package reasoning-gym; pip install reasoning-gym"
+        ) from error
     dataset = reasoning_gym.create_dataset(
         "number_sorting",
         size=count + count // 10,
@@ -105,33 +115,31 @@ def make_tokenizer():
     )
 
 
-def write_models(out: Path) -> None:
-    """Writes OUT/shapes/teacher and OUT/shapes/student: config and tokenizer of Qwen3 models, no weights."""
+def write_shape(folder: Path) -> None:
+    """Writes a folder with config and tokenizer of a Qwen3 model, no weights."""
     tokenizer = make_tokenizer()
-    for name, (layers, width) in SIZES.items():
-        folder = out / "shapes" / name
-        tokenizer.save_pretrained(folder)
-        config = {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "vocab_size": -(-len(tokenizer) // 64) * 64,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": width // 16,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "intermediate_size": 3 * width,
-            "hidden_act": "silu",
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "torch_dtype": "float32",
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    shape = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": WIDTH // 16,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 3 * WIDTH,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
 
 
 def write_problems(out: Path) -> None:
@@ -154,11 +162,14 @@ def write_problems(out: Path) -> None:
 
 def main(_):
     out = Path(flags.FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_models(out)
-    write_problems(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_shape(out / "shape")
+        write_problems(out)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another folder") from error
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/sorting", "Folder for the files.")
-    app.run(main)
+    config.run(main)
