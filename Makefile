@@ -42,7 +42,7 @@ smollm2: $(VENV)/.installed
 	test -d runs/smollm2/healed || $(BIN)/python -m opd_jax.export --workdir=runs/smollm2/reverse_kl/seed-0 \
 	  --out=runs/smollm2/healed
 
-# Compiles every recipe for its slice; no TPU is needed, but minutes each, one after another.
+# Compiles every recipe for its slice; no TPU is needed, but minutes for one chip and long for the paper's.
 preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 $(ARGS)

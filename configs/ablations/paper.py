@@ -17,10 +17,11 @@ The step-0 lines of metrics.jsonl are the column "base"; the teacher's is `pytho
     4B        32.5   51.6   53.9
     8B        33.8   54.7   55.2      teacher 62.2
 
-Not run by us. Its learning rate, instruction and responses a problem are not known to us: here the rate is
-the default, the instruction that of the benchmarks, and 8 responses are averaged. Students answer without
-thinking; should their template then write what the teacher's does not, the run says so and stops: put the
-student's chat_template into the teacher's folder. For a dense teacher give --config.teacher.path.
+Not run by us, and not compiled at these sizes: configs/paper.py and its like are, with an int8 cache and
+teacher. Its learning rate, instruction and responses a problem are not known to us: here the rate is the
+default, the instruction that of the benchmarks, and 8 responses are averaged. Students answer without
+thinking; should their template then write what the teacher's does not, the run says so and stops: put
+the student's chat_template into the teacher's folder. For a dense teacher give --config.teacher.path.
 """
 
 from pathlib import PurePath

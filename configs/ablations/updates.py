@@ -15,5 +15,6 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """Powers of two, with the release rule."""
-    return grid({"train.updates_per_rollout": (1, 2, 4)}, {"release.rule": "paper"})
+    """Powers of two, with the release rule and the objective that reads the ratio."""
+    fixed = {"release.rule": "paper", "objective.name": "policy_gradient"}
+    return grid({"train.updates_per_rollout": (1, 2, 4)}, fixed)
