@@ -302,7 +302,7 @@ def jaxpr_host_calls(jaxpr) -> list[str]:
     })
 
 
-def matmul_flops(jaxpr, unknown_trips: int = 1, experts: dict | None = None) -> int:
+def matmul_flops(jaxpr, unknown_trips: int = 1, experts=(), tensor: int = 1) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
     A grouped product multiplies each row by one group, and a device that holds some of the experts its share
@@ -310,8 +310,12 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts: dict | None = None) -> 
 
     Args:
       unknown_trips: rounds of a loop whose limit the program does not show.
-      experts: (width, an expert's width) of each sparse model -> experts in a block of it; of the latter a
-        device may hold a part. None: every grouped product has all of them.
+      experts: (width, an expert's width, experts in a block) of each sparse model. None given: every grouped
+        product has all experts.
+      tensor: parts that an expert's width may be cut into, where the experts themselves are not.
+
+    Raises:
+      ValueError: a grouped product is of no such model.
     """
     total = 0
     for e, times in _equations(jaxpr, 1, unknown_trips):
@@ -322,15 +326,26 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts: dict | None = None) -> 
         elif e.primitive.name == "ragged_dot_general":  # its values' and both its gradients' form
             products = 2 * times * math.prod(e.invars[0].aval.shape) * e.outvars[0].aval.shape[-1]
             held = e.invars[2].aval.shape[0]
-            total += products * held // _experts(e, experts) if experts else products
+            total += products * held // _experts(e, experts, tensor) if experts else products
     return total
 
 
-def _experts(grouped, experts: dict) -> int:
-    """Experts in a block of the model that a grouped product belongs to, known by its rows' two widths."""
+def _experts(grouped, experts, tensor: int) -> int:
+    """Experts in a block of the model that a grouped product belongs to, known by its rows' two widths.
+
+    A model whose experts are whole in width is preferred. Of several that are, that of whose experts the
+    product has one part of `tensor`.
+    """
     sides = grouped.invars[0].aval.shape[-1], grouped.outvars[0].aval.shape[-1]
-    orders = (sides, sides[::-1])
-    return next(n for (d, f), n in experts.items() if any(d == a and f % b == 0 for a, b in orders))
+    held = grouped.invars[2].aval.shape[0]
+    found = []
+    for width, ffn, count in experts:
+        for cut in (1, tensor):
+            if sides in ((width, ffn / cut), (ffn / cut, width)):
+                found.append((cut > 1, count * cut != held * tensor, count))
+    if not found:
+        raise ValueError(f"a grouped product of widths {sides[0]} and {sides[1]} is of no sparse model")
+    return min(found)[-1]
 
 
 def _equations(jaxpr, times: int, unknown_trips: int):

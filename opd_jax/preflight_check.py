@@ -180,6 +180,7 @@ def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, sampl
         moved=costs.sample_bytes(writer, rows, p, t, tensor, stages, samples, int8, spread),
         beside=held["optimizer state"] + held[f"{'student' if by_teacher else 'teacher'} parameters"],
         loop=t // stages,
+        models=(writer,),
     )
 
 
@@ -283,7 +284,7 @@ def device_bytes(tree) -> int:
 
 
 def _compile(
-    plan, chip, name, fn, arguments, *, rows, flops, moved, beside: int = 0, loop: int = 1
+    plan, chip, name, fn, arguments, *, rows, flops, moved, beside: int = 0, loop: int = 1, models=()
 ) -> ProgramReport:
     """Compiles fn(*arguments).
 
@@ -292,17 +293,18 @@ def _compile(
       beside: bytes of one device that the run holds and that are no arguments.
       flops: over all devices; moved: bytes of one device.
       loop: how often a loop without a fixed number of rounds runs.
+      models: those that the program runs; none named: student and teacher.
     """
     c, mesh = plan.config, plan.mesh
     started = time.perf_counter()
     traced = fn.trace(*arguments)
     count = mesh.devices.size
-    experts = {(m.width, m.ffn): m.experts for m in (plan.student, plan.teacher) if m.experts}
+    experts = [(m.width, m.ffn, m.experts) for m in models or (plan.student, plan.teacher) if m.experts]
     report = ProgramReport(
         name=name,
         capacity=chip.hbm_bytes,
         flops=flops / count,
-        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, loop, experts) / count,
+        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, loop, experts, mesh.shape["tensor"]) / count,
         bytes=moved,
         memory_seconds=moved / chip.hbm_bandwidth,
         faults=[f"calls the host: {call}" for call in hlo.jaxpr_host_calls(traced.jaxpr.jaxpr)],

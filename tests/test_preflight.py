@@ -134,19 +134,37 @@ def test_a_sparse_models_flops_are_those_of_the_chosen_experts_forward_and_backw
         assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
 
 
-def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each_sparse_model():
-    other = SPARSE.replace(experts=4, experts_per_token=1, ffn=64)
+@pytest.mark.parametrize(
+    ("ffn", "others"),
+    [
+        (64, {"ffn": 128, "experts": 4}),  # one width is the other's multiple
+        (128, {"ffn": 128, "experts": 4}),  # told by the experts that a device holds
+        (64, {"ffn": 96, "experts": 3}),  # too few for the devices, so cut in width
+    ],
+)
+def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each_sparse_model(ffn, others):
+    sparse = SPARSE.replace(ffn=ffn)
+    other = SPARSE.replace(experts_per_token=1, **others)
 
     def hidden(params, others, tokens_BL, mask_BL):
         of_other = transformer.forward(other, others, tokens_BL, mask_BL)
-        return transformer.forward(SPARSE, params, tokens_BL, mask_BL) + of_other
+        return transformer.forward(sparse, params, tokens_BL, mask_BL) + of_other
 
-    arguments = *map(transformer.abstract, (SPARSE, other)), *_tokens(8, 6)
+    arguments = *map(transformer.abstract, (sparse, other)), *_tokens(8, 6)
     cut = sharding.on(sharding.make_mesh({"data": 2, "fsdp": 1, "tensor": 4}), hidden)
     whole, parts = (jax.make_jaxpr(fn)(*arguments).jaxpr for fn in (hidden, cut))
-    experts = {(model.width, model.ffn): model.experts for model in (SPARSE, other)}
-    assert hlo.matmul_flops(whole, 1, experts) == hlo.matmul_flops(whole)
-    assert hlo.matmul_flops(parts, 1, experts) == hlo.matmul_flops(whole)
+    for models in ((sparse, other), (other, sparse)):
+        experts = [(model.width, model.ffn, model.experts) for model in models]
+        assert hlo.matmul_flops(whole, 1, experts) == hlo.matmul_flops(whole)
+        assert hlo.matmul_flops(parts, 1, experts, tensor=4) == hlo.matmul_flops(whole)
+
+
+def test_a_grouped_product_of_no_sparse_model_is_refused_with_its_widths():
+    product = jax.make_jaxpr(jax.lax.ragged_dot)(jnp.ones((6, 32)), jnp.ones((2, 32, 64)), jnp.array([4, 2]))
+    assert hlo.matmul_flops(product.jaxpr, 1, [(32, 64, 2)]) == 2 * 6 * 32 * 64
+    assert hlo.matmul_flops(product.jaxpr, 1, [(32, 128, 2)], tensor=2) == 2 * 6 * 32 * 64
+    with pytest.raises(ValueError, match="widths 32 and 64"):
+        hlo.matmul_flops(product.jaxpr, 1, [(32, 128, 2), (64, 128, 2)])
 
 
 def test_the_splash_kernels_products_are_those_of_the_blocks_it_computes_forward_and_backward():

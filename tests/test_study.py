@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from opd_jax.errors import UserError
 from opd_jax.models import source
@@ -63,9 +64,14 @@ def test_every_number_is_one_token_and_the_model_is_small(tmp_path):
     assert shape.parameter_count() < 3_000_000  # 12 MB in float32
 
 
+def share_of(text):
+    """--share of the command that prunes the study's student."""
+    return float(re.search(r"opd_jax.study.prune --model=models/teacher --share=(0\.\d+) ", text)[1])
+
+
 def test_the_studys_student_is_its_teacher_pruned_as_the_model_card_says(tmp_path):
-    card = (TEACHER.parent / "README.md").read_text()
-    share = float(re.search(r"opd_jax.study.prune --model=models/teacher --share=(0\.\d+) ", card)[1])
+    share = share_of((TEACHER.parent / "README.md").read_text())
+    assert share == share_of(prune.__doc__)
     prune.prune(TEACHER, share, tmp_path / "student")
     student = TEACHER.parent / "student"
     assert {path.name for path in student.iterdir()} == {path.name for path in TEACHER.iterdir()}
@@ -130,10 +136,29 @@ def test_margins_are_those_around_the_error_beside_right_ones_of_the_same_senten
 
 def test_chance_exchanges_release_points_between_responses_of_equal_length():
     alone = [{"sentences": n, "kept": n, "first_error": n - 1} for n in (3, 4, 5)]
-    assert report._by_chance(alone) == (0.0, 1.0)  # nothing to exchange with
+    assert report._by_chance(alone) == ((0.0, 1.0), (1.0, 1.0))  # nothing to exchange with
     pair = [{"sentences": 6, "kept": k, "first_error": k} for k in (1, 5)]
-    at, distance = report._by_chance(pair)
+    (at, at_p), (distance, distance_p) = report._by_chance(pair)
     assert 0.4 < at < 0.6 and math.isclose(distance, 4 * (1 - at))
+    assert at_p == distance_p == (1 + at * report.EXCHANGES) / (1 + report.EXCHANGES)
+
+
+def test_p_values_are_those_of_scipys_permutation_test():
+    rng = np.random.default_rng(5)
+    errors, moved = rng.integers(0, 6, 40), rng.integers(0, 3, 40)
+    rows = [{"sentences": 6, "kept": e + m, "first_error": e} for e, m in zip(errors, moved, strict=True)]
+    rng.shuffle(late := errors + moved)
+    rows += [{"sentences": 7, "kept": k, "first_error": e} for k, e in zip(late, errors, strict=True)]
+    (_, at_p), (_, distance_p) = report._by_chance(rows[40:])
+    options = {"permutation_type": "pairings", "n_resamples": 5000, "vectorized": False, "rng": 1}
+    for p, statistic, side in (
+        (at_p, lambda kept: np.mean(kept == errors), "greater"),
+        (distance_p, lambda kept: np.mean(np.abs(kept - errors)), "less"),
+    ):
+        theirs = scipy.stats.permutation_test((late,), statistic, alternative=side, **options)
+        assert abs(p - theirs.pvalue) < 0.12  # three standard errors of 200 draws
+    (_, at_p), (_, distance_p) = report._by_chance(rows[:40])
+    assert at_p < 0.02 and distance_p == 1 / (1 + report.EXCHANGES)
 
 
 def write_run(workdir, steps=2, **files):
@@ -170,14 +195,46 @@ def test_sweeps_that_cannot_be_reported_are_refused_in_one_line_that_names_them(
     with pytest.raises(UserError, match=rf"^--pair={missing} holds no run .* by --pair=$"):
         report.read_sweep("pair", missing)
     (tmp_path / "full" / "seed-0").mkdir(parents=True)
-    with pytest.raises(UserError, match="no metrics.jsonl"):
+    with pytest.raises(UserError, match=rf"^--sorting={tmp_path}/full/seed-0: no metrics.jsonl"):
         report.read_sweep("sorting", tmp_path)
+    write_run(tmp_path / "lone" / "release" / "seed-0")
+    (tmp_path / "lone" / "full" / "seed-old").mkdir(parents=True)  # no run of the sweep's
+    with pytest.raises(UserError, match=r"lone lacks the arm full,"):
+        report.read_sweep("sorting", tmp_path / "lone")
+    write_run(tmp_path / "begun" / "full" / "seed-0")
+    metrics = tmp_path / "begun" / "full" / "seed-0" / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if '"eval"' not in line))
+    with pytest.raises(UserError, match=r"begun: full/seed-0 did not come as far as step 0;"):
+        report.read_sweep("sorting", tmp_path / "begun")
     write_run(tmp_path / "short" / "full" / "seed-0", steps=3)
     write_run(tmp_path / "short" / "release" / "seed-0", steps=2)
     with pytest.raises(UserError, match=r"short: release/seed-0 did not come as far as step 3;"):
         report.read_sweep("sorting", tmp_path / "short")
     with pytest.raises(UserError, match=r"no rollouts.jsonl in release/seed-N"):
         report.read_rollouts(tmp_path / "short")
+    (tmp_path / "short" / "release" / "seed-1").mkdir()
+    with pytest.raises(UserError, match=r"^--sorting=.*/seed-1: no metrics.jsonl"):
+        report.read_rollouts(tmp_path / "short")
+
+
+def run_module(command, folder, *arguments):
+    """The finished `python -m` of a module of this repository, run in a folder."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    line = [sys.executable, "-m", command.__name__, *arguments]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_sweep_that_releases_in_no_wrong_response_leaves_no_plot_of_another_sweeps_releases(tmp_path):
+    sentence = {"text": "The smallest of 42 17 is 42.", "kept": True, "contrast": 1.0}
+    record = {"prompt": sorting.question(["42", "17"], True), "sentences": [sentence], "step": 1, "gain": 0.0}
+    for arm in ("full", "release"):
+        write_run(tmp_path / "runs" / arm / "seed-0", rollouts=[record | {"accepted": False}])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sorting_release.svg").touch()
+    done = run_module(report, tmp_path, "--sorting=runs", "--pair=", "--out=out")
+    assert done.returncode == 0 and "1 rollouts, 1 with an error; released with an error: 0%" in done.stdout
+    names = {"sorting_curves.svg", "sorting_margin.svg", "sorting_runs.csv", "sorting_rollouts.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
 @pytest.mark.parametrize(
@@ -186,19 +243,13 @@ def test_sweeps_that_cannot_be_reported_are_refused_in_one_line_that_names_them(
         (report, ["--sorting=nowhere"], "--sorting=nowhere holds no run"),
         (report, ["--sorting=", "--pair="], "--sorting= and --pair= leave nothing to report"),
         (sorting, ["--out=taken/more"], "--out=taken/more cannot be written"),
+        (prune, [f"--model={TEACHER}", "--share=0.5", "--out=taken/a"], "--out=taken/a cannot be written"),
         (prune, ["--model=nowhere", "--share=0.5", "--out=new"], "--model=nowhere: no model.safetensors"),
         (prune, ["--model=nowhere", "--share=1.5", "--out=new"], "--share=1.5: give the share"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_line(tmp_path, command, arguments, message):
     (tmp_path / "taken").write_text("a file")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-m", command.__name__, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_module(command, tmp_path, *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1

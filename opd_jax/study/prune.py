@@ -1,6 +1,6 @@
 """The sorting study's student: its teacher without the weights of least magnitude.
 
-    python -m opd_jax.study.prune --model=models/teacher --share=0.45 --out=models/student
+    python -m opd_jax.study.prune --model=models/teacher --share=0.4 --out=models/student
 
 Distillation is then to heal what pruning broke. Nothing holds the pruned weights at 0 while it does.
 Source: magnitude pruning within each layer, Han et al. 2015 (arXiv 1506.02626).
@@ -33,7 +33,8 @@ def prune(model: Path, share: float, out: Path) -> None:
     """Writes `out`, a copy of a model folder with every matrix `pruned`, the embedding too.
 
     Raises:
-      UserError: no weights of one file in `model`, a share that is not between 0 and 1, or `out` is taken.
+      UserError: no weights of one file in `model`, a share that is not between 0 and 1, or `out` is taken
+        or cannot be written.
     """
     if not 0 < share < 1:
         raise UserError(f"--share={share}: give the share of weights to set to 0, between 0 and 1")
@@ -41,11 +42,16 @@ def prune(model: Path, share: float, out: Path) -> None:
         weights = load_file(model / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--model={model}: no {WEIGHTS} that can be read; give a model folder") from error
-    hf.check_unused(out)
-    shutil.copytree(model, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
     weights = {name: pruned(weight, share) for name, weight in weights.items()}
-    save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
-    shutil.copymode(model / WEIGHTS, out / WEIGHTS)  # save_file's is for its owner alone
+    try:
+        hf.check_unused(out)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(model, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS))
+        save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(model / WEIGHTS, out / WEIGHTS)  # save_file's is for its owner alone
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"--out={out} cannot be written ({reason}); choose another folder") from error
 
 
 def main(_):

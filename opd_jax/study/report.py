@@ -7,6 +7,7 @@ Writes OUT/sorting_runs.csv and OUT/pair_runs.csv (every evaluation of every run
 --pair= with nothing after it leaves that task out, and its files as they are.
 """
 
+import contextlib
 import csv
 import functools
 import re
@@ -214,23 +215,29 @@ def read_sweep(task: str, folder: Path) -> list[dict[str, Any]]:
     """`evaluations` of every run of a sweep, arm by arm.
 
     Raises:
-      UserError: the folder holds no run, or one that has no step yet or did not come as far as the others.
+      UserError: the folder holds no run, none of the arm `full`, or one that has no evaluation yet or did
+        not come as far as the others.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in _arms(folder):
         for path in _seeds(folder / arm):
-            found[f"{arm}/{path.name}"] = evaluations(path, arm, _number(path), task == "sorting")
+            with _naming(task):
+                rows = evaluations(path, arm, _number(path), task == "sorting")
+            found[f"{arm}/{path.name}"] = rows
     if not found:
         raise UserError(
             f"--{task}={folder} holds no run of a sweep (ARM/seed-N); run configs/study/{task}.py there, or "
             f"leave the task out by --{task}="
         )
+    if not any(run.startswith("full/") for run in found):
+        raise UserError(f"--{task}={folder} lacks the arm full, which others are compared with; run it too")
     ends = {run: rows[-1]["step"] if rows else -1 for run, rows in found.items()}
-    short = [run for run, step in ends.items() if step < max(0, *ends.values())]
+    last = max(0, *ends.values())
+    short = [run for run, step in ends.items() if step < last]
     if short:
         raise UserError(
-            f"--{task}={folder}: {', '.join(short)} did not come as far as step {max(ends.values())}; start "
-            "the sweep again, it goes on where it stopped"
+            f"--{task}={folder}: {', '.join(short)} did not come as far as step {last}; start the sweep "
+            "again, it goes on where it stopped"
         )
     return [{"task": task} | row for rows in found.values() for row in rows]
 
@@ -241,7 +248,8 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: there are none.
     """
-    rows = [row for path in _seeds(folder / "release") for row in rollouts(path, _number(path))]
+    with _naming("sorting"):
+        rows = [row for path in _seeds(folder / "release") for row in rollouts(path, _number(path))]
     if not rows:
         raise UserError(f"--sorting={folder}: no rollouts.jsonl in release/seed-N; run the arm release too")
     return rows
@@ -267,6 +275,8 @@ def main(_):
         draw(out, "sorting_margin", (5, 3.2), lambda figure: _margin_figure(figure, found))
         if released := [row for row in logged if row["accepted"] and row["first_error"] is not None]:
             draw(out, "sorting_release", (5, 3.2), lambda figure: _release_figure(figure, released))
+        else:
+            (out / "sorting_release.svg").unlink(missing_ok=True)  # another sweep's
         flat = [row | {"margins": " ".join(f"{m:.3f}" for m in row["margins"])} for row in logged]
         _write_csv(out / "sorting_rollouts.csv", flat)
         print(f"\nmargins around the first error\n{_margin_table(found)}\n\n{_release_summary(logged)}")
@@ -282,7 +292,7 @@ def _release_summary(rows) -> str:
     wrong = [row for row in rows if row["first_error"] is not None]
     right = [row for row in rows if row["first_error"] is None]
     released = [row for row in wrong if row["accepted"]]
-    both = [row["kept"] - row["first_error"] for row in released]
+    both = np.array([row["kept"] - row["first_error"] for row in released])
     parts = [f"{len(rows)} rollouts, {len(wrong)} with an error"]
     for name, part in (("with an error", wrong), ("without", right)):
         if part:
@@ -293,12 +303,13 @@ def _release_summary(rows) -> str:
             f"first released less first wrong sentence: median {np.median(both):+.0f}, "
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
         )
-        at_chance, far_chance = _by_chance(released)
-        at, far = np.mean(np.array(both) == 0), np.mean(np.abs(both))
+        at, far = np.mean(both == 0), np.mean(np.abs(both))
+        (at_chance, at_p), (far_chance, far_p) = _by_chance(released)
         parts.append(
-            f"released from the first wrong sentence on: {at:.0%}, {at_chance:.0%} by chance; mean distance "
-            f"{far:.2f} sentences, {far_chance:.2f} by chance (release points exchanged between responses of "
-            "as many sentences)"
+            f"released from the first wrong sentence on: {at:.0%}, {at_chance:.0%} by chance, p {at_p:.3f}; "
+            f"mean distance {far:.2f} sentences, {far_chance:.2f} by chance, p {far_p:.3f} (release points "
+            f"of these {len(released)} responses exchanged between those of as many sentences, {EXCHANGES} "
+            "draws; p one-sided)"
         )
     return "; ".join(parts)
 
@@ -307,14 +318,25 @@ def _text(response: str) -> str:
     return response.removesuffix("<|end|>")
 
 
-def _by_chance(rows) -> tuple[float, float]:
-    """(share of releases at the first error, mean distance) of `_exchanged`."""
-    distance = np.abs(_exchanged(rows))
-    return float(np.mean(distance == 0)), float(np.mean(distance))
+def _by_chance(rows) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(mean over `_exchanged` draws, p) of the share of releases at the first error and of the mean distance.
+
+    p: the share of draws, the releases as they are counted among them, that are as near to the errors.
+    """
+    shares_N, distances_N = _nearness(_exchanged(rows))
+    share, distance = _nearness(np.array([row["kept"] - row["first_error"] for row in rows]))
+    near = shares_N >= share - 1e-9, distances_N <= distance + 1e-9  # sums in another order are as near
+    p_share, p_distance = (float((1 + part.sum()) / (1 + EXCHANGES)) for part in near)
+    return (float(shares_N.mean()), p_share), (float(distances_N.mean()), p_distance)
+
+
+def _nearness(offsets) -> tuple[np.ndarray, np.ndarray]:
+    """(share that are 0, mean magnitude) over the last axis."""
+    return np.mean(offsets == 0, axis=-1), np.mean(np.abs(offsets), axis=-1)
 
 
 def _exchanged(rows) -> np.ndarray:
-    """First released less first wrong sentence, EXCHANGES x rows, with release points permuted, fixed seed.
+    """First released less first wrong sentence [EXCHANGES, rows], with release points permuted, fixed seed.
 
     Release points move between responses of as many sentences only.
     """
@@ -323,8 +345,8 @@ def _exchanged(rows) -> np.ndarray:
     for sentences in {row["sentences"] for row in rows}:
         same = [row for row in rows if row["sentences"] == sentences]
         kept, error = (np.array([row[key] for row in same]) for key in ("kept", "first_error"))
-        found += [rng.permutation(kept) - error for _ in range(EXCHANGES)]
-    return np.concatenate(found)
+        found.append([rng.permutation(kept) - error for _ in range(EXCHANGES)])
+    return np.concatenate(found, axis=1)
 
 
 def _interval(values) -> tuple[float, float]:
@@ -337,12 +359,21 @@ def _span(interval, sign: str = "") -> str:
 
 def _arms(folder: Path) -> list[str]:
     """The arms that have runs, in the order of the sweep's table; before there is one, full first."""
-    there = {path.parent.name for path in folder.glob("*/seed-*")}
+    there = {path.name for path in folder.glob("*") if _seeds(path)}
     there = sorted(there, key=lambda name: (name != "full", name))
     if not (folder / "table.csv").is_file():
         return there
     with (folder / "table.csv").open() as file:
         return [row["arm"] for row in csv.DictReader(file) if row["arm"] in there]
+
+
+@contextlib.contextmanager
+def _naming(task: str):
+    """Errors about a run name this command's option, not that of commands for one run."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--workdir=", f"--{task}=")) from error
 
 
 def _seeds(folder: Path) -> list[Path]:

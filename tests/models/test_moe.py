@@ -79,6 +79,28 @@ def test_no_token_is_dropped_when_all_choose_the_same_experts():
         np.testing.assert_allclose(out_BLD[b, l], one_token(MODEL, p, x_BLD[b, l])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [[5, 0], [3, 2], [2, 5], [4, 3], [0, 2]],
+        [[5, 2], [2, 5], [5, 4]],  # none for 3
+        [[7, 6], [6, 7]],  # all held elsewhere
+        [[1, 0], [0, 1]],  # the same, by those before the first from 2 on
+    ],
+)
+def test_rows_stand_where_a_stable_sort_by_expert_puts_them_and_others_past_them(asked, first):
+    held, expert_MX = 4, np.array(asked) - first
+    place_R, size_E = jax.jit(moe._places, static_argnums=1)(expert_MX, held)
+    expert_R = expert_MX.reshape(-1)
+    here_R = (expert_R >= 0) & (expert_R < held)
+    order_R = np.argsort(np.where(here_R, expert_R, held), kind="stable")[: here_R.sum()]
+    assert np.asarray(place_R)[order_R].tolist() == list(range(len(order_R)))
+    elsewhere = np.asarray(place_R)[~here_R]
+    assert len(set(elsewhere)) == len(elsewhere) and (elsewhere >= len(expert_R)).all()
+    assert size_E.tolist() == [(expert_R == expert).sum() for expert in range(held)]
+
+
 @NORMALISED
 def test_the_gradient_is_that_of_all_experts_weighted_by_zero_or_more(normalised):
     config = MODEL.replace(normalise_experts=normalised)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax import sharding
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 
@@ -139,6 +140,27 @@ def test_the_gradient_of_looked_up_rows_is_the_same_however_many_are_summed_at_a
     rows_BLD, pullback = jax.vjp(lambda table: transformer.look_up(table, ids_BL), jnp.eye(6, 4))
     np.testing.assert_array_equal(rows_BLD, np.eye(6, 4)[ids_BL])
     np.testing.assert_allclose(pullback(jnp.asarray(grad_BLD))[0], want_VD, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_a_time", [3, 100])
+def test_the_gradient_of_a_list_of_ids_into_a_bfloat16_table_is_the_same_on_a_mesh(at_a_time, monkeypatch):
+    monkeypatch.setattr(transformer, "LOOKED_UP", at_a_time)
+    ids_N = np.array([3, 0, 3, 5, 3, 0, 7])
+    grad_ND = np.random.default_rng(1).integers(-8, 9, (7, 4)).astype(jnp.bfloat16)  # whole: sums are exact
+    table_VD = jnp.arange(32, dtype=jnp.bfloat16).reshape(8, 4)
+    want_VD = np.zeros((8, 4), np.float32)
+    np.add.at(want_VD, ids_N, grad_ND.astype(np.float32))
+
+    def rows_and_gradient(table_VD, ids_N, grad_ND):
+        rows_ND, pullback = jax.vjp(lambda table: transformer.look_up(table, ids_N), table_VD)
+        return rows_ND, pullback(grad_ND)[0]
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for fn in (rows_and_gradient, sharding.on(mesh, rows_and_gradient)):
+        rows_ND, got_VD = jax.jit(fn)(table_VD, ids_N, grad_ND)
+        assert rows_ND.dtype == got_VD.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rows_ND, np.asarray(table_VD)[ids_N])
+        np.testing.assert_array_equal(np.asarray(got_VD, np.float32), want_VD)
 
 
 def test_rematerialisation_changes_neither_values_nor_gradients():
