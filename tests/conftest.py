@@ -1,4 +1,4 @@
-"""Test set-up: CPU with eight virtual devices, programs compiled once and quickly, no rank promotion."""
+"""Test set-up: CPU with eight virtual devices, programs compiled once, and rank promotion is an error."""
 
 import atexit
 import os
@@ -11,10 +11,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="opd_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# A test's program runs a few times, on tiny arrays: optimising it costs more than it saves.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 
 import jax
 import pytest

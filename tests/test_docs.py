@@ -114,11 +114,12 @@ def desk(models, tmp_path_factory):
 
 @pytest.mark.parametrize("page, block", BLOCKS, ids=[page.stem for page, _ in BLOCKS])
 def test_runnable_block_runs(desk, page, block):
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     path = f"{desk / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=desk,
-        env=os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick},
         check=False,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def read(name: str):
@@ -30,7 +31,8 @@ def executed(name: str, monkeypatch, **values) -> str:
 
     A cell that raises fails the test.
     """
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for key, value in {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(key, value)
     notebook = read(name)
     cell = parameters(notebook)
     names = {line.partition(" = ")[0] for line in cell.source.splitlines()}

@@ -121,12 +121,13 @@ def config(folder, **overrides):
 
 def entry(module: str, *arguments, start=subprocess.run, env=None, **options):
     """Runs `python -m module` from the repository's root on one CPU device; `start` may be Popen."""
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if start is subprocess.run:
         options |= {"capture_output": True, "text": True, "timeout": 600}
     return start(
         [sys.executable, "-m", module, *map(str, arguments)],
         cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick} | (env or {}),
         **options,
     )
 
