@@ -98,6 +98,7 @@ def job(models, questions):
         "eval.samples": 2,
         "eval.benchmark_every": 2,
         "data.prompt_tokens": 128,
+        "rollout.max_tokens": 13,  # as nowhere else, so that what is compiled of its sampler can be counted
         "train.steps": 3,
         "eval.every": 0,
     }

@@ -1,6 +1,7 @@
 """The documents say what the code does: fields, error messages, links, and commands that are run."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -98,7 +99,8 @@ def desk(models, tmp_path_factory):
     for name in ("opd_jax", "configs"):
         (desk / name).symlink_to(ROOT / name)
     shutil.copytree(models, desk / "models")
-    shutil.copy(models / "prompts.jsonl", desk)
+    lines = [json.dumps({"prompt": f"What is {n} + {n * n}?"}) for n in range(40)]
+    (desk / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (desk / "docs/images").mkdir(parents=True)
     (desk / "runs").mkdir()
     (desk / "bin").mkdir()
