@@ -80,7 +80,13 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
 # Columns of a token's row.
 FLAGS, TRAITS, TAIL, TAIL_POWER, HEAD, HEAD_POWER, STEM, STEM_POWER = range(8)
 NO_TEXT = [int(HARD_BEFORE), 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
+WIDE_SPACE = [0, *NO_TEXT[1:]]
 STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
+TRAITS_MASK = (1 << 13) - 1  # and above both, what a token has of a white space of several bytes:
+PIECE_HARD, PIECE_BYTES_SHIFT, PIECE_SHIFT = np.uint32(1 << 13), 14, 16  # how many bytes, and which
+
+# Byte-level vocabularies may spell a character of several bytes as several tokens.
+WIDE_SPACES = sorted(chr(code).encode() for code in range(0x80, 0x3001) if chr(code).isspace())
 
 # What is known of a word type. The rest of the integer: masks of the collocations it is first or
 # second of.
@@ -269,7 +275,7 @@ def _token_row(entry: bytes, base: int) -> list[int]:
     text = entry.decode("utf-8", "surrogateescape")
     chunks = split_chunks(text)
     if not chunks:
-        return NO_TEXT if not text or _has_hard(text) else [0, *NO_TEXT[1:]]
+        return NO_TEXT if not text or _has_hard(text) else WIDE_SPACE
     core = chunks[-1]
     space_before, _, space_after = text.rpartition(core)
     # After a letter, so that a word boundary before the first character shows.
@@ -325,11 +331,29 @@ def _token_row(entry: bytes, base: int) -> list[int]:
         stem_traits = _traits(stem)
     return [
         sum(int(flag) for flag, is_set in flags.items() if is_set),
-        _traits(tail) | stem_traits << STEM_SHIFT,
+        _traits(tail) | stem_traits << STEM_SHIFT | _space_piece(entry),
         *_part(tail.rpartition("-")[2], base),
         *_part(words[0], base),
         *_part(stem.rpartition("-")[2], base),
     ]
+
+
+def _space_piece(entry: bytes) -> int:
+    """A token that is one or two bytes of a white space, and ASCII white space on its outer side, if any."""
+    piece = entry.strip()
+    if not 0 < len(piece) < 3:
+        return 0
+    starts, ends = entry.startswith(piece), entry.endswith(piece)
+    def is_piece_of(space):
+        if len(piece) == len(space):
+            return False
+        outer = (starts and space.endswith(piece)) or (ends and space.startswith(piece))
+        return outer or (entry == piece and piece in space)
+
+    if not any(map(is_piece_of, WIDE_SPACES)):
+        return 0
+    bits = int.from_bytes(piece, "big") << PIECE_SHIFT | len(piece) << PIECE_BYTES_SHIFT
+    return bits | int(PIECE_HARD) * (piece != entry)
 
 
 def _has_hard(text: str) -> bool:

@@ -46,13 +46,42 @@ def first_tokens(table: SentenceTable, tokens_BT: jax.Array, mask_BT: jax.Array)
       mask_BT: bool, response tokens; others read as white space.
     """
     row_BTC = jnp.take(table.token_VC, tokens_BT, axis=0, mode="clip")
-    row_BTC = jnp.where(mask_BT[:, :, None], row_BTC, _WHITE_SPACE_11C)
+    row_BTC = _join_spaces(jnp.where(mask_BT[:, :, None], row_BTC, _WHITE_SPACE_11C))
     text = _Text(row_BTC)
     return _first_tokens(text, *_sentence_breaks(table, row_BTC, text))
 
 
 _ENDS_WORD = punkt.FIRST_NON_WORD | punkt.DASHES | punkt.DOTS  # at the start of the next token
 _WHITE_SPACE_11C = np.array([[punkt.NO_TEXT]], np.uint32)
+_WIDE_SPACE_11C = np.array([[punkt.WIDE_SPACE]], np.uint32)
+
+
+_WIDE_SPACES_11N = np.array([[[int.from_bytes(space, "big") for space in punkt.WIDE_SPACES]]], np.uint32)
+
+
+def _join_spaces(row_BTC):
+    """The rows, with those of two or three tokens that spell one white space made white space."""
+    traits_BT = row_BTC[:, :, punkt.TRAITS]
+    first = traits_BT >> punkt.PIECE_SHIFT, traits_BT >> punkt.PIECE_BYTES_SHIFT & 3
+    second = tuple(scans.following(x_BT, 0) for x_BT in first)
+    third = tuple(scans.following(x_BT, 0) for x_BT in second)
+
+    def joined(*pieces):
+        """Which are white space: a lead byte starts a character, whatever stands before it."""
+        value_BT, complete_BT = jnp.uint32(0), True
+        for piece_BT, bytes_BT in pieces:
+            value_BT = value_BT << 8 * bytes_BT | piece_BT
+            complete_BT &= bytes_BT > 0
+        return complete_BT & jnp.any(value_BT[..., None] == _WIDE_SPACES_11N, axis=-1)
+
+    pair_BT, triple_BT = joined(first, second), joined(first, second, third)
+    space_BT = pair_BT | triple_BT
+    space_BT |= scans.preceding(space_BT, False)
+    space_BT |= scans.preceding(scans.preceding(triple_BT, False), False)
+    hard_BT = traits_BT & punkt.PIECE_HARD != 0
+    white_BTC = jnp.where(hard_BT[:, :, None], _WHITE_SPACE_11C, _WIDE_SPACE_11C)
+    row_BTC = row_BTC.at[:, :, punkt.TRAITS].set(traits_BT & punkt.TRAITS_MASK)
+    return jnp.where(space_BT[:, :, None], white_BTC, row_BTC)
 
 
 class _Text:

@@ -333,3 +333,34 @@ def test_white_space_is_that_of_nltks_regular_expressions():
 
     space = redos.compile(r"\s")
     assert all(punkt.is_space(chr(i)) == bool(space.match(chr(i))) for i in range(0x10000))
+
+
+def test_a_white_space_spelt_by_several_tokens_is_white_space():
+    """Every wide space before and after a full stop, cut in every way, alone and beside ASCII space."""
+    token_bytes = [bytes([i]) for i in range(256)]
+    ids = {}
+
+    def spell(piece):
+        if len(piece) == 1:
+            return piece[0]
+        if piece not in ids:
+            ids[piece] = len(token_bytes)
+            token_bytes.append(piece)
+        return ids[piece]
+
+    rows = []
+    for space in punkt.WIDE_SPACES:
+        cuts = [[space[:1], space[1:]]] if len(space) == 2 else []
+        if len(space) == 3:
+            cuts = [[space[:1], space[1:]], [space[:2], space[2:]], [space[i : i + 1] for i in range(3)]]
+        for first, *middle, last in cuts:
+            for outer_before, outer_after in ((b"", b""), (b" ", b""), (b"", b"\n")):
+                wide = [spell(outer_before + first), *map(spell, middle), spell(last + outer_after)]
+                rows += [[*b"Yes.", *wide, *b"No."], [*b"a", *wide, *b".He left.", *wide, *b"Gone."]]
+    broken = [[*b"Yes.\xe2", *b"\x80No."], [*b"Yes.\xf0\xc2\xa0No."], [*b"Yes.\xc2", *b"b\xa0No."]]
+    rows += broken
+    table = segments.SegmentTable.from_token_bytes(token_bytes)
+    nltk = nltk_segments.Cutter(token_bytes, punkt.load_parameters())
+    found = [got for at in range(0, len(rows), ROWS) for got in numbers(table, rows[at : at + ROWS])]
+    assert found == [nltk.numbers(row) for row in rows]
+    assert max(map(max, found)) > 0
