@@ -210,7 +210,9 @@ def get_config() -> ConfigDict:
     c.optimizer.warmup_steps = 0
     # After the warm-up: constant, or linear or cosine towards 0, which the update after the last would have.
     c.optimizer.schedule = "constant"
+    # Adam's decay of the first moment. 0 is no momentum, and keeps no first moment: 4 bytes a parameter less.
     c.optimizer.b1 = 0.9
+    # Its decay of the second moment.
     c.optimizer.b2 = 0.95
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0

@@ -191,7 +191,7 @@ def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
     pieces = b // c.train.micro_batch
     rows = c.train.micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
-    mu_bytes = 2 if c.optimizer.mu_dtype == "bfloat16" else 4
+    mu_bytes = {"float32": 4, "bfloat16": 2}[c.optimizer.mu_dtype] if c.optimizer.b1 else 0
     recomputed = steps.recomputes(c)
     moved = costs.train_bytes(
         plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes, recomputed

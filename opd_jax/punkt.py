@@ -344,6 +344,7 @@ def _space_piece(entry: bytes) -> int:
     if not 0 < len(piece) < 3:
         return 0
     starts, ends = entry.startswith(piece), entry.endswith(piece)
+
     def is_piece_of(space):
         if len(piece) == len(space):
             return False

@@ -57,22 +57,22 @@ class Supervision:
 def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW with clipping by global norm and a warm-up to a constant, linear or cosine schedule.
 
-    It takes the gradients of the parameters that train.frozen leaves to train (`trainable.split`).
+    With optimizer.b1 = 0 the first moment is the gradient itself and is not kept. It takes the gradients of
+    the parameters that train.frozen leaves to train (`trainable.split`).
 
     Args:
       config: the whole config; reads optimizer.* and train.steps, train.updates_per_rollout, train.frozen.
     """
     o = config.optimizer
+    if o.b1:
+        scale = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.mu_dtype)
+    else:
+        scale = optax.scale_by_rms(o.b2, o.eps, eps_in_sqrt=False, bias_correction=True)
     adamw = optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
-        optax.adamw(
-            learning_rate(config),
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            mu_dtype=o.mu_dtype or None,
-        ),
+        scale,
+        optax.add_decayed_weights(o.weight_decay),
+        optax.scale_by_learning_rate(learning_rate(config)),
     )
     return trainable.alone(adamw, config.train.frozen)
 

@@ -301,6 +301,26 @@ def test_frozen_parameters_stay_and_the_others_learn_what_they_would_have(
     np.testing.assert_allclose(measured["grad_norm"], optax.tree.norm(expected), rtol=1e-5)
 
 
+@pytest.mark.parametrize("b1", [0.0, 0.9])
+def test_the_optimizer_is_optaxs_adamw_and_keeps_no_first_moment_without_momentum(b1, student):
+    o = {"learning_rate": 0.01, "b1": b1, "b2": 0.95, "eps": 1e-5, "weight_decay": 0.1}
+    optimizer = make_optimizer(settings(**{f"optimizer__{key}": value for key, value in o.items()}))
+    grads = jax.tree.map(lambda x: jnp.cos(40 * x), student)
+
+    def three_updates(transform):
+        params, state = student, transform.init(student)
+        for factor in (1.0, -0.5, 2.0):
+            updates, state = transform.update(optax.tree.scale(factor, grads), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    params, state = jax.jit(three_updates, static_argnums=0)(optimizer)
+    expected, _ = jax.jit(three_updates, static_argnums=0)(optax.adamw(**o))
+    assert_close(params, expected, 1e-6)
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, state)]
+    assert round(sizes[1] / sizes[0]) == (2 if b1 else 1)
+
+
 def test_a_frozen_head_has_no_gradient_in_the_compiled_step(student, teacher, rollouts, table):
     """It would be a product of the head's own shape, summed over all positions."""
     size = {tiny.STUDENT.vocab_size, tiny.STUDENT.width}
