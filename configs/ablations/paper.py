@@ -17,16 +17,18 @@ The step-0 lines of metrics.jsonl are the column "base"; the teacher's is `pytho
     4B        32.5   51.6   53.9
     8B        33.8   54.7   55.2      teacher 62.2
 
-Not run by us, and not compiled at these sizes: configs/paper.py and its like are, with an int8 cache and
-teacher. Its learning rate, instruction and responses a problem are not known to us: here the rate is the
-default, the instruction that of the benchmarks, and 8 responses are averaged. Students answer without
-thinking; should their template then write what the teacher's does not, the run says so and stops: put
-the student's chat_template into the teacher's folder. For a dense teacher give --config.teacher.path.
+Not run by us. Sizes, the int8 teacher and the int8 cache are those of configs/paper.py, whose programs are
+compiled for v5p and v6e slices (docs/preflight.md; the larger students': paper_4b.py, paper_8b.py); for
+bfloat16, --config.teacher.weights=float --config.rollout.cache_dtype=auto. The paper's learning rate,
+instruction and responses a problem are not known to us: here the rate is the default, the instruction
+that of the benchmarks, and 8 responses are averaged. Students answer without thinking; should their
+template then write what the teacher's does not, the run says so and stops: put the student's
+chat_template into the teacher's folder. For a dense teacher give --config.teacher.path.
 """
 
 from pathlib import PurePath
 
-from configs import default
+from configs import paper
 from opd_jax.benchmarks import BOXED
 
 SEEDS = (0,)
@@ -36,7 +38,7 @@ BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "math500", "minerva")
 
 def get_config(shared="/shared"):
     """What all arms share; student.path is the first arm's."""
-    c = default.get_config()
+    c = paper.get_config()
     c.student.path = f"{shared}/models/Qwen3-1.7B"
     c.teacher.path = f"{shared}/models/Qwen3-30B-A3B-Instruct-2507"
     c.data.source = "parquet"
@@ -45,13 +47,8 @@ def get_config(shared="/shared"):
     c.data.columns.answer = "final_answer"
     c.data.instruction = BOXED
     c.data.template = '{"enable_thinking": false}'
-    c.data.prompt_tokens = 1024
     c.data.over_long = "drop"
-    c.rollout.batch = 1024
-    c.rollout.max_tokens = 15360
-    c.scoring.chunk = 1024
     c.train.steps = 100
-    c.train.micro_batch = 64
     c.eval.every = 50
     c.eval.benchmark = (
         *(f"{name}:{shared}/benchmarks/{name}.jsonl" for name in BENCHMARKS),
