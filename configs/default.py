@@ -23,9 +23,9 @@ def get_config() -> ConfigDict:
     # Dtype of activations and matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32
     # on CPU). Master parameters and the optimizer's variance are always float32.
     c.student.compute_dtype = "auto"
-    # Operands of the blocks' matrix products in the loss and in scoring: compute (the compute dtype), or
-    # bfloat16 where that is float32: sums, activations and the sampler's own products stay float32. Faster on
-    # CPUs with bfloat16 instructions (figures in docs/models.md).
+    # Operands of the blocks' matrix products: compute (the compute dtype), or bfloat16 where that is float32:
+    # sums, activations and the output matrix stay float32. Faster on CPUs with bfloat16 instructions (figures
+    # in docs/models.md).
     c.student.products = "compute"
 
     c.teacher = ConfigDict()

@@ -26,15 +26,16 @@ def get_config():
     c.rollout.max_tokens = 96
     c.scoring.chunk = 32
     c.objective.name = "reverse_kl"
-    c.optimizer.learning_rate = 2e-4
+    c.optimizer.learning_rate = 3e-4
     c.optimizer.schedule = "linear"
+    c.optimizer.b1 = 0.0  # in so few steps momentum carries past the goal: responses unlearn to end
     c.optimizer.eps = 1e-5  # with 1e-8 a gradient of noise alone takes full steps
-    c.train.steps = 10
+    c.train.steps = 14
     # And the head, which is tied to it: a quarter less to keep gradients and moments of.
     c.train.frozen = ("embedding",)
     c.train.remat = "none"
     c.train.micro_batch = 4
-    c.eval.every = 10
-    c.checkpoint.every = 10
-    c.metrics.rollouts_every = 5
+    c.eval.every = 14
+    c.checkpoint.every = 14
+    c.metrics.rollouts_every = 7
     return c

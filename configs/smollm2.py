@@ -24,6 +24,7 @@ def get_config():
     c.scoring.chunk = 32
     c.objective.name = OBJECTIVES[0]
     c.optimizer.learning_rate = 1e-4
+    c.optimizer.b1 = 0.9
     c.optimizer.eps = 1e-8
     c.optimizer.warmup_steps = 4
     c.train.frozen = ()

@@ -12,9 +12,8 @@ SEEDS = (0, 1, 2)
 def get_config():
     """The demo's runs; each evaluates before, between and after."""
     c = demo.get_config()
-    c.eval.every = 5
+    c.eval.every = 7
     c.checkpoint.every = 0
-    c.metrics.rollouts_every = 5
     c.metrics.rollouts = 8
     c.metrics.tensorboard = False
     return c

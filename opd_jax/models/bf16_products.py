@@ -18,13 +18,15 @@ def product(x_MR, weight_RN):
 
 def _forward(x_MR, weight_RN):
     x_MR, weight_RN = x_MR.astype(jnp.bfloat16), weight_RN.astype(jnp.bfloat16)
-    return _sum(x_MR, weight_RN, COLUMNS, ROWS), (x_MR, weight_RN)
+    # Kept transposed: a CPU has no bfloat16 product that sums over the rows of both operands, and XLA would
+    # do the weight's gradient in float32.
+    return _sum(x_MR, weight_RN, COLUMNS, ROWS), (x_MR.T, weight_RN)
 
 
 def _backward(kept, cotangent_MN):
-    x_MR, weight_RN = kept
+    x_RM, weight_RN = kept
     cotangent_MN = cotangent_MN.astype(jnp.bfloat16)
-    return _sum(cotangent_MN, weight_RN, COLUMNS, COLUMNS), _sum(x_MR, cotangent_MN, ROWS, ROWS)
+    return _sum(cotangent_MN, weight_RN, COLUMNS, COLUMNS), _sum(x_RM, cotangent_MN, COLUMNS, ROWS)
 
 
 product.defvjp(_forward, _backward)

@@ -32,13 +32,16 @@ class KVCache:
 def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
     """The blocks' weights, layer by layer, as `decode` takes them: gathered once for all steps.
 
-    In the compute dtype or int8. Experts, most of a sparse model, are spread over the slice if they can be.
+    In the dtype that products take them in. Experts, most of a sparse model, are spread over the slice
+    if they can be.
     """
     spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
-    return tuple(
-        transformer.gather_block(config, jax.tree.map(lambda w, i=i: w[i], params["blocks"]), spread=spread)
-        for i in range(config.layers)
-    )
+
+    def layer(i):
+        p = jax.tree.map(lambda w: w[i], params["blocks"])
+        return transformer.narrow_block(config, transformer.gather_block(config, p, spread=spread))
+
+    return tuple(map(layer, range(config.layers)))
 
 
 def _stored(k_BKCL, v_BKLC, int8: bool) -> tuple[jax.Array, ...]:
@@ -68,7 +71,8 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
         return attention.attend(q, k, v, allowed_BPP), _stored(k, v, int8)
 
     def step(x_BPD, p):
-        return transformer.block(config, transformer.gather_block(config, p), x_BPD, rope, attend)
+        p = transformer.gather_block(config, p)
+        return transformer.block(config, p, x_BPD, rope, attend, narrow=config.narrow)
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, stacked = jax.lax.scan(step, x_BPD, params["blocks"])
@@ -123,7 +127,9 @@ def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache
             keys, values, *scales = layer
             return attention.attend(q, keys, values, filled_BS[:, None], scales), layer
 
-        x_B1D, layer = transformer.block(config, p, x_B1D, rope, attend, spread=spread)
+        x_B1D, layer = transformer.block(
+            config, p, x_B1D, rope, attend, spread=spread, narrow=config.narrow
+        )
         kept.append(layer)
     hidden_BD = transformer.rms_norm(x_B1D[:, 0], params["final_norm"], config.norm_eps)
     return hidden_BD, KVCache(layers=tuple(kept), filled_BS=filled_BS)

@@ -34,8 +34,8 @@ class ModelConfig:
       experts_per_token: experts that each token is sent to.
       normalise_experts: their weights are scaled to sum to 1.
       weights: how matrices are stored, "float" (the parameters' dtype) or "int8"; see int8.py.
-      products: operands of a block's products over whole sequences, "compute" (compute_dtype) or
-        "bfloat16", which float32 activations are rounded to; see bf16_products.py.
+      products: operands of a block's products, "compute" (compute_dtype) or "bfloat16", which float32
+        activations are rounded to; see bf16_products.py.
       attention: how whole sequences attend, "plain" (attention.py) or "splash" (splash.py).
       exchanged: two ids whose logits are exchanged, or None: a teacher's end token answers for the student's.
     """
@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def narrow(self) -> bool:
-        """Whether products over whole sequences round float32 operands to bfloat16."""
+        """Whether a block's products round float32 operands to bfloat16."""
         return self.products == "bfloat16" and self.compute_dtype == "float32"
 
     def replace(self, **changes) -> "ModelConfig":

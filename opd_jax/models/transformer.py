@@ -177,6 +177,14 @@ def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
     return {name: placed(name, w) for name, w in p.items()}
 
 
+def narrow_block(config: ModelConfig, p: dict) -> dict:
+    """What `gather_block` returned, the matrices that narrow products take rounded to bfloat16 once."""
+    if not config.narrow:
+        return p
+    names = {"query", "key", "value", "output"} | (set() if config.experts else {"gate", "up", "down"})
+    return p | {name: int8.cast(p[name], jnp.bfloat16) for name in names}
+
+
 def gather(config: ModelConfig, weight, axes):
     """A weight as products take it, whole along fsdp: the compute dtype, or int8, which is what moves."""
     weight = int8.cast(weight, config.dtype)

@@ -1,13 +1,14 @@
 """Products with bfloat16 operands against float64 NumPy on the same operands, and in a model."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import scoring
+from opd_jax import rollout, scoring
 from opd_jax.models import bf16_products, transformer
 from tests import tiny
 
@@ -49,6 +50,46 @@ def test_every_product_of_a_scored_block_takes_bfloat16_and_no_other_does(rollou
     narrow, all_narrow = operands(NARROW)
     assert plain == 0 and all_narrow == all_plain
     assert narrow == 7  # query, key, value, output, gate, up, down; the layers are one loop
+
+
+def test_the_sampler_rounds_as_scoring_does():
+    """Its log-probabilities are nearer to those of scoring with the same products than with the others."""
+    params = tiny.weights(NARROW, 3)
+    tokens_BP = jnp.arange(3 * 8).reshape(3, 8) % tiny.TEACHER.valid_vocab
+    sampling = rollout.Sampling(max_tokens=12)
+
+    @jax.jit
+    def sampled(params):
+        return rollout.sample(NARROW, params, tokens_BP, jnp.ones((3, 8), bool), jax.random.key(0), sampling)
+
+    written = sampled(params)
+    mask_BT = np.asarray(written.mask_BT)
+    off = {}
+    for config in (NARROW, tiny.TEACHER):
+        scores = jax.jit(functools.partial(scoring.score, config, chunk=6))(params, written)
+        off[config.products] = np.abs(scores.teacher_logp_BT - written.logp_BT)[mask_BT].mean()
+    assert off["bfloat16"] < off["compute"] / 3
+    text = jax.jit(sampled).lower(params).as_text()
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert sum("bf16" in line for line in dots) == 7 * (1 + NARROW.layers)  # prefill's loop, and decode
+
+
+def test_on_a_cpu_the_compiled_gradient_takes_bfloat16_too():
+    """XLA does a product that sums over the rows of both operands in float32 there."""
+    params = tiny.weights(NARROW, 3)
+    tokens, mask = jnp.arange(64).reshape(2, 32) % 7, jnp.ones((2, 32), bool)
+
+    def loss(params, config):
+        return jnp.sum(transformer.forward(config, params, tokens, mask) ** 2)
+
+    def products(config):
+        text = jax.jit(functools.partial(jax.grad(loss), config=config)).lower(params).compile().as_text()
+        shapes = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+        dots = re.findall(r" dot\(%([\w.\-]+), %([\w.\-]+)\)", text)
+        return sum({shapes[a], shapes[b]} == {"bf16"} for a, b in dots), len(dots)
+
+    narrow, dots = products(NARROW)
+    assert narrow == 3 * 7 and products(tiny.TEACHER)[0] == 0, dots
 
 
 def test_log_probabilities_differ_by_less_than_those_of_a_bfloat16_model(rollouts):
