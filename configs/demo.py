@@ -30,12 +30,12 @@ def get_config():
     c.optimizer.schedule = "linear"
     c.optimizer.b1 = 0.0  # in so few steps momentum carries past the goal: responses unlearn to end
     c.optimizer.eps = 1e-5  # with 1e-8 a gradient of noise alone takes full steps
-    c.train.steps = 14
+    c.train.steps = 24
     # And the head, which is tied to it: a quarter less to keep gradients and moments of.
     c.train.frozen = ("embedding",)
     c.train.remat = "none"
     c.train.micro_batch = 4
-    c.eval.every = 14
-    c.checkpoint.every = 14
-    c.metrics.rollouts_every = 7
+    c.eval.every = 24
+    c.checkpoint.every = 24
+    c.metrics.rollouts_every = 8
     return c

@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2)
 def get_config():
     """The demo's runs; each evaluates before, between and after."""
     c = demo.get_config()
-    c.eval.every = 7
+    c.eval.every = 12
     c.checkpoint.every = 0
     c.metrics.rollouts = 8
     c.metrics.tensorboard = False
