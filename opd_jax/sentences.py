@@ -54,8 +54,6 @@ def first_tokens(table: SentenceTable, tokens_BT: jax.Array, mask_BT: jax.Array)
 _ENDS_WORD = punkt.FIRST_NON_WORD | punkt.DASHES | punkt.DOTS  # at the start of the next token
 _WHITE_SPACE_11C = np.array([[punkt.NO_TEXT]], np.uint32)
 _WIDE_SPACE_11C = np.array([[punkt.WIDE_SPACE]], np.uint32)
-
-
 _WIDE_SPACES_11N = np.array([[[int.from_bytes(space, "big") for space in punkt.WIDE_SPACES]]], np.uint32)
 
 
