@@ -3,6 +3,7 @@
 This may take any time and memory on a hostile expression: `grading` runs it in processes that it can end.
 """
 
+import fractions
 import re
 
 from opd_jax import quantities
@@ -10,7 +11,9 @@ from opd_jax import quantities
 BRACE = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{$.,]+)")
 MARKED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
-MARKUP = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{([^{}]*)\}")
+MARKUP = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])|\\(?:left|right|displaystyle)(?![a-z])")
 SENTENCE_END = re.compile(r"[.!](?=\s|$)|,?\s+(?:because|since|so that|as)\s|;\s")
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n")
@@ -24,6 +27,18 @@ WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 PER_CENT = re.compile(r"\s*(?:%|\bper\s?cent)$")
 BOUND = re.compile(r"[a-zA-Z]\s*(<|≤|>|≥)([^<>=≤≥]+)")
 CHAIN = re.compile(r"([^<>=≤≥]+?)(<|≤)\s*[a-zA-Z]\s*(<|≤)([^<>=≤≥]+)")
+OR = re.compile(r"\s+or\s+|\\lor(?![a-z])|\\cup(?![a-z])")
+REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
+CONGRUENT = re.compile(r"(?:[a-z]\s*)?(?:\\equiv\s*)?(-?\d+)\s*\\p?mod\s*\{?\s*(\d+)\s*\}?")
+EQUATION = re.compile(r"([^=<>≤≥]+)=([^=<>≤≥]+)")
+CHOICES = re.compile(r"\(?[A-J]\)?(?:(?:,|,? and| or|\s)\s*\(?[A-J]\)?)+")
+BOLD_END = re.compile(r"\*\*([^*]+)\*\*[.!]?\s*$")
+NUMBER_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+NAME = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?")
 LONGEST = 1000  # characters of a final answer; no reference is that long
 
 
@@ -48,7 +63,9 @@ def grade(response: str, answer: str) -> bool:
             return number is not None and quantities.same(quantities.Quantity(number), quantity)
         if len(answer.split()) > 1 and all(map(NUMBER.fullmatch, answer.split())):
             return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
-        said = [(response.strip().splitlines() or [""])[-1]]
+        line = (response.strip().splitlines() or [""])[-1]
+        bold = BOLD_END.search(line)
+        said = [bold[1] if bold else line]
     return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
 
 
@@ -68,6 +85,15 @@ def same(said: str, answer: str) -> bool:
         return not answer
     if said == answer or _plain(said) == _plain(answer):
         return True
+    for pattern, agree in ((BASED, _same_in_base), (CONGRUENT, _congruent)):
+        parts = pattern.fullmatch(said), pattern.fullmatch(answer)
+        if all(parts):
+            return agree(*parts)
+    if _plain(said) in NUMBER_WORDS:
+        said = str(NUMBER_WORDS.index(_plain(said)))
+    equations = EQUATION.fullmatch(said), EQUATION.fullmatch(answer)
+    if all(equations) and _plain(equations[0][1]) != _plain(equations[1][1]):
+        return _same_equation(*equations)
     said_quantity, quantity = quantities.read(said), quantities.read(answer)
     if said_quantity and quantity:
         return quantities.same(said_quantity, quantity)
@@ -133,7 +159,7 @@ def _clean(text: str) -> str:
     text = re.sub(r"(\\sqrt(?:\[\d+\])?)\s*(\d+)", r"\1{\2}", text)  # all of \sqrt 51, as it is meant
     text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1,", text)
     text = re.sub(r"\\[()\[\]]", " ", text) if re.match(r"\\[(\[]", text) else text
-    text = SPACING.sub(" ", text)
+    text = REPEATING.sub(_repeating, SPACING.sub(" ", text))
     text = MARKUP.sub(r" \1 ", text).replace("$", "").replace("\\%", "%")
     text = re.sub(r"\s+", " ", text).strip()
     return re.sub(r"(?:[.,;]|(?<=[a-z])!)$", "", text).rstrip()
@@ -149,6 +175,8 @@ def _plain(text: str) -> str:
 def _chosen(said: str | None, response: str) -> str | None:
     """The letter of the choice that was made, or None."""
     if said is not None:
+        if CHOICES.fullmatch(_clean(said)):
+            return None  # more than one
         match = CHOSEN.match(_clean(said))
         if not match and (last := CHOSEN_LAST.search(_clean(said))):
             return last[1]
@@ -156,8 +184,13 @@ def _chosen(said: str | None, response: str) -> str | None:
     lines = response.replace("**", "").strip().splitlines() or [""]
     listed = sum(bool(OPTION.match(line)) for line in lines) > 1  # which chooses none of them
     alone = CHOICE.fullmatch(_clean(lines[-1])) or (None if listed else OPTION.match(lines[-1]))
-    found = [alone[1]] if alone else re.findall(r"\(([A-J])\)|\b(?:option|choice) ([A-J])\b", lines[-1])
-    return "".join(found[-1]) if found else None
+    if alone:
+        return alone[1]
+    found = list(re.finditer(r"\(([A-J])\)|\b(?:[oO]ption|[cC]hoice) ([A-J])\b", lines[-1]))
+    # A line that breaks off after a choice has been named was still weighing it.
+    if not found or not re.match(r".*[.!)\]]\s*$|\s*$", lines[-1][found[-1].end() :]):
+        return None
+    return found[-1][1] or found[-1][2]
 
 
 def _last_number(text: str) -> float | None:
@@ -172,23 +205,44 @@ def _numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in found]
 
 
+def _parse(text: str) -> list:
+    """What math-verify reads, [] if nothing."""
+    import math_verify
+
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "(" not in text and "{" not in text else text
+    return math_verify.parse("\\boxed{" + _interval(text) + "}", parsing_timeout=None)
+
+
+def _same_equation(said: re.Match, answer: re.Match) -> bool:
+    """Whether two equations with different left sides hold for the same values; may take any time."""
+    import sympy
+
+    if all(NAME.fullmatch(side[1].strip()) for side in (said, answer)):
+        # f(x) = 2x is y = 2x, but x = 4 is not y = 4.
+        return not quantities.read(answer[2]) and same(said[2], answer[2])
+    sides = [[_parse(side) for side in equation.groups()] for equation in (said, answer)]
+    if not all(side and isinstance(side[0], sympy.Expr) for pair in sides for side in pair):
+        return same(said[2], answer[2])
+    one, other = (left[0] - right[0] for left, right in sides)
+    if one.free_symbols != other.free_symbols or other == 0:
+        return False
+    ratio = sympy.simplify(one / other)
+    return bool(ratio.is_number and ratio.is_finite and ratio != 0)
+
+
 def _same_expression(said: str, answer: str) -> bool:
     """Whether two expressions are equal, by math-verify; may take any time."""
     import math_verify  # a second to import
     import sympy
 
-    def parse(text):
-        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "(" not in text and "{" not in text else text
-        return math_verify.parse("\\boxed{" + _interval(text) + "}", parsing_timeout=None)
-
     def equal(one, other):
         return bool(math_verify.verify(one, other, timeout_seconds=None))
 
     # "22/7 ≈ 3.14" says the first of the two.
-    said = re.split(r"\\approx|≈", said)[0]
+    said = re.split(r"\\approx|≈", re.sub(r"^(?:\\approx|≈)", "", said))[0].strip()
     # math-verify divides a mixed number's fraction alone by 100: per cent is taken off before it.
     said_bare, bare = PER_CENT.sub("", said), PER_CENT.sub("", answer)
-    said_values, values = parse(said_bare), parse(bare)
+    said_values, values = _parse(said_bare), _parse(bare)
     if equal(values, said_values):
         return True
     if (said_bare == said) == (bare == answer):
@@ -198,8 +252,39 @@ def _same_expression(said: str, answer: str) -> bool:
     return equal(divided, said_values) if bare != answer else equal(values, divided)
 
 
+def _same_in_base(said: re.Match, answer: re.Match) -> bool:
+    """Whether 1011_2 and 13_8 are one number."""
+    try:
+        said, answer = (int(digits, int(base)) for digits, base in (said.groups(), answer.groups()))
+    except ValueError:  # a digit or a base that there is not
+        return False
+    return said == answer
+
+
+def _congruent(said: re.Match, answer: re.Match) -> bool:
+    """Whether 5 mod 12 and 17 mod 12 are one class."""
+    (value, modulus), (other, other_modulus) = (map(int, match.groups()) for match in (said, answer))
+    return modulus == other_modulus and modulus > 0 and (value - other) % modulus == 0
+
+
+def _repeating(match: re.Match) -> str:
+    """The fraction that a repeating decimal is."""
+    sign, whole, fixed, period = match.groups()
+    scale = 10 ** len(fixed)
+    value = fractions.Fraction(int(whole + fixed or 0), scale)
+    value += fractions.Fraction(int(period), scale * (10 ** len(period) - 1))
+    return f"{sign}\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 def _interval(text: str) -> str:
-    """The interval that x > 2 or 2 <= x < 5 describes; any other text as it is."""
+    """The interval that x > 2 or 2 <= x < 5 describes, or the union of several; any other text as it is."""
+    parts = OR.split(text)
+    if len(parts) > 1 and all(_one_interval(part.strip()) != part.strip() for part in parts):
+        return "\\cup".join(_one_interval(part.strip()) for part in parts)
+    return _one_interval(text)
+
+
+def _one_interval(text: str) -> str:
     plain = re.sub(r"\\leq?(?![a-z])|\\leqslant|<=", "≤", text)
     plain = re.sub(r"\\geq?(?![a-z])|\\geqslant|>=", "≥", plain)
     plain = plain.replace("\\lt", "<").replace("\\gt", ">")

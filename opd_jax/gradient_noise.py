@@ -68,7 +68,7 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
         def measured(weight_BT):
             def add(sums, group):
                 number, mean, spread = sums
-                own = jax.grad(group_loss)(trained, group)
+                own, _ = jax.grad(group_loss, has_aux=True)(trained, group)
                 away = optax.tree.sub(own, mean)
                 mean = jax.tree.map(lambda m, a: m + a / (number + 1), mean, away)
                 return (number + 1, mean, spread + optax.tree.vdot(away, optax.tree.sub(own, mean))), None

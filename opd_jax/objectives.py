@@ -212,14 +212,16 @@ def loss_sum(
       others: see `head_loss_sum`.
 
     Returns:
-      A float32 scalar. Divide by the response tokens of the whole batch, all micro-batches counted.
+      (a float32 scalar, the moe.Load of the student's experts or None). Divide the former by the response
+      tokens of the whole batch, all micro-batches counted.
     """
-    return head_loss_sum(
+    hidden_BTD, load = scoring.response_hidden_and_load(config, params, rollouts, remat)
+    total = head_loss_sum(
         name,
         options,
         config,
         params["embedding" if config.tie_embeddings else "head"],
-        scoring.response_hidden(config, params, rollouts, remat),
+        hidden_BTD,
         rollouts,
         advantage_BT,
         weight_BT,
@@ -227,6 +229,7 @@ def loss_sum(
         targets=targets,
         teacher=teacher,
     )
+    return total, load
 
 
 def head_loss_sum(

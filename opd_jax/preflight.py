@@ -9,6 +9,7 @@ memory does not suffice, or a program reaches the host or holds logits of all po
 """
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -45,7 +46,14 @@ def main(_):
     config = flags.FLAGS.config
     chip, devices = topology.describe(flags.FLAGS.topology)
     if flags.FLAGS.search:
-        found = check.search(config, devices, chip, plan)
+        # Each takes minutes: what is known so far goes to standard error, the table alone to standard output.
+        tell = functools.partial(print, file=sys.stderr, flush=True)
+        found = check.search(config, devices, chip, plan, tell)
+        if not found:
+            raise UserError(
+                "--search found no mesh for these devices that the config's sizes fit (each is named above); "
+                "change rollout.batch, rollout.samples_per_prompt or the model's sizes"
+            )
         print(table.search(found))
         sys.exit(0 if any(step.ok for *_, step in found) else 1)
     report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest)

@@ -101,15 +101,17 @@ def _size(unit: str) -> tuple[float, frozenset] | None:
     unit = {"mph": "mi/h", "kph": "km/h"}.get(unit, unit)
     size, powers = 1.0, {}
     for place, part in enumerate(re.split(r"\s*/\s*|\s+per\s+", unit)):
-        match = FACTOR.fullmatch(part.strip())
-        if not match:
-            return None
-        before, name, digit, after = match.groups()
-        name = name if name in UNITS else name.removesuffix("s")
-        if name not in UNITS:
-            return None
-        dimension, factor = UNITS[name]
-        exponent = int(digit or EXPONENTS.get(before or after, 1)) * (-1 if place else 1)
-        size *= factor**exponent
-        powers[dimension] = powers.get(dimension, 0) + exponent
+        whole = FACTOR.fullmatch(part.strip())
+        # "square meters" is one factor, "m s^-1" two.
+        for match in [whole] if whole else map(FACTOR.fullmatch, re.split(r"[\s·]+", part.strip())):
+            if not match:
+                return None
+            before, name, digit, after = match.groups()
+            name = name if name in UNITS else name.removesuffix("s")
+            if name not in UNITS:
+                return None
+            dimension, factor = UNITS[name]
+            exponent = int(digit or EXPONENTS.get(before or after, 1)) * (-1 if place else 1)
+            size *= factor**exponent
+            powers[dimension] = powers.get(dimension, 0) + exponent
     return size, frozenset(powers.items())

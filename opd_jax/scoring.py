@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax import divergences, vocabulary
-from opd_jax.models import transformer
+from opd_jax.models import moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
 
@@ -56,6 +56,7 @@ class Scores:
       overlap_BT: no unit, the share of the student's K candidates that are among the teacher's K best.
       teacher_stop_BT: the teacher's probability of an end token at each position.
       targets: what `score` was asked to keep for the objective.
+      teacher_load: how the teacher's routers spread the batch's tokens; None without experts.
     """
 
     advantage_BT: jax.Array
@@ -67,11 +68,16 @@ class Scores:
     overlap_BT: jax.Array | None
     teacher_stop_BT: jax.Array
     targets: Targets | None = None
+    teacher_load: moe.Load | None = None
 
     def per_token(self) -> "Scores":
         """The scores without what only rules and objectives read: nothing of it need leave a program."""
         return self.replace(
-            teacher_topk_logp_BTK=None, student_topk_logp_BTK=None, overlap_BT=None, targets=None
+            teacher_topk_logp_BTK=None,
+            student_topk_logp_BTK=None,
+            overlap_BT=None,
+            targets=None,
+            teacher_load=None,
         )
 
 
@@ -104,7 +110,7 @@ def score(
     Source: paper.md, "Idea" and steps 1-2 of "The release rule".
     """
 
-    def one(r: Rollouts) -> Scores:
+    def one(r: Rollouts) -> tuple[Scores, moe.Load | None]:
         own = r.topk_BTK, r.topk_logp_BTK, r.logp_BT
         if student is not None:
             config, params = student
@@ -118,7 +124,7 @@ def score(
                 )
         candidate_BTK, student_topk_logp_BTK, student_logp_BT = own
         with jax.named_scope("teacher"):
-            hidden_BTD = response_hidden(teacher, teacher_params, r)
+            hidden_BTD, load = response_hidden_and_load(teacher, teacher_params, r)
             teacher_topk_logp_BTK, teacher_logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
                 functools.partial(_teacher_chunk, teacher, top_k if keep == "top" else 0),
                 chunk,
@@ -138,13 +144,15 @@ def score(
         scores = jax.tree.map(
             lambda x: jnp.where(r.mask_BT.reshape(r.mask_BT.shape + (1,) * (x.ndim - 2)), x, 0), scores
         )
-        return scores.replace(
-            targets=Targets(hidden_BTD=hidden_BTD if keep == "logits" else None, top=top)
-        )
+        targets = Targets(hidden_BTD=hidden_BTD if keep == "logits" else None, top=top)
+        return scores.replace(targets=targets), load
 
     if micro_batches == 1:
-        return one(rollouts)
-    return join(jax.lax.map(one, split(rollouts, micro_batches)))
+        scores, load = one(rollouts)
+    else:
+        scores, loads = jax.lax.map(one, split(rollouts, micro_batches))
+        scores, load = join(scores), jax.tree.map(lambda x: x.sum(axis=0), loads)
+    return scores.replace(teacher_load=load)
 
 
 def _student_chunk(config, candidates, head_VD, chunk):
@@ -227,9 +235,18 @@ def _rows(logits_BTV):
 
 def response_hidden(config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"):
     """hidden_BTD from which the response tokens are predicted: position P-1+t predicts token t."""
+    return response_hidden_and_load(config, params, rollouts, remat)[0]
+
+
+def response_hidden_and_load(
+    config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"
+):
+    """(`response_hidden`, the moe.Load over prompts and responses or None)."""
     mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
-    hidden_BLD = transformer.forward(config, params, rollouts.tokens_BL, mask_BL, remat=remat)
-    return hidden_BLD[:, rollouts.prompt_mask_BP.shape[1] - 1 : -1]
+    hidden_BLD, load = transformer.forward_and_load(
+        config, params, rollouts.tokens_BL, mask_BL, remat=remat
+    )
+    return hidden_BLD[:, rollouts.prompt_mask_BP.shape[1] - 1 : -1], load
 
 
 def over_chunks(fn, chunk: int, head_VD, arrays):

@@ -165,25 +165,25 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     def step(state: steps.TrainState, rollouts: Rollouts):
         tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
         trained, kept = trainable.split(state.params, train.frozen)
-        loss, grads = steps.accumulated_gradient(
-            lambda trained, piece: loss_sum(trainable.join(trained, kept), piece, train.remat) / tokens,
-            trained,
-            rollouts,
-            micro_batches,
-        )
+
+        def mean_loss(trained, piece):
+            total, load = loss_sum(trainable.join(trained, kept), piece, train.remat)
+            return total / tokens, load
+
+        (loss, load), grads = steps.accumulated_gradient(mean_loss, trained, rollouts, micro_batches)
         changes, opt_state = optimizer.update(grads, state.opt_state, trained)
         measured = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
-        }
+        } | steps.router_metrics("student", load)
         params = trainable.join(optax.apply_updates(trained, changes), kept)
         return steps.TrainState(state.step + 1, params, opt_state), measured
 
     def heldout(params, rollouts: Rollouts):
         pieces = scoring.split(rollouts, micro_batches)
-        losses = jax.lax.map(lambda piece: loss_sum(params, piece, "none"), pieces)
+        losses = jax.lax.map(lambda piece: loss_sum(params, piece, "none")[0], pieces)
         return losses.sum(), rollouts.mask_BT.sum()
 
     return step, heldout

@@ -56,7 +56,7 @@ def make_mesh(sizes, devices=None) -> Mesh:
             f"{named} does not fit {len(devices)} devices; set one axis to -1 to take what is left"
         )
     types = (jax.sharding.AxisType.Auto,) * 3
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     if slices == 1:  # an axis may take a part of a side of the slice: tensor=2 of 8 x 8 chips
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
@@ -70,6 +70,11 @@ def make_mesh(sizes, devices=None) -> Mesh:
         inside, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
     return Mesh(grid, AXES, axis_types=types)
+
+
+def slice_count(devices) -> int:
+    """Of how many TPU slices the devices are; 1 for all others."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def check_batch(mesh: Mesh, name: str, size: int):

@@ -7,7 +7,7 @@ from flax import struct
 
 from opd_jax import objectives, scoring, segments, trainable
 from opd_jax import release as releasing
-from opd_jax.models import transformer
+from opd_jax.models import moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
 
@@ -136,7 +136,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         def update(carry, _):
             trained, opt_state = carry
             with jax.named_scope("gradient"):
-                loss, grads = accumulated_gradient(
+                (loss, load), grads = accumulated_gradient(
                     lambda trained, piece: piece_loss(trainable.join(trained, kept), piece),
                     trained,
                     lesson,
@@ -145,14 +145,14 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             with jax.named_scope("update"):
                 changes, opt_state = optimizer.update(grads, opt_state, trained)
                 trained = optax.apply_updates(trained, changes)
-            return (trained, opt_state), (loss, optax.tree.norm(grads))
+            return (trained, opt_state), (loss, optax.tree.norm(grads), load)
 
         carry = trained, state.opt_state
         if train.updates_per_rollout == 1:
-            carry, (loss, norm) = update(carry, None)
+            carry, (loss, norm, load) = update(carry, None)
         else:
-            carry, (loss, norm) = jax.lax.scan(update, carry, length=train.updates_per_rollout)
-            loss, norm = loss[0], norm[0]
+            carry, measured = jax.lax.scan(update, carry, length=train.updates_per_rollout)
+            loss, norm, load = jax.tree.map(lambda x: x[0], measured)
         metrics = measure(rollouts, supervision) | {
             "loss": loss,
             "grad_norm": norm,
@@ -166,6 +166,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         if reward_B is not None:
             metrics["reward"] = jnp.nanmean(reward_B)
             metrics["graded_share"] = 1 - jnp.isnan(reward_B).mean()
+        metrics |= router_metrics("teacher", scores.teacher_load) | router_metrics("student", load)
         trained, opt_state = carry
         return TrainState(state.step + 1, trainable.join(trained, kept), opt_state), metrics, supervision
 
@@ -227,14 +228,14 @@ def supervise(
 def make_loss(student: ModelConfig, teacher: ModelConfig, config):
     """Builds loss(params, lesson, teacher_params, tokens), differentiable in params.
 
-    It is the objective's weighted sum over the lesson's rollouts, divided by `tokens`: the response tokens
-    of the whole batch, of which the lesson may be a part.
+    It returns the objective's weighted sum over the lesson's rollouts, divided by `tokens`, the response
+    tokens of the whole batch, of which the lesson may be a part; and the student's moe.Load or None.
     """
     options = objectives.options(config)
     needs_head = objectives.OBJECTIVES[config.objective.name].teacher == "logits"
 
     def loss(params: dict, lesson: Lesson, teacher_params: dict, tokens):
-        total = objectives.loss_sum(
+        total, load = objectives.loss_sum(
             config.objective.name,
             options,
             student,
@@ -247,7 +248,7 @@ def make_loss(student: ModelConfig, teacher: ModelConfig, config):
             targets=lesson.targets,
             teacher=(teacher, transformer.head(teacher, teacher_params) if needs_head else None),
         )
-        return total / tokens
+        return total / tokens, load
 
     return loss
 
@@ -258,15 +259,31 @@ def response_tokens(rollouts: Rollouts):
 
 
 def accumulated_gradient(loss, params, batch, micro_batches: int):
-    """(value, gradient) of the sum of loss(params, piece) over the micro-batches of a batch."""
+    """((value, aux), gradient) of the sums of loss(params, piece) over the micro-batches of a batch.
+
+    Args:
+      loss: returns (a scalar to be differentiated, any pytree of arrays or None).
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
-        return jax.value_and_grad(loss)(params, batch)
+        return gradient(params, batch)
 
     def accumulate(total, piece):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, piece)), None
+        return jax.tree.map(jnp.add, total, gradient(params, piece)), None
 
-    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(accumulate, zero, scoring.split(batch, micro_batches))[0]
+    pieces = scoring.split(batch, micro_batches)
+    first = jax.tree.map(lambda x: x[0], pieces)
+    (_, aux), _ = jax.eval_shape(gradient, params, first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux)
+    start = (jnp.float32(0), zero), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, start, pieces)[0]
+
+
+def router_metrics(model: str, load: moe.Load | None) -> dict:
+    """MODEL_router_... of `moe.statistics`; none without experts."""
+    if load is None:
+        return {}
+    return {f"{model}_router_{name}": value for name, value in moe.statistics(load).items()}
 
 
 def measure(rollouts: Rollouts, supervision: Supervision) -> dict:

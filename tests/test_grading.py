@@ -31,7 +31,7 @@ def grader():
         yield grader
 
 
-@pytest.mark.parametrize("name", ["grading.jsonl", "grading_unseen.jsonl"])
+@pytest.mark.parametrize("name", ["grading.jsonl", "grading_unseen.jsonl", "grading_fresh.jsonl"])
 def test_at_least_99_per_cent_of_known_verdicts_are_met(name, grader):
     plain = [row for row in read(name) if row["kind"] != "hostile"]
     assert len(plain) >= 200

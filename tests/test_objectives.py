@@ -40,7 +40,7 @@ def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantag
             weight_BT,
             chunk=chunk,
             remat=remat,
-        )
+        )[0]
 
     return jax.value_and_grad(total)(params)
 
@@ -149,7 +149,7 @@ def test_the_value_without_differentiation_is_the_same():
             *batch(),
             chunk=4,
             remat="none",
-        )
+        )[0]
     )
     want, _ = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
     np.testing.assert_allclose(plain(tiny.weights(TIED)), want, rtol=1e-6)

@@ -443,13 +443,24 @@ def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ra
     monkeypatch.setattr(preflight_check, "_sample", sample)
     monkeypatch.setattr(preflight_check, "_compile", compiled)
     config = tiny.config(models, **{"rollout.batch": 8})
-    found = preflight_check.search(config, jax.devices()[:2], CHIP, preflight.plan)
+    told = []
+    found = preflight_check.search(config, jax.devices()[:2], CHIP, preflight.plan, told.append)
+    assert len(told) == len(found)
+    assert told[0] == "mesh.tensor=1, train.micro_batch=2: 4.5 s a step" and told[2].endswith("not pass")
     tried = [(mesh["fsdp"], mesh["tensor"], size, report.ok) for mesh, size, report in found]
     fitting = [(1, 2, 8, True), (2, 1, 4, True), (1, 2, 4, True), (2, 1, 2, True), (1, 2, 2, True)]
     assert tried == [*fitting, (1, 2, 1, True), (2, 1, 8, False)]
     assert sampled == [1, 2], "the sampler is compiled once for a mesh"
     best = preflight_table.search(found).splitlines()[1]
     assert best.split()[:4] == ["data=1", "fsdp=1", "tensor=2", "8"] and best.endswith("yes")
+
+
+def test_the_search_says_which_meshes_a_model_does_not_fit(models):
+    config = tiny.config(models, **{"rollout.batch": 6, "train.frozen": ("nothing",)})
+    told = []
+    assert preflight_check.search(config, jax.devices(), CHIP, preflight.plan, told.append) == []
+    assert told[0] == "mesh.tensor=1: the prompts cannot be cut over 8 devices"
+    assert told[-1].startswith("mesh.tensor=8: train.frozen names nothing")
 
 
 # ---- Recipes.

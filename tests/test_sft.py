@@ -124,11 +124,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     x, params = draw(size=(8, 3)).astype(np.float32), {"w": draw(size=3).astype(np.float32)}
 
     def loss(params, piece):
-        return (jax.numpy.tanh(piece @ params["w"]) ** 2).sum()
+        return (jax.numpy.tanh(piece @ params["w"]) ** 2).sum(), piece.sum(axis=0)
 
     one = steps.accumulated_gradient(loss, params, x, 1)
     four = steps.accumulated_gradient(loss, params, x, 4)
-    np.testing.assert_allclose(one[0], four[0], rtol=1e-6)
+    np.testing.assert_allclose(one[0][0], four[0][0], rtol=1e-6)
+    np.testing.assert_allclose(four[0][1], x.sum(axis=0), rtol=1e-5)
     np.testing.assert_allclose(one[1]["w"], four[1]["w"], rtol=1e-5)
 
 

@@ -229,7 +229,7 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
                 *batch,
                 chunk=4,
                 remat="none",
-            )
+            )[0]
 
         return jax.value_and_grad(total)(params)
 

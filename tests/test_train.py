@@ -5,9 +5,11 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -48,6 +50,18 @@ def test_a_training_line_has_what_the_report_reads(finished):
     assert np.isfinite([last[k] for k in ("loss", "kl", "grad_norm", "tokens_per_second")]).all()
     assert {"seconds_sample", "seconds_train", "seconds_data", "seconds_step"} <= last.keys()
     assert sum(last["position_tokens"]) == last["response_tokens"]
+
+
+def undocumented(record: dict) -> set[str]:
+    """Fields of a line of metrics.jsonl that docs/metrics.md does not name."""
+    page = Path(__file__).parents[1] / "docs" / "metrics.md"
+    return record.keys() - set(re.findall(r"`(\w+)`", page.read_text())) - {"kind", "step"}
+
+
+def test_every_field_of_a_run_is_documented(finished):
+    records = lines(finished[0] / "metrics.jsonl")
+    assert not undocumented(records[0]), "of an evaluation"
+    assert not undocumented(records[1]), "of a step"
 
 
 def test_a_run_leaves_its_rollouts_answers_config_and_versions(finished, job):
@@ -166,6 +180,7 @@ def test_gradient_noise_and_grades_are_recorded_and_change_no_step(models, tmp_p
     assert not any(key.startswith("gradient_") for key in first)
     np.testing.assert_allclose(last["gradient_norm_kept"], last["grad_norm"], rtol=1e-4)
     assert last["seconds_gradient_noise"] > 0
+    assert not undocumented(last)
     shown = lines(tmp_path / "noise" / "rollouts.jsonl")
     odd = [int("".join(filter(str.isdigit, r["prompt"]))) % 2 for r in shown]
     assert [r["right"] for r in shown] == [False if n else None for n in odd]

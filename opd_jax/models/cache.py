@@ -72,7 +72,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
 
     def step(x_BPD, p):
         p = transformer.gather_block(config, p)
-        return transformer.block(config, p, x_BPD, rope, attend, narrow=config.narrow)
+        return transformer.block(config, p, x_BPD, rope, attend, narrow=config.narrow)[:2]
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, stacked = jax.lax.scan(step, x_BPD, params["blocks"])
@@ -127,7 +127,7 @@ def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache
             keys, values, *scales = layer
             return attention.attend(q, keys, values, filled_BS[:, None], scales), layer
 
-        x_B1D, layer = transformer.block(
+        x_B1D, layer, _ = transformer.block(
             config, p, x_B1D, rope, attend, spread=spread, narrow=config.narrow
         )
         kept.append(layer)

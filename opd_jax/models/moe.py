@@ -12,6 +12,7 @@ to cut a grouped product: it would gather all experts.
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from opd_jax import sharding
 from opd_jax.models import int8
@@ -22,16 +23,64 @@ _IN, _OUT = ("experts", None, "ffn"), ("experts", "ffn", None)
 _SPREAD = ("spread_experts", None, None)
 
 
-def route(config: ModelConfig, router_DE, x_MD):
-    """(expert_MX, weight_MX): each row's chosen experts, most likely first, and their weights, float32.
+@struct.dataclass
+class Routing:
+    """What a block's router decided for each token.
 
-    A weight is the expert's probability in the softmax over all experts, normalised if configured.
+    Attributes:
+      expert_BLX: its X experts, most likely first.
+      weight_BLX: float32, their probabilities in the softmax over all experts, normalised if configured.
+      entropy_BL: of that softmax, nats.
     """
-    logits_ME = jax.lax.dot(x_MD, router_DE, preferred_element_type=jnp.float32)
-    weight_MX, expert_MX = jax.lax.top_k(jax.nn.softmax(logits_ME), config.experts_per_token)
+
+    expert_BLX: jax.Array
+    weight_BLX: jax.Array
+    entropy_BL: jax.Array
+
+
+@struct.dataclass
+class Load:
+    """How the routers of all blocks spread a batch's tokens; of parts of a batch, their sums.
+
+    Attributes:
+      rows_NE: int32, tokens that chose each expert of each block.
+      entropy_N: float32, sum of the tokens' `Routing.entropy_BL`.
+      tokens: int32, real tokens; padding is in none of these.
+    """
+
+    rows_NE: jax.Array
+    entropy_N: jax.Array
+    tokens: jax.Array
+
+
+def route(config: ModelConfig, router_DE, x_BLD) -> Routing:
+    """The experts of each token, by its normalised hidden states."""
+    x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    logp_ME = jax.nn.log_softmax(jax.lax.dot(x_MD, router_DE, preferred_element_type=jnp.float32))
+    probability_ME = jnp.exp(logp_ME)
+    weight_MX, expert_MX = jax.lax.top_k(probability_ME, config.experts_per_token)
     if config.normalise_experts:
         weight_MX = weight_MX / weight_MX.sum(axis=-1, keepdims=True)
-    return expert_MX, weight_MX
+    routing = Routing(expert_MX, weight_MX, -(probability_ME * logp_ME).sum(axis=-1))
+    return jax.tree.map(lambda x: x.reshape(*x_BLD.shape[:2], *x.shape[1:]), routing)
+
+
+def block_load(config: ModelConfig, routing: Routing, mask_BL) -> Load:
+    """One block's part of `Load`; without gradient."""
+    chosen_BLXE = routing.expert_BLX[..., None] == jnp.arange(config.experts)[None, None, None]
+    rows_E = (chosen_BLXE & mask_BL[..., None, None]).sum(axis=(0, 1, 2), dtype=jnp.int32)
+    entropy_BL = jax.lax.stop_gradient(routing.entropy_BL)
+    return Load(rows_E, jnp.where(mask_BL, entropy_BL, 0).sum(), mask_BL.sum(dtype=jnp.int32))
+
+
+def statistics(load: Load) -> dict[str, jax.Array]:
+    """Means over blocks: the busiest expert over the mean one, the share without a token, entropy in nats."""
+    mean_N = load.rows_NE.mean(axis=1)
+    return {
+        "peak": (load.rows_NE.max(axis=1) / jnp.maximum(mean_N, 1e-9)).mean(),
+        "idle": (load.rows_NE == 0).mean(),
+        "entropy": load.entropy_N.mean() / jnp.maximum(load.tokens, 1),
+    }
 
 
 def can_spread(config: ModelConfig, mesh) -> bool:
@@ -41,21 +90,19 @@ def can_spread(config: ModelConfig, mesh) -> bool:
     return config.experts % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
 
 
-def feed_forward(config: ModelConfig, p: dict, x_BLD, *, spread: bool = False):
+def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, spread: bool = False):
     """Sum over each token's experts of weight x (silu(x gate) * (x up)) down, as transformers' Qwen3MoE.
 
     Args:
-      p: one block's weights: router [D, E], gate and up [E, D, F], down [E, F, D].
+      p: one block's weights: gate and up [E, D, F], down [E, F, D].
       x_BLD: normalised hidden states; padding is routed like any token and costs the same.
+      routing: what `route` decided.
       spread: each expert is on one device of those along fsdp and tensor; needs `can_spread`.
 
     Returns:
       [B, L, D] in x's dtype.
     """
-    rows = x_BLD.shape[:2]
-    expert_MX, weight_MX = route(config, p["router"], x_BLD.reshape(-1, x_BLD.shape[-1]))
-    chosen = (x.reshape(*rows, -1) for x in (expert_MX, weight_MX))
-    arrays = x_BLD, *chosen, p["gate"], p["up"], p["down"]
+    arrays = x_BLD, routing.expert_BLX, routing.weight_BLX, p["gate"], p["up"], p["down"]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _held_experts(*arrays)

@@ -136,7 +136,7 @@ def block(
       narrow: products take bfloat16 operands (bf16_products.py); experts' do not.
 
     Returns:
-      (x_BLD, what `attend` returned beside its output).
+      (x_BLD, what `attend` returned beside its output, the experts' moe.Routing or None).
     """
     x_BLD = sharding.constrain(x_BLD, "batch")
     times = functools.partial(project, narrow=narrow)
@@ -155,9 +155,10 @@ def block(
     with jax.named_scope("ffn"):
         h_BLD = rms_norm(x_BLD, p["ffn_norm"], config.norm_eps)
         if config.experts:
-            return x_BLD + moe.feed_forward(config, p, h_BLD, spread=spread), kept
+            routing = moe.route(config, p["router"], h_BLD)
+            return x_BLD + moe.feed_forward(config, p, h_BLD, routing, spread=spread), kept, routing
         gated_BLF = jax.nn.silu(times(h_BLD, p["gate"])) * times(h_BLD, p["up"])
-        return x_BLD + times(gated_BLF, p["down"]), kept
+        return x_BLD + times(gated_BLF, p["down"]), kept, None
 
 
 def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
@@ -270,6 +271,11 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
     Returns:
       hidden_BLD in the compute dtype.
     """
+    return forward_and_load(config, params, tokens_BL, mask_BL, remat=remat)[0]
+
+
+def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
+    """(`forward`, the moe.Load of its experts, or None without experts)."""
     rope = attention.rope_tables(config, positions(mask_BL))
 
     def attend(q, k, v):
@@ -279,12 +285,15 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
 
     def step(x_BLD, p):
         p = gather_block(config, p)
-        return block(config, p, x_BLD, rope, attend, narrow=config.narrow)[0], None
+        x_BLD, _, routing = block(config, p, x_BLD, rope, attend, narrow=config.narrow)
+        return x_BLD, moe.block_load(config, routing, mask_BL) if config.experts else None
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    x_BLD, _ = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
-    return rms_norm(x_BLD, params["final_norm"], config.norm_eps)
+    x_BLD, load = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
+    if load is not None:
+        load = load.replace(tokens=load.tokens[0])
+    return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load
 
 
 def positions(mask_BL):

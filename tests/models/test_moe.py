@@ -26,7 +26,13 @@ MODEL = tiny.STUDENT.replace(
 )
 NORMALISED = pytest.mark.parametrize("normalised", [True, False])
 
-feed_forward = jax.jit(moe.feed_forward, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def feed_forward(config, p, x_BLD):
+    return moe.feed_forward(config, p, x_BLD, moe.route(config, p["router"], x_BLD))
+
+
 forward = jax.jit(transformer.forward, static_argnums=0)
 
 
@@ -38,8 +44,7 @@ def block_weights(seed=0):
 
 def experts_of(config, p, x_BLD):
     """[B, L, X], the ids that the router chooses."""
-    expert_MX, _ = moe.route(config, p["router"], x_BLD.reshape(-1, config.width))
-    return np.asarray(expert_MX).reshape(*x_BLD.shape[:2], -1)
+    return np.asarray(moe.route(config, p["router"], x_BLD).expert_BLX)
 
 
 def one_token(config, p, x_D):
@@ -121,7 +126,7 @@ def test_the_gradient_is_that_of_all_experts_weighted_by_zero_or_more(normalised
         return (out_BLD * probe_BLD).sum()
 
     def sparse(p, x_BLD):
-        return (moe.feed_forward(config, p, x_BLD) * probe_BLD).sum()
+        return (feed_forward(config, p, x_BLD) * probe_BLD).sum()
 
     want = jax.jit(jax.grad(dense, argnums=(0, 1)))(used, x_BLD)
     got = jax.jit(jax.grad(sparse, argnums=(0, 1)))(used, x_BLD)
@@ -171,7 +176,7 @@ def on_mesh(config, sizes):
 
 @pytest.mark.parametrize(
     ("sizes", "experts"),  # eight devices cut 8 experts, and the width of 6
-    [((8, 1, 1), 8), ((1, 8, 1), 8), ((1, 1, 8), 8), ((2, 2, 2), 8), ((1, 1, 8), 6)],
+    [((2, 2, 2), 8), ((1, 1, 8), 6)],
 )
 def test_a_mesh_gives_the_values_and_gradients_of_one_device(sizes, experts):
     config = MODEL.replace(experts=experts, ffn=16)
@@ -219,3 +224,42 @@ def test_a_mesh_samples_what_one_device_samples(experts):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     got = jax.jit(sharding.on(mesh, sample), in_shardings=(on_mesh(config, (2, 2, 2))[0], *[None] * 3))(*args)
     np.testing.assert_array_equal(got, jax.jit(sample)(*args))
+
+
+def test_a_blocks_load_counts_real_tokens_alone():
+    p, x_BLD = block_weights()
+    mask_BL = np.arange(5)[None] >= [[2], [0]]
+    load = moe.block_load(MODEL, moe.route(MODEL, p["router"], x_BLD), mask_BL)
+    logit_E8 = x_BLD[mask_BL].astype(np.float64) @ np.asarray(p["router"], np.float64)
+    probability_8E = np.exp(logit_E8) / np.exp(logit_E8).sum(axis=1, keepdims=True)
+    best_8X = np.argsort(-probability_8E, axis=1)[:, : MODEL.experts_per_token]
+    assert load.tokens == 8
+    assert load.rows_NE.tolist() == np.bincount(best_8X.ravel(), minlength=MODEL.experts).tolist()
+    np.testing.assert_allclose(
+        load.entropy_N, -(probability_8E * np.log(probability_8E)).sum(), rtol=1e-6
+    )
+
+
+def test_statistics_of_a_load_made_by_hand():
+    load = moe.Load(
+        rows_NE=jnp.array([[8, 0, 0, 0], [2, 2, 2, 2]]),
+        entropy_N=jnp.array([2.0, 6.0]),
+        tokens=jnp.int32(4),
+    )
+    assert jax.tree.map(float, moe.statistics(load)) == {"peak": 2.5, "idle": 0.375, "entropy": 1.0}
+
+
+def test_a_mesh_counts_the_load_of_one_device():
+    config = MODEL.replace(experts=8)
+
+    def load(params, tokens_BL, mask_BL):
+        return transformer.forward_and_load(config, params, tokens_BL, mask_BL)[1]
+
+    args = tiny.weights(config), *batch()
+    want = jax.jit(load)(*args)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    weights, _ = on_mesh(config, (2, 2, 2))
+    got = jax.jit(sharding.on(mesh, load), in_shardings=(weights, *[sharding.batch(mesh)] * 2))(*args)
+    assert want.rows_NE.sum(axis=1).tolist() == [batch()[1].sum() * config.experts_per_token] * config.layers
+    np.testing.assert_array_equal(got.rows_NE, want.rows_NE)
+    np.testing.assert_allclose(got.entropy_N, want.entropy_N, rtol=1e-5)
