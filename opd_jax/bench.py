@@ -77,7 +77,9 @@ def main(argv):
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
         products=flags.FLAGS.products,
     )
-    teacher = student.replace(layers=flags.FLAGS.teacher_layers or student.layers)
+    teacher = student.replace(
+        layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
+    )
     config = default.get_config()
     config.update_from_flattened_dict(
         {
@@ -165,6 +167,7 @@ def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table
 if __name__ == "__main__":
     flags.DEFINE_bool("sample_only", False, "Time sampling alone.")
     flags.DEFINE_integer("teacher_layers", 0, "Layers of the teacher; the student's if 0.")
+    flags.DEFINE_enum("teacher_weights", "float", ["float", "int8"], "As teacher.weights.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
     flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")

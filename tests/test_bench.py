@@ -1,0 +1,41 @@
+"""The benchmark's command line: its table has every phase, and wrong arguments get one line."""
+
+import pytest
+
+from tests import tiny
+
+SHAPE = (1, 32, 48, 4, 2, 8, 264, 4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def printed(models):
+    """The lines of a run with an int8 teacher."""
+    run = tiny.entry(
+        *("opd_jax.bench", *SHAPE, "--teacher_weights=int8", "--teacher_layers=2"),
+        f"--tokenizer={models / 'student'}",
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_every_phase_has_its_seconds_and_rate(printed):
+    machine, sizes, columns, *rows, cost = printed
+    assert "a 2048³ matrix product runs at" in machine
+    assert sizes.startswith("layers=1 width=32 ffn=48")
+    assert columns.split()[:2] == ["phase", "seconds"]
+    table = {row.split()[0]: list(map(float, row.replace("%", "").split()[1:])) for row in rows}
+    assert list(table) == ["sample", "score", "release", "update", "step"]
+    batch, response = SHAPE[7], SHAPE[9]
+    for name, (seconds, speed, *_) in table.items():
+        # Seconds have four decimals, which at this size are few digits.
+        assert abs(seconds - batch * response / speed) < 1e-4, name
+    assert cost.startswith("the release rule takes") and cost.endswith("of the step")
+
+
+def test_a_shape_that_is_not_ten_numbers_is_refused_in_one_line():
+    run = tiny.entry("opd_jax.bench", *SHAPE[:9])
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: give ten whole numbers: "
+        "layers width ffn heads kv_heads head_size vocabulary batch prompt response\n"
+    )
