@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax import vocabulary
+from opd_jax.models import attention, transformer
 from opd_jax.models import cache as kv
-from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 
 
@@ -107,6 +107,7 @@ def sample(
         cache = kv.repeat(cache, sampling.samples)
         length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
         layers = kv.unstack(config, params)
+        rope_1LC = attention.rope_tables(config, jnp.arange(p + t_max)[None])
 
     def emit(out, hidden_BD, done_B, t):
         """Draws token t of every row that has not ended and writes it down."""
@@ -132,9 +133,8 @@ def sample(
     def step(state):
         t, out, token_B, done_B, cache = state
         with jax.named_scope("decode"):
-            hidden_BD, cache = kv.decode(
-                config, params, layers, token_B, length_B + t - 1, cache, p + t - 1
-            )
+            rope_B1C = [table[0, length_B + t - 1][:, None] for table in rope_1LC]
+            hidden_BD, cache = kv.decode(config, params, layers, token_B, rope_B1C, cache, p + t - 1)
         return t + 1, *emit(out, hidden_BD, done_B, t), cache
 
     out = {

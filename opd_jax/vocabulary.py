@@ -31,7 +31,9 @@ def _first_max(x_BN, count: int):
     picks = []
     column = jnp.arange(x_BN.shape[1])[None]
     for _ in range(count):
-        pick_B1 = jnp.argmax(x_BN, axis=1, keepdims=True)
+        # Two plain reductions, which vectorise; an argmax, which carries an index along, does not.
+        at_peak_BN = x_BN == x_BN.max(axis=1, keepdims=True)
+        pick_B1 = jnp.where(at_peak_BN, column, x_BN.shape[1] - 1).min(axis=1, keepdims=True)
         picks.append(pick_B1)
         x_BN = jnp.where(column == pick_B1, -jnp.inf, x_BN)
     return jnp.concatenate(picks, axis=1)

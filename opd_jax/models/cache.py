@@ -98,19 +98,20 @@ def grow(cache: KVCache, slots: int) -> KVCache:
     )
 
 
-def decode(config: ModelConfig, params: dict, layers, token_B, position_B, cache: KVCache, slot):
+def decode(config: ModelConfig, params: dict, layers, token_B, rope, cache: KVCache, slot):
     """One token a row through the model.
 
     Args:
       layers: what `unstack` returned.
-      token_B, position_B: id and rotary position of the token.
+      token_B: ids.
+      rope: attention.rope_tables of their positions, [B, 1, head_size / 2] each. Looked up by the caller:
+        where cosines are taken in the loop, a compiler takes them anew for every head of every layer.
       slot: scalar index of the cache slot it takes, the same in every row.
 
     Returns:
       (hidden_BD, normalised; the cache with the slot filled).
     """
     spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
-    rope = attention.rope_tables(config, position_B[:, None])
     filled_BS = jax.lax.dynamic_update_slice_in_dim(
         cache.filled_BS, jnp.ones_like(cache.filled_BS[:, :1]), slot, axis=1
     )
