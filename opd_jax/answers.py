@@ -17,7 +17,13 @@ MARKUP = re.compile(
 SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])|\\(?:left|right|displaystyle)(?![a-z])")
 SENTENCE_END = re.compile(r"[.!](?=\s|$)|,?\s+(?:because|since|so that|as)\s|;\s")
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n")
-NUMBER = re.compile(rf"(?<![\w.])-?{quantities.UNSIGNED}(?![\w^])")
+TYPED_PI = re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])")
+UNIT_FRACTION = re.compile(r"\\frac\s*" + r"\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}" * 2)
+ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{\s*(?:st|nd|rd|th)\s*\}|\^?\s*(?:st|nd|rd|th)\b)")
+SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹⁻]+")
+ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\d+))")
+HALF_DAY = re.compile(r"(?<=\d)\s*([ap])\.?m\b\.?")
+NUMBER = re.compile(rf"(?<![\w.^/{{])-?{quantities.UNSIGNED}(?![\w^])")  # in no exponent and no argument
 CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
 LEAD = re.compile(r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 CHOSEN = re.compile(r"(?:option|choice|answer)?\s*(?:\(([A-J])\)|([A-J])(?=$|[).:,]|\s+(?![a-z])))", re.I)
@@ -28,7 +34,7 @@ PER_CENT = re.compile(r"\s*(?:%|\bper\s?cent)$")
 BOUND = re.compile(r"[a-zA-Z]\s*(<|≤|>|≥)([^<>=≤≥]+)")
 CHAIN = re.compile(r"([^<>=≤≥]+?)(<|≤)\s*[a-zA-Z]\s*(<|≤)([^<>=≤≥]+)")
 OR = re.compile(r"\s+or\s+|\\lor(?![a-z])|\\cup(?![a-z])")
-REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+REPEATING = re.compile(r"(?<!\d)(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 CONGRUENT = re.compile(r"(?:[a-z]\s*)?(?:\\equiv\s*)?(-?\d+)\s*\\p?mod\s*\{?\s*(\d+)\s*\}?")
 EQUATION = re.compile(r"([^=<>≤≥]+)=([^=<>≤≥]+)")
@@ -60,7 +66,9 @@ def grade(response: str, answer: str) -> bool:
     if not said:
         if quantity := quantities.read(_clean(answer)):
             number = _last_number(response)
-            return number is not None and quantities.same(quantities.Quantity(number), quantity)
+            if number is None:
+                return False
+            return quantities.same(quantities.Quantity(number, exact=number.is_integer()), quantity)
         if len(answer.split()) > 1 and all(map(NUMBER.fullmatch, answer.split())):
             return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
         line = (response.strip().splitlines() or [""])[-1]
@@ -200,7 +208,7 @@ def _last_number(text: str) -> float | None:
 
 def _numbers(text: str) -> list[float]:
     """All such numbers, in order."""
-    text = re.sub(r"\\?[$%€£]|\*\*", "", text)
+    text = quantities.decimal(re.sub(r"[%€£]|\*\*|__", "", _clean(text)))
     found = [match.group() for match in NUMBER.finditer(text) if any(c.isdigit() for c in match.group())]
     return [float(number.replace(",", "")) for number in found]
 
