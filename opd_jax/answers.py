@@ -10,7 +10,9 @@ from opd_jax import quantities
 
 BRACE = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{$.,]+)")
-MARKED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
+ADVERB = r"(?:\s+(?:therefore|thus|hence)\b,?)?"
+MARKED = re.compile(rf"\banswer(?:\s+is|\s*:){ADVERB}\s*:?\s*", re.IGNORECASE)
+STATED = re.compile(rf"\b(?:is|are|equals?|get|obtain){ADVERB}\s*:?\s+")
 MARKUP = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
@@ -29,6 +31,9 @@ LEAD = re.compile(r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?
 CHOSEN = re.compile(r"(?:option|choice|answer)?\s*(?:\(([A-J])\)|([A-J])(?=$|[).:,]|\s+(?![a-z])))", re.I)
 OPTION = re.compile(r"\(?([A-J])[).:]\s")
 CHOSEN_LAST = re.compile(r"\b(?:is|be)\s+\(?([A-J])\)?[\s.,]*$")
+CHOSEN_BY = re.compile(
+    rf"\b(?i:option|choice|answer)\s+(?:is|must be){ADVERB}\s*:?\s+\(?([A-J])\b(?!\)? or )"
+)
 WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 PER_CENT = re.compile(r"\s*(?:%|\bper\s?cent)$")
 BOUND = re.compile(r"[a-zA-Z]\s*(<|≤|>|≥)([^<>=≤≥]+)")
@@ -53,10 +58,10 @@ def grade(response: str, answer: str) -> bool:
 
     The final answer is what the last \\boxed{} holds, else what stands in <answer> tags, after #### or
     after "answer is"; without any of these, the last number for a numeric reference, the numbers of the
-    last sentence for one of several with spaces between, and the last line for any other. A reference of
-    one letter from A to J is a choice. Numbers are compared as numbers, without currency and thousands
-    separators, and by `quantities.same` where they have units; a per cent sign on one side alone may or
-    may not count.
+    last sentence for one of several with spaces between, and for any other the last line or what follows
+    its last "is". A reference of one letter from A to J is a choice. Numbers are compared as
+    numbers, without currency and thousands separators, and by `quantities.same` where they have units; a
+    per cent sign on one side alone may or may not count.
     Words are compared without case and closing punctuation, and the rest as expressions, by math-verify.
     """
     answer = reference(answer)
@@ -73,7 +78,8 @@ def grade(response: str, answer: str) -> bool:
             return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
         line = (response.strip().splitlines() or [""])[-1]
         bold = BOLD_END.search(line)
-        said = [bold[1] if bold else line]
+        line = bold[1] if bold else line
+        return same(line, answer) or same(_first_sentence(STATED.split(line)[-1]), answer)
     return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
 
 
@@ -213,6 +219,8 @@ def _numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in found]
 
 
+    if chosen := CHOSEN_BY.findall(lines[-1]):
+        return chosen[-1]
 def _parse(text: str) -> list:
     """What math-verify reads, [] if nothing."""
     import math_verify
