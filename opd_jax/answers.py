@@ -5,30 +5,44 @@ This may take any time and memory on a hostile expression: `grading` runs it in 
 
 import fractions
 import re
+import unicodedata
 
 from opd_jax import quantities
 
 BRACE = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{$.,]+)")
-MARKED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
+ADVERB = r"(?:\s+(?:therefore|thus|hence)\b,?)?"
+MARKED = re.compile(rf"\banswer(?:\s+is|\s*:){ADVERB}\s*:?\s*", re.IGNORECASE)
+STATED = re.compile(rf"\b(?:is|are|equals?|get|obtain){ADVERB}\s*:?\s+")
 MARKUP = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])|\\(?:left|right|displaystyle)(?![a-z])")
+SPACING = re.compile(r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\\(?:left|right|displaystyle)(?![a-z])")
 SENTENCE_END = re.compile(r"[.!](?=\s|$)|,?\s+(?:because|since|so that|as)\s|;\s")
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n")
-NUMBER = re.compile(rf"(?<![\w.])-?{quantities.UNSIGNED}(?![\w^])")
+TYPED_PI = re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])")
+UNIT_FRACTION = re.compile(r"\\frac\s*" + r"\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}" * 2)
+ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{\s*(?:st|nd|rd|th)\s*\}|\^?\s*(?:st|nd|rd|th)\b)")
+SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹⁻]+")
+ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\d+))")
+HALF_DAY = re.compile(r"(?<=\d)\s*([ap])\.?m\b\.?")
+NUMBER = re.compile(rf"(?<![\w.^/{{])-?{quantities.UNSIGNED}(?![\w^])")  # in no exponent and no argument
 CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
 LEAD = re.compile(r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 CHOSEN = re.compile(r"(?:option|choice|answer)?\s*(?:\(([A-J])\)|([A-J])(?=$|[).:,]|\s+(?![a-z])))", re.I)
 OPTION = re.compile(r"\(?([A-J])[).:]\s")
+CHOSEN_BY = re.compile(
+    rf"\b(?i:option|choice|answer)\s+(?:is|must be){ADVERB}\s*:?\s+\(?([A-J])\b(?!\)? or )"
+)
 CHOSEN_LAST = re.compile(r"\b(?:is|be)\s+\(?([A-J])\)?[\s.,]*$")
 WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*")
 PER_CENT = re.compile(r"\s*(?:%|\bper\s?cent)$")
 BOUND = re.compile(r"[a-zA-Z]\s*(<|≤|>|≥)([^<>=≤≥]+)")
+BOUNDED = re.compile(r"([^<>=≤≥]+)(<|≤|>|≥)\s*([a-zA-Z])")
+TURNED = str.maketrans("<>≤≥", "><≥≤")
 CHAIN = re.compile(r"([^<>=≤≥]+?)(<|≤)\s*[a-zA-Z]\s*(<|≤)([^<>=≤≥]+)")
 OR = re.compile(r"\s+or\s+|\\lor(?![a-z])|\\cup(?![a-z])")
-REPEATING = re.compile(r"(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+REPEATING = re.compile(r"(?<!\d)(-?)(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 CONGRUENT = re.compile(r"(?:[a-z]\s*)?(?:\\equiv\s*)?(-?\d+)\s*\\p?mod\s*\{?\s*(\d+)\s*\}?")
 EQUATION = re.compile(r"([^=<>≤≥]+)=([^=<>≤≥]+)")
@@ -36,8 +50,10 @@ CHOICES = re.compile(r"\(?[A-J]\)?(?:(?:,|,? and| or|\s)\s*\(?[A-J]\)?)+")
 BOLD_END = re.compile(r"\*\*([^*]+)\*\*[.!]?\s*$")
 NUMBER_WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
-    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+NUMBER_WORDS += tuple(f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in NUMBER_WORDS[:10])
 NAME = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?")
 LONGEST = 1000  # characters of a final answer; no reference is that long
 
@@ -47,10 +63,10 @@ def grade(response: str, answer: str) -> bool:
 
     The final answer is what the last \\boxed{} holds, else what stands in <answer> tags, after #### or
     after "answer is"; without any of these, the last number for a numeric reference, the numbers of the
-    last sentence for one of several with spaces between, and the last line for any other. A reference of
-    one letter from A to J is a choice. Numbers are compared as numbers, without currency and thousands
-    separators, and by `quantities.same` where they have units; a per cent sign on one side alone may or
-    may not count.
+    last sentence for one of several with spaces between, and for any other the last line or what follows
+    its last "is". A reference of one letter from A to J is a choice. Numbers are compared as
+    numbers, without currency and thousands separators, and by `quantities.same` where they have units; a
+    per cent sign on one side alone may or may not count.
     Words are compared without case and closing punctuation, and the rest as expressions, by math-verify.
     """
     answer = reference(answer)
@@ -60,12 +76,15 @@ def grade(response: str, answer: str) -> bool:
     if not said:
         if quantity := quantities.read(_clean(answer)):
             number = _last_number(response)
-            return number is not None and quantities.same(quantities.Quantity(number), quantity)
+            if number is None:
+                return False
+            return quantities.same(quantities.Quantity(number, exact=number.is_integer()), quantity)
         if len(answer.split()) > 1 and all(map(NUMBER.fullmatch, answer.split())):
             return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
         line = (response.strip().splitlines() or [""])[-1]
         bold = BOLD_END.search(line)
-        said = [bold[1] if bold else line]
+        line = bold[1] if bold else line
+        return same(line, answer) or same(_first_sentence(STATED.split(line)[-1]), answer)
     return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
 
 
@@ -89,11 +108,13 @@ def same(said: str, answer: str) -> bool:
         parts = pattern.fullmatch(said), pattern.fullmatch(answer)
         if all(parts):
             return agree(*parts)
-    if _plain(said) in NUMBER_WORDS:
-        said = str(NUMBER_WORDS.index(_plain(said)))
+    said, answer = _in_digits(said), _in_digits(answer)
     equations = EQUATION.fullmatch(said), EQUATION.fullmatch(answer)
     if all(equations) and _plain(equations[0][1]) != _plain(equations[1][1]):
         return _same_equation(*equations)
+    halves = HALF_DAY.search(_plain(said)), HALF_DAY.search(_plain(answer))
+    if all(halves) and halves[0][1] != halves[1][1]:
+        return False
     said_quantity, quantity = quantities.read(said), quantities.read(answer)
     if said_quantity and quantity:
         return quantities.same(said_quantity, quantity)
@@ -154,13 +175,16 @@ def _first_sentence(text: str) -> str:
 
 def _clean(text: str) -> str:
     """The text without delimiters of mathematics, spacing commands and markup of words."""
-    text = text.strip().replace("\\$", "").replace("{,}", ",").replace("−", "-").replace(",\\!", ",")
+    text = text.strip().replace("\\$", "").replace("{,}", ",").replace("\\!", "")
     text = text.replace("\\varnothing", "\\emptyset").replace("\\dfrac", "\\frac")
+    text = SUPERSCRIPT.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+    text = ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text.replace("−", "-"))
+    text = TYPED_PI.sub(r"\\pi", UNIT_FRACTION.sub(r" \1/\2 ", text))
     text = re.sub(r"(\\sqrt(?:\[\d+\])?)\s*(\d+)", r"\1{\2}", text)  # all of \sqrt 51, as it is meant
     text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1,", text)
     text = re.sub(r"\\[()\[\]]", " ", text) if re.match(r"\\[(\[]", text) else text
     text = REPEATING.sub(_repeating, SPACING.sub(" ", text))
-    text = MARKUP.sub(r" \1 ", text).replace("$", "").replace("\\%", "%")
+    text = ORDINAL.sub("", MARKUP.sub(r" \1 ", text)).replace("$", "").replace("\\%", "%")
     text = re.sub(r"\s+", " ", text).strip()
     return re.sub(r"(?:[.,;]|(?<=[a-z])!)$", "", text).rstrip()
 
@@ -168,8 +192,15 @@ def _clean(text: str) -> str:
 def _plain(text: str) -> str:
     """Without case, quotes, closing punctuation of a word (7! stays) and an article before a word."""
     text = re.sub(r"\s+", " ", text).strip().strip("\"'`*").casefold()
+    text = HALF_DAY.sub(r" \1m", text)
     text = re.sub(r"(?<=[^\W\d_])[.!]+$|\.+$", "", text).strip()
     return re.sub(r"^(?:an?|the) (?=[^\W\d_]{2})", "", text)
+
+
+def _in_digits(text: str) -> str:
+    """A number below 100 that is written in words, in digits; any other text as it is."""
+    word = _plain(text).replace(" ", "-")
+    return str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else text
 
 
 def _chosen(said: str | None, response: str) -> str | None:
@@ -186,6 +217,8 @@ def _chosen(said: str | None, response: str) -> str | None:
     alone = CHOICE.fullmatch(_clean(lines[-1])) or (None if listed else OPTION.match(lines[-1]))
     if alone:
         return alone[1]
+    if chosen := CHOSEN_BY.findall(lines[-1]):
+        return chosen[-1]
     found = list(re.finditer(r"\(([A-J])\)|\b(?:[oO]ption|[cC]hoice) ([A-J])\b", lines[-1]))
     # A line that breaks off after a choice has been named was still weighing it.
     if not found or not re.match(r".*[.!)\]]\s*$|\s*$", lines[-1][found[-1].end() :]):
@@ -200,7 +233,7 @@ def _last_number(text: str) -> float | None:
 
 def _numbers(text: str) -> list[float]:
     """All such numbers, in order."""
-    text = re.sub(r"\\?[$%€£]|\*\*", "", text)
+    text = quantities.decimal(re.sub(r"[%€£]|\*\*|__", "", _clean(text)))
     found = [match.group() for match in NUMBER.finditer(text) if any(c.isdigit() for c in match.group())]
     return [float(number.replace(",", "")) for number in found]
 
@@ -288,6 +321,9 @@ def _one_interval(text: str) -> str:
     plain = re.sub(r"\\leq?(?![a-z])|\\leqslant|<=", "≤", text)
     plain = re.sub(r"\\geq?(?![a-z])|\\geqslant|>=", "≥", plain)
     plain = plain.replace("\\lt", "<").replace("\\gt", ">")
+    turned = BOUNDED.fullmatch(plain)
+    if turned and not BOUND.fullmatch(plain):
+        plain = "".join(reversed(turned.groups())).translate(TURNED)
     if chain := CHAIN.fullmatch(plain):
         low, left, right, high = chain.groups()
     elif bound := BOUND.fullmatch(plain):

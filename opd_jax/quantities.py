@@ -1,13 +1,21 @@
 """Numbers with or without a unit, as final answers give them: read from text, and compared."""
 
+import functools
 import math
 import re
 from typing import NamedTuple
 
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
 QUANTITY = re.compile(rf"([-+]?{UNSIGNED})(\s*)([^\d\s].*)?")
-POWER_OF_TEN = re.compile(r"(?:([-+]?[\d.]+)\s*(?:\\times|\\cdot|×|\*)\s*)?10\s*\^\s*\{?\s*(-?\d+)\s*\}?")
-TOLERANCE = 1e-6  # relative, between two plain numbers
+POWER_OF_TEN = re.compile(
+    r"(?<![\w.^{])(?:([\d.]+)\s*(?:\\times|\\cdot|×|\*|x)\s*)?10\s*\^\s*(?:\{\s*(-?\d+)\s*\}|(-?\d+))"
+)
+FRACTION = re.compile(  # with a whole number before it, or without
+    r"(?<![\w.^{}/])(?:(\d+)(?:\s+(?=\d)|\s*(?=\\)))?"
+    r"(?:(\d+)\s*/\s*(\d+)(?![\w^/]|\.\d)|\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\})"
+)
+TOLERANCE = 1e-6  # relative, between two numbers of which one has a decimal point
+ROUNDING = 1e-14  # between two that have none
 SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 # Letters straight after a number are a unit only if they are one of these: 5cm, but not 5x.
 ATTACHED = re.compile(
@@ -29,6 +37,10 @@ SIZES = {
     "volume": {"l": 1, "liter": 1, "litre": 1, "ml": 1e-3, "milliliter": 1e-3, "millilitre": 1e-3},
     "angle": {"rad": 1, "radian": 1, "deg": math.pi / 180, "degree": math.pi / 180},
     "money": {"dollar": 1, "cent": 0.01},
+    "energy": {"j": 1, "joule": 1, "kj": 1e3, "kilojoule": 1e3},
+    "power": {"w": 1, "watt": 1, "kw": 1e3, "kilowatt": 1e3},
+    "force": {"n": 1, "newton": 1, "kn": 1e3, "kilonewton": 1e3},
+    "frequency": {"hz": 1, "hertz": 1, "khz": 1e3, "kilohertz": 1e3},
 }
 UNITS = {name: (dimension, size) for dimension, sizes in SIZES.items() for name, size in sizes.items()}
 FACTOR = re.compile(r"(square |cubic )?([a-z]+)(?:\s?\^\{?(-?\d)\}?| (squared|cubed))?")
@@ -36,11 +48,16 @@ EXPONENTS = {"square ": 2, "cubic ": 3, "squared": 2, "cubed": 3}
 
 
 class Quantity(NamedTuple):
-    """value: the number; percent: whether in per cent, the value not yet divided; unit: as written, or ""."""
+    """A number as it is written.
+
+    value: the number; percent: whether in per cent, the value not yet divided; unit: as written, or "";
+    exact: whether an integer or a fraction, 1234567 and not 1.234567e6.
+    """
 
     value: float
     percent: bool = False
     unit: str = ""
+    exact: bool = False
 
 
 def read(text: str) -> Quantity | None:
@@ -48,21 +65,30 @@ def read(text: str) -> Quantity | None:
     text = re.sub(r"[$€£]", "", text).strip()
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degrees", text)
     text = re.split(r"(?<![<>!=])=(?!=)", text)[-1].strip()
-    power = POWER_OF_TEN.match(text)
-    if power:
-        text = f"{power[1] or 1}e{power[2]}{text[power.end() :]}"
-    match = QUANTITY.fullmatch(text)
+    exact, match = "." not in text, QUANTITY.fullmatch(decimal(text))
     if not match or not any(c.isdigit() for c in match[1]):
         return None
     value, unit = float(match[1].replace(",", "")), (match[3] or "").strip()
     if unit.startswith("%") or re.match(r"per\s?cent", unit):
-        return Quantity(value, percent=True) if unit in ("%", "percent", "per cent") else None
+        return Quantity(value, True, exact=exact) if unit in ("%", "percent", "per cent") else None
     if math.isinf(value):
         return None
     scale, _, rest = unit.partition(" ")
     if scale.lower() in SCALES:
         value, unit = value * SCALES[scale.lower()], rest
-    return Quantity(value, unit=unit) if not unit or _is_unit(unit, attached=not match[2]) else None
+    known = not unit or _is_unit(unit, attached=not match[2])
+    return Quantity(value, unit=unit, exact=exact) if known else None
+
+
+def decimal(text: str) -> str:
+    """The text with its powers of ten, fractions and mixed numbers as decimal numbers."""
+    text = POWER_OF_TEN.sub(lambda match: f"{match[1] or 1}e{match[2] or match[3]}", text)
+    return FRACTION.sub(_divided, text)
+
+
+def _divided(match: re.Match) -> str:
+    over, under = map(float, filter(None, match.groups()[1:]))
+    return repr(float(match[1] or 0) + over / under) if under else match.group()
 
 
 def same(said: Quantity, answer: Quantity) -> bool:
@@ -71,18 +97,15 @@ def same(said: Quantity, answer: Quantity) -> bool:
     50% is 50 and 0.5, but 0.5% is not 50%. Units of one dimension are converted: 5 m is 500 cm, not 5 cm.
     Where one has no unit or the dimensions differ, the numbers alone count: the problem sets the dimension.
     """
+    close = functools.partial(math.isclose, rel_tol=ROUNDING if said.exact and answer.exact else TOLERANCE)
     sizes = _size(said.unit), _size(answer.unit)
     if None not in sizes and sizes[0][1] == sizes[1][1]:
-        return _close(said.value * sizes[0][0], answer.value * sizes[1][0])
-    if _close(said.value, answer.value):
+        return close(said.value * sizes[0][0], answer.value * sizes[1][0])
+    if close(said.value, answer.value):
         return True
     if said.percent == answer.percent:
         return False
-    return _close(said.value / 100 if said.percent else said.value * 100, answer.value)
-
-
-def _close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=TOLERANCE)
+    return close(said.value / 100 if said.percent else said.value * 100, answer.value)
 
 
 def _is_unit(unit: str, attached: bool) -> bool:

@@ -13,6 +13,7 @@ from opd_jax import answers
 from opd_jax.grading import Grader, Task
 
 GOLDEN = Path(__file__).with_name("golden")
+SETS = ("grading.jsonl", "grading_unseen.jsonl", "grading_fresh.jsonl", "grading_third.jsonl")
 HOSTILE_SECONDS = 1.0
 
 
@@ -31,7 +32,7 @@ def grader():
         yield grader
 
 
-@pytest.mark.parametrize("name", ["grading.jsonl", "grading_unseen.jsonl", "grading_fresh.jsonl"])
+@pytest.mark.parametrize("name", SETS)
 def test_at_least_99_per_cent_of_known_verdicts_are_met(name, grader):
     plain = [row for row in read(name) if row["kind"] != "hostile"]
     assert len(plain) >= 200
@@ -43,16 +44,15 @@ def test_at_least_99_per_cent_of_known_verdicts_are_met(name, grader):
         assert sum(row["right"] == right for row in plain) > 40
 
 
-def test_hostile_answers_are_not_right_and_none_takes_more_than_its_limit():
-    rows = [row for name in ("grading.jsonl", "grading_unseen.jsonl") for row in read(name)]
-    hostile = [row for row in rows if row["kind"] == "hostile"]
-    assert len(hostile) >= 45
+def test_no_wrong_hostile_answer_is_right_and_none_takes_more_than_its_limit():
+    hostile = [row for name in SETS for row in read(name) if row["kind"] == "hostile"]
+    assert len(hostile) >= 65
     with Grader(2, seconds=HOSTILE_SECONDS) as grader:
         grader.grade([Task("1", "1")] * 2)  # both workers are up
         started = time.perf_counter()
         verdicts = grader.grade([Task(text(row["response"]), row["answer"]) for row in hostile])
         seconds = time.perf_counter() - started
-        assert not any(verdict.right for verdict in verdicts)
+        assert not any(verdict.right and not row["right"] for row, verdict in zip(hostile, verdicts))
         failed = collections.Counter(verdict.failed for verdict in verdicts)
         assert 3 < failed["time"] < len(hostile), "the limit was never needed, or always"
         assert set(failed) <= {"", "time", "crash", "error"}
@@ -145,8 +145,51 @@ def test_an_unmarked_list_is_the_numbers_of_the_last_sentence(response, right):
     assert answers.grade(response, "3 7.5 9 12") is right
 
 
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("The chance is 1/8.", "0.125", True),
+        ("The chance is 1/8.", "8", False),
+        ("The chance is $\\frac{1}{8}$.", "8", False),
+        ("So there are $2^{10}$ of them.", "10", False),
+        ("So we have $12{,}500$ of them.", "500", False),
+        ("It takes 3 1/2 hours", "3.5", True),
+        ("So N = 6.02 x 10^23", "6.02e23", True),
+        ("Hence the length is $12\\pi$.", "12\\pi", True),
+        ("Hence the length is $12\\pi$.", "6\\pi", False),
+    ],
+)
+def test_an_unmarked_number_is_all_of_it_and_not_its_parts(response, answer, right):
+    assert answers.grade(response, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        ("1234567", "1234568", False),
+        ("1.234568e6", "1234568", True),
+        ("3 \\times 10^8", "300000001", False),
+        ("\\frac{1048575}{1048576}", "\\frac{1048574}{1048576}", False),
+        ("0.333333", "\\frac{1}{3}", True),
+        ("5 p.m.", "5 AM", False),
+        ("3sqrt(2)", "\\sqrt{18}", True),
+        ("forty-two", "42", True),
+    ],
+)
+def test_integers_and_fractions_compare_exactly_and_typed_forms_are_read(said, answer, right):
+    assert answers.same(said, answer) is right
+
+
 def test_marked_answers_are_found_in_time_linear_in_the_text():
     for part in ("\\boxed{", "<answer>", "{", "answer is ", "#### ", "\\boxed{1}"):
         started = time.perf_counter()
         answers.final_answers(part * 20_000)
+        assert time.perf_counter() - started < 2, part
+
+
+def test_unmarked_answers_are_found_in_time_linear_in_the_text():
+    for part in ("1", "1 ", "1/", "9.", "10^", "\\text{", "\\frac{", "sqrt(", "1st ", "it is ", " "):
+        started = time.perf_counter()
+        for answer in ("7", "\\frac{1}{3}", "B"):
+            answers.grade(part * 20_000, answer)
         assert time.perf_counter() - started < 2, part
