@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import scoring, trainable
+from opd_jax import scoring, sharding, trainable
 from opd_jax.models.config import ModelConfig
 from opd_jax.train_step import make_loss, response_tokens, supervise
 
@@ -24,7 +24,7 @@ def group_count(config, mesh) -> int | None:
     Every device that rows are cut over has a part of each group, and a group is no larger than a micro-batch.
     """
     prompts = config.rollout.batch // config.rollout.samples_per_prompt
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.pieces(mesh)
     fewest = max(2, config.rollout.batch // config.train.micro_batch)
     possible = [n for n in range(fewest, prompts // shards + 1) if prompts % (n * shards) == 0]
     return next((n for n in possible if n >= LEAST_GROUPS), possible[-1] if possible else None)

@@ -34,8 +34,11 @@ CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
 WANDB_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-# Config keys that a resumed run may change: how long it goes on, and what it shows and stores.
-FREE_KEYS = ("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile.")
+# Config keys that a resumed run may change: how long it goes on, what it shows and stores, and the devices.
+FREE_KEYS = (
+    *("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile."),
+    *("mesh.", "sharding.", "train.micro_batch"),
+)
 
 
 class MetricWriter:

@@ -108,7 +108,7 @@ def check(
     """
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    rows = b // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = b // sharding.pieces(mesh)
     pieces = b // c.train.micro_batch
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     held = held_bytes(plan)
@@ -164,7 +164,7 @@ def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, sampl
     """The report of a sampler: of rollout.batch responses, `samples` to a prompt."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    rows, tensor = b // (mesh.shape["data"] * mesh.shape["fsdp"]), mesh.shape["tensor"]
+    rows, tensor = b // sharding.pieces(mesh), mesh.shape["tensor"]
     writer = plan.teacher if by_teacher else plan.student
     params = plan.abstract_teacher() if by_teacher else plan.abstract_state().params
     held = held_bytes(plan)
@@ -190,7 +190,7 @@ def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     pieces = b // c.train.micro_batch
-    rows = c.train.micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = c.train.micro_batch // sharding.pieces(mesh)
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     mu_bytes = {"float32": 4, "bfloat16": 2}[c.optimizer.mu_dtype] if c.optimizer.b1 else 0
     recomputed = steps.recomputes(c)
@@ -212,7 +212,7 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip) -> ProgramRepor
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     pieces, groups = b // c.train.micro_batch, noises.group_count(c, mesh)
-    rows = c.train.micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = c.train.micro_batch // sharding.pieces(mesh)
     recomputed = steps.recomputes(c)
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     state = plan.abstract_state()

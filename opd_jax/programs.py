@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from ml_collections import ConfigDict
 
 from opd_jax import gradient_noise as noises
@@ -329,14 +330,14 @@ def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:
 
 
 def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
-    """Refuses sizes that the mesh cannot cut or the models do not have.
+    """Refuses sizes that the mesh cannot cut or the models do not have; completes train.micro_batch.
 
     Raises:
       UserError: names the config key.
     """
-    sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
     prompts = config.rollout.batch // config.rollout.samples_per_prompt
     sharding.check_batch(mesh, "rollout.batch / rollout.samples_per_prompt", prompts)
+    fill_micro_batch(config, mesh)
     if config.metrics.gradient_noise_every and noises.group_count(config, mesh) is None:
         raise UserError(
             f"metrics.gradient_noise_every={config.metrics.gradient_noise_every} compares groups of prompts, "
@@ -351,6 +352,23 @@ def check_sizes(config, mesh, student: ModelConfig, teacher: ModelConfig):
         raise UserError(f"scoring.candidates={config.scoring.candidates} exceeds {valid} token ids")
     if config.objective.top_k >= valid:
         raise UserError(f"objective.top_k={config.objective.top_k} must be below the {valid} token ids")
+
+
+def fill_micro_batch(config, mesh):
+    """Gives every device one rollout of a micro-batch that is smaller than the mesh, and says so.
+
+    Raises:
+      UserError: a larger one that the mesh cannot cut.
+    """
+    asked, least = config.train.micro_batch, sharding.pieces(mesh)
+    if asked < least and config.rollout.batch % least == 0:
+        with config.unlocked():
+            config.train.micro_batch = least
+        logging.warning(
+            "train.micro_batch=%d is raised to %d: a rollout for each of %d devices (mesh.data x mesh.fsdp)",
+            *(asked, least, least),
+        )
+    sharding.check_batch(mesh, "train.micro_batch", config.train.micro_batch)
 
 
 def state_shardings(mesh, model: ModelConfig, optimizer, frozen) -> steps.TrainState:

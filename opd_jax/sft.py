@@ -200,7 +200,7 @@ def train(config, workdir) -> steps.TrainState:
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
     mesh = sharding.make_mesh(c.mesh)
-    sharding.check_batch(mesh, "train.micro_batch", c.train.micro_batch)
+    programs.fill_micro_batch(c, mesh)
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = programs.student_model(c, mesh)
     programs.check_length(c, "student.path", model)

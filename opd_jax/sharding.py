@@ -77,17 +77,22 @@ def slice_count(devices) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
+def pieces(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, name: str, size: int):
     """Refuses a batch that the mesh cannot cut evenly.
 
     Raises:
       UserError: names the config key.
     """
-    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % pieces:
+    count = pieces(mesh)
+    if size % count:
         raise UserError(
-            f"{name}={size} cannot be cut over {pieces} devices (mesh.data x mesh.fsdp); "
-            f"use a multiple of {pieces}, or move devices to mesh.tensor"
+            f"{name}={size} cannot be cut over {count} devices (mesh.data x mesh.fsdp); "
+            f"use a multiple of {count}, or move devices to mesh.tensor"
         )
 
 

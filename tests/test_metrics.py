@@ -231,6 +231,7 @@ def test_same_config_and_changed_length_are_no_conflict(tmp_path):
     changed = base_config()
     changed.train.steps, changed.eval.every = 20, 1
     changed.metrics = {"wandb": None}
+    changed.mesh, changed.sharding, changed.train.micro_batch = {"data": 2}, {"student": "whole"}, 4
     assert metrics.config_conflict(tmp_path, base_config()) is None
     assert metrics.config_conflict(tmp_path, changed) is None
 
