@@ -13,6 +13,10 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
 
+# On Linux x86_64, where the TPU compiler exists, the tests need it.
+ifeq ($(shell uname -sm),Linux x86_64)
+test: $(VENV)/.tpu
+endif
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -52,6 +56,7 @@ preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_4b.py --topology=v5p:2x4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x4x4 $(ARGS)
 
+# The compiler that jax's own tpu extra pins; it needs no TPU.
 $(VENV)/.tpu: $(VENV)/.installed
 	$(BIN)/pip install -q -e '.[test,tpu]'
 	touch $@

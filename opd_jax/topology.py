@@ -63,21 +63,23 @@ def describe(name: str) -> tuple[Chip, list]:
     if len(sides) != chip.dimensions:
         example = "x".join(["4"] * chip.dimensions)
         raise UserError(f"--topology={name}: {kind} slices have {chip.dimensions} sides, as {kind}:{example}")
+    hosts = (2, 2, 1)
+    partial = any(side % host for side, host in zip(sides, hosts))  # less than a whole host
+    if partial and math.prod(sides) > 4:
+        raise UserError(f"--topology={name}: sides of more than one host are even; try {kind}:4x4")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed; pip install 'opd_jax[tpu]'")
     from jax.experimental import topologies
 
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is taken, so nothing is to be locked
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: the topology's name decides
     options = {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # two cores a chip, one device
-    hosts = (2, 2, 1)
-    if any(side % host for side, host in zip(sides, hosts)):
-        options["chips_per_host_bounds"] = (*sides, 1)[:3]  # less than a whole host
-        if math.prod(sides) > 4:
-            raise UserError(f"--topology={name}: sides of more than one host are even; try {kind}:4x4")
+    if partial:
+        options["chips_per_host_bounds"] = (*sides, 1)[:3]
     try:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=one, num_slices=slices, **options

@@ -1,11 +1,15 @@
 """Test set-up: CPU with eight virtual devices, programs compiled once, and rank promotion is an error."""
 
 import atexit
+import importlib.util
 import os
+import platform
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_PLATFORMS"] = "cpu"  # what tests start too, where the TPU compiler is installed
 # Every process of a test session, pytest's workers and what they start, reads what another has compiled.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="opd_jax-compiled-")
@@ -27,6 +31,7 @@ LONGEST = (
     "test_pod",
     "test_train_step",
     "test_rollout",
+    "test_tpu",
     "test_preflight",
     "test_moe",
     "test_benchmarks",
@@ -53,3 +58,12 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny.save_pair(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler():
+    """The TPU compiler: needed on Linux x86_64, where it exists, and skipped elsewhere."""
+    if importlib.util.find_spec("libtpu") is None:
+        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            pytest.skip("there is no TPU compiler for this machine")
+        pytest.fail("the TPU compiler is not installed: pip install -e '.[test,tpu]', as make test does")

@@ -1,7 +1,6 @@
 """Preflight: what it counts, what it refuses, and one small program compiled for a real TPU topology."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,14 +11,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import dense, one_chip, paper, paper_4b, paper_8b, small_pod
+from configs import small_pod
 from opd_jax import costs, hlo, preflight, preflight_check, preflight_table, sharding, topology
 from opd_jax.errors import UserError
 from opd_jax.models import presets, source, splash, transformer
 from tests import tiny
 
 CHIP = topology.CHIPS["v5e"]
-COMPILER = importlib.util.find_spec("libtpu") is not None
 
 
 def compiled(fn, *arguments, **options):
@@ -78,9 +76,15 @@ def test_a_preset_cannot_be_loaded_and_an_unknown_one_is_refused_by_name():
     "name", ["v9:4x4", "v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v5e:0x4", "v5e:4xfour", "v5e:3x5", "4x4"]
 )
 def test_a_wrong_topology_is_a_one_line_error(name):
-    with pytest.raises(UserError, match=f"topology={name}|compiler is not installed") as error:
+    with pytest.raises(UserError, match=f"^--topology={name}") as error:
         topology.describe(name)
     assert "\n" not in str(error.value)
+
+
+def test_without_the_compiler_a_right_topology_names_what_to_install(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"compiler is not installed; pip install 'opd_jax\[tpu\]'"):
+        topology.describe("v5e:4x4")
 
 
 # ---- Counting.
@@ -389,13 +393,6 @@ def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
     assert between.host_transfers() == [] and other.host_transfers() == ["send"]
 
 
-@pytest.mark.skipif(not COMPILER, reason="the TPU compiler is not installed: pip install 'opd_jax[tpu]'")
-def test_two_slices_are_described_with_the_data_axis_across_them():
-    _, devices = topology.describe("2xv5e:2x2")
-    mesh = sharding.make_mesh({"data": 2, "fsdp": -1, "tensor": 1}, devices)
-    assert [[d.slice_index for d in row.flat] for row in mesh.devices] == [[0] * 4, [1] * 4]
-
-
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_planted_logits_of_all_positions_fail_in_any_layout(models, order):
     plan = planned(models, devices=1)
@@ -480,17 +477,6 @@ def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_nam
     assert sorted(made) == sorted(named)
 
 
-@pytest.mark.parametrize("recipe", [one_chip, small_pod, dense, paper, paper_4b, paper_8b])
-def test_a_recipe_can_be_planned_and_names_its_launch_line(recipe):
-    config = recipe.get_config()
-    with config.unlocked():
-        config.mesh.fsdp = 1  # shapes are checked on one device, the slice is the docstring's
-    preflight.plan(config, jax.devices()[:1])
-    name = recipe.__name__.rpartition(".")[2]
-    assert f"opd_jax.preflight --config=configs/{name}.py --topology=" in recipe.__doc__
-    assert f"opd_jax.train --config=configs/{name}.py" in recipe.__doc__
-
-
 def test_the_small_pods_step_needs_little_more_than_its_models_passes():
     config = small_pod.get_config()
     with config.unlocked():
@@ -502,32 +488,6 @@ def test_the_small_pods_step_needs_little_more_than_its_models_passes():
     flops = costs.phase_flops(plan.student, plan.teacher, *sizes)
     passes = flops["score"] + flops["update"] * 4 / 3  # the student's forward once more
     assert passes < hlo.matmul_flops(traced.jaxpr.jaxpr) < 1.25 * passes
-
-
-@pytest.mark.skipif(not COMPILER, reason="the TPU compiler is not installed: pip install 'opd_jax[tpu]'")
-def test_a_small_step_compiles_for_a_tpu_without_host_transfers_or_whole_logits():
-    out = tiny.entry(
-        "opd_jax.preflight",
-        "--config=configs/one_chip.py",
-        "--topology=v5e:2x2",
-        "--json",
-        "--nolargest",
-        "--config.student.drop_layers=" + str(tuple(range(26))),
-        "--config.teacher.path=preset:Qwen3-0.6B",
-        "--config.rollout.batch=8",
-        "--config.train.micro_batch=4",
-        "--config.rollout.max_tokens=128",
-        "--config.data.prompt_tokens=64",
-        "--config.scoring.chunk=32",
-    )
-    assert out.returncode == 0, out.stdout + out.stderr
-    found = json.loads(out.stdout)
-    assert found["ok"] and all(not program["faults"] for program in found["programs"])
-    assert all(program["peak"] > program["arguments"] > 0 for program in found["programs"])
-    train = found["programs"][1]
-    operations, size = train["release"]
-    assert 0 < operations < 0.01 * train["program_flops"] and 0 < size < 0.01 * train["bytes"]
-    assert "all-gather" in train["collectives"] and train["compile_seconds"] < 120
 
 
 def _tokens(rows, length):
