@@ -239,11 +239,35 @@ def get_config() -> ConfigDict:
     c.train.remat = "full"
 
     c.mesh = ConfigDict()
-    # Devices along each axis; one may be -1 and takes what is left. Batch is cut over data and fsdp,
-    # weights over fsdp (width) and tensor (heads, ffn, vocabulary).
-    c.mesh.data = 1
-    c.mesh.fsdp = -1
-    c.mesh.tensor = 1
+    # A mesh by name, with the sizes of data x fsdp x tensor:
+    #   one_chip  1 x 1 x 1
+    #   one_host  1 x all x 1        the chips of one host
+    #   slice     1 x all x 1        the chips of one slice
+    #   slices    slices x rest x 1  several slices: only data goes across them; good on one as well
+    #   replicas  all x 1 x 1        every device holds whole models: where they fit, the least traffic
+    c.mesh.preset = "slices"
+    # Devices along each axis, in place of the preset's; 0 leaves the preset's, and one may be -1 and takes
+    # what is left. The batch is cut over data and fsdp, weights over fsdp (width) and tensor (heads, ffn,
+    # vocabulary). More tensor for fewer rollouts than devices, or where a weight must be cut further.
+    c.mesh.data = 0
+    c.mesh.fsdp = 0
+    c.mesh.tensor = 0
+
+    # Which mesh axes cut which axes of an array; the tables are data in opd_jax/layouts.py.
+    c.sharding = ConfigDict()
+    # The student's weights, gradients and moments: fsdp (width over fsdp; heads, ffn, vocabulary and experts
+    # over tensor; a block's weights are gathered over fsdp when its turn comes), tensor (over tensor alone:
+    # nothing is gathered, and a device holds fsdp times as much) or whole (every device holds all).
+    c.sharding.student = "fsdp"
+    # The teacher's weights, as sharding.student.
+    c.sharding.teacher = "fsdp"
+    # Keys and values while responses are written, over tensor: heads (key heads), or slots (positions, for a
+    # mesh.tensor that does not divide the key heads: each step then sums over tensor). Rows always lie with
+    # their rollouts.
+    c.sharding.cache = "heads"
+    # Activations: rows (over data and fsdp), or positions (between the blocks over tensor too, by position:
+    # a tensor-th of what train.remat=full keeps, at the price of a gather and a scatter in every block).
+    c.sharding.batch = "rows"
 
     c.compile = ConfigDict()
     # Where compiled programs are kept for the next start: a folder; off; or auto, which is

@@ -42,7 +42,7 @@ ACCELERATOR=v5litepod-16
 RUNTIME=v2-alpha-tpuv5-lite
 # spot (cheapest, may be taken away), on-demand, or reserved.
 PROVISIONING=spot
-# Slices of this accelerator in one run. More than 1 needs --config.mesh.data to be a multiple of it.
+# Slices of this accelerator in one run; a --config.mesh.data of your own must be a multiple of it.
 SLICES=1
 # How long a request waits in the queue, such as 6h; "" waits for ever.
 VALID_FOR=

@@ -37,8 +37,15 @@ if ((SLICES > 1)); then
   for ((i = 0; i < SLICES; i++)); do nodes+=("$NAME-$i"); done
 fi
 
-# on WORKERS NODE COMMAND: runs a command on workers of one slice. Its lines are kept in order of arrival.
-on() { call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker="$1" --command="$3"; }
+# on WORKERS NODE COMMAND: runs a command on workers of one slice. Its lines are kept in order of arrival. The
+# last word names what worker.sh does there, which a dry run shows below it.
+on() {
+  call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker="$1" --command="$3"
+  if [[ -n $DRY_RUN ]]; then
+    # shellcheck disable=SC2016  # the worker's own
+    SETTINGS=$settings HOME='$HOME' bash "$here/worker.sh" --dry-run "${3##* }" | sed 's/^/  on the worker: /'
+  fi
+}
 
 # everywhere COMMAND: runs a command on every worker of every slice, slices side by side.
 everywhere() {

@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import objectives, release, rules
+from opd_jax import layouts, objectives, release, rules
 from opd_jax.errors import UserError
 from opd_jax.segments import check_kind
 
@@ -30,6 +30,11 @@ ALLOWED = {
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
     "train.remat": ("none", "dots", "full"),
+    "mesh.preset": layouts.MESHES,
+    "sharding.student": layouts.WEIGHTS,
+    "sharding.teacher": layouts.WEIGHTS,
+    "sharding.cache": layouts.CACHE,
+    "sharding.batch": layouts.BATCH,
 }
 
 # field: (least value, most value or None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from opd_jax import benchmark_run, compile_cache, programs, sharding, tokenizers
+from opd_jax import benchmark_run, compile_cache, programs, sharding, sizes, tokenizers
 from opd_jax.config import validate
 from opd_jax.errors import UserError
 from opd_jax.grading import shared as shared_grader
@@ -63,7 +63,7 @@ def of_model(config) -> tuple[benchmark_run.Responder, dict]:
     sharding.check_batch(mesh, "rollout.batch", config.rollout.batch)
     path = config.student.path
     model = programs.model(path, "--model", mesh, config.student.compute_dtype)
-    programs.check_length(config, "--model", model)
+    sizes.check_length(config, "--model", model)
     tokenizer = tokenizers.load(path, "--model")
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
     shardings = programs.param_shardings(mesh, model)

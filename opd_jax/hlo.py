@@ -24,6 +24,7 @@ _HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|
 
 # Collectives between slices go over the hosts' network, written as transfers that this runtime serves.
 _BETWEEN_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+_EXCHANGE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,19 @@ class Program:
                 key=lambda c: c.bytes * c.times,
             )
         return list(found.values())
+
+    def between_slices(self, slices: int) -> list[Collective]:
+        """What a device sends to those of the other slices."""
+        found = []
+        for i, times, _ in self:
+            exchange = _EXCHANGE.search(i.text)
+            if i.opcode == "send" and exchange and times:
+                kind = exchange[1].lower().replace("_", "-")
+                kind = kind if kind in COLLECTIVES else "collective-permute"  # one that is only passed on
+                size = i.arrays[0].bytes // (slices if kind == "reduce-scatter" else 1)
+                size *= slices if kind == "all-gather" else 1  # a result's bytes
+                found.append(Collective(kind, slices, size, times))
+        return found
 
     def host_transfers(self) -> list[str]:
         """Instructions that move data between device and host, or call it; not what slices exchange."""

@@ -22,6 +22,7 @@ from opd_jax import (
     rollout,
     segments,
     sharding,
+    sizes,
     tokenizers,
 )
 from opd_jax import train_step as steps
@@ -148,7 +149,7 @@ def prepare(config, workdir=None) -> Job:
     ends = tokenizers.end_ids(tokenizer, student)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=ends, valid_vocab=valid) for m in (student, teacher))
-    programs.check_sizes(config, mesh, student, teacher)
+    sizes.check(config, mesh, student, teacher)
     prompts = data.load(config.data, tokenizer)
     if config.reward.weight and all(prompt.answer is None for prompt in prompts.train):
         raise UserError(
@@ -177,7 +178,9 @@ def start_state(config, mesh, optimizer, shardings: steps.TrainState) -> steps.T
         path,
         key="student.path",
         mesh=mesh,
-        shardings=programs.param_shardings(mesh, source.config(path, "student.path")),
+        shardings=programs.param_shardings(
+            mesh, source.config(path, "student.path").replace(layout=programs.layout(config, "student"))
+        ),
         dtype=jnp.float32,
     )
     if drop:

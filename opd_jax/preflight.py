@@ -17,8 +17,9 @@ import jax
 from absl import flags
 
 from opd_jax import preflight_check as check
+from opd_jax import preflight_search as search
 from opd_jax import preflight_table as table
-from opd_jax import programs, sharding, topology
+from opd_jax import programs, sharding, sizes, topology
 from opd_jax.config import run, validate
 from opd_jax.errors import UserError
 
@@ -36,8 +37,13 @@ def plan(config, devices) -> programs.Programs:
     student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))
     if config.teacher.end_id >= 0:  # costs a copy of the teacher's output matrix, whichever ids they are
         teacher = teacher.replace(exchanged=(0, config.teacher.end_id))
-    programs.check_sizes(config, mesh, student, teacher)
+    sizes.check(config, mesh, student, teacher)
     return programs.Programs.of(config, mesh, student, teacher)
+
+
+def as_dict(report: check.StepReport) -> dict:
+    """A report as --json prints it."""
+    return dataclasses.asdict(report) | {"ok": report.ok, "assumed": check.ASSUMED}
 
 
 def main(_):
@@ -48,17 +54,21 @@ def main(_):
     if flags.FLAGS.search:
         # Each takes minutes: what is known so far goes to standard error, the table alone to standard output.
         tell = functools.partial(print, file=sys.stderr, flush=True)
-        found = check.search(config, devices, chip, plan, tell)
+        found = search.search(config, devices, chip, plan, tell)
         if not found:
             raise UserError(
                 "--search found no mesh for these devices that the config's sizes fit (each is named above); "
                 "change rollout.batch, rollout.samples_per_prompt or the model's sizes"
             )
-        print(table.search(found))
+        if flags.FLAGS.json:
+            tried = [{"mesh": mesh, "micro_batch": size} | as_dict(step) for mesh, size, step in found]
+            print(json.dumps(tried, indent=1))
+        else:
+            print(table.search(found))
         sys.exit(0 if any(step.ok for *_, step in found) else 1)
     report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest)
     if flags.FLAGS.json:
-        print(json.dumps(dataclasses.asdict(report) | {"ok": report.ok}, indent=1))
+        print(json.dumps(as_dict(report), indent=1))
     else:
         print(table.step(report, f"{flags.FLAGS.topology}, {len(devices)} devices"))
     sys.exit(0 if report.ok else 1)

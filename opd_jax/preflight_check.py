@@ -14,6 +14,13 @@ from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import moe
 
+# What the predicted time takes for granted; preflight prints it beside the time.
+ASSUMED = (
+    "a program takes the longest of compute, HBM, links and network, each at its peak, and hides the others",
+    "every response has full length; links carry a ring along one axis of the torus, in both directions",
+    "no latency of kernels or collectives, no sorts and gathers, no host time, no padding to tiles",
+)
+
 
 @dataclasses.dataclass
 class ProgramReport:
@@ -27,8 +34,9 @@ class ProgramReport:
       flops: of the model's matrix products and causal attention, a device.
       program_flops: of every matrix product of the program, a device, what is masked and recomputed included.
       bytes: HBM traffic, counted from shapes.
-      compute_seconds, memory_seconds, link_seconds: each alone at its peak.
-      collectives: kind -> [times, result bytes, bytes sent].
+      compute_seconds, memory_seconds, link_seconds, network_seconds: each alone at its peak; the network is
+        what joins slices.
+      collectives: kind -> [times, result bytes, bytes sent]; "between slices" those over the network.
       compile_seconds: wall time of tracing and compiling.
       release: (operations, bytes) of segments and the release rule, a device, an upper estimate.
       largest: [bytes, shape, operation] of the largest arrays that it writes.
@@ -48,6 +56,7 @@ class ProgramReport:
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
     link_seconds: float = 0.0
+    network_seconds: float = 0.0
     collectives: dict = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
     release: tuple[int, int] = (0, 0)
@@ -61,13 +70,21 @@ class ProgramReport:
 
     @property
     def seconds(self) -> float:
-        """The slowest of the three, which the others may hide behind."""
-        return max(self.compute_seconds, self.memory_seconds, self.link_seconds)
+        """The slowest of the four, which the others may hide behind."""
+        return max(self._sides().values())
 
     @property
     def bound(self) -> str:
-        sides = {"compute": self.compute_seconds, "HBM": self.memory_seconds, "links": self.link_seconds}
+        sides = self._sides()
         return max(sides, key=sides.get)
+
+    def _sides(self) -> dict:
+        return {
+            "compute": self.compute_seconds,
+            "HBM": self.memory_seconds,
+            "links": self.link_seconds,
+            "network": self.network_seconds,
+        }
 
 
 @dataclasses.dataclass
@@ -235,48 +252,6 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip) -> ProgramRepor
     )
 
 
-def search(config, devices, chip, planned, tell=lambda line: None) -> list:
-    """Compiles all programs over mesh shapes and micro-batches.
-
-    On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not fit train_step.
-    mesh.data is the number of slices.
-
-    Args:
-      planned: (config, devices) -> Programs.
-      tell: takes a line on each mesh and micro-batch once it has been compiled, or why a mesh was not.
-
-    Returns:
-      [(mesh sizes, micro-batch, StepReport)], what works first, fastest first.
-    """
-    found = []
-    count, slices = len(devices), sharding.slice_count(devices)
-    for tensor in (n for n in (1, 2, 4, 8) if count // slices % n == 0):
-        pieces = count // tensor
-        if config.rollout.batch // config.rollout.samples_per_prompt % pieces:
-            tell(f"mesh.tensor={tensor}: the prompts cannot be cut over {pieces} devices")
-            continue
-        micro_batch, sampled = pieces, None
-        while config.rollout.batch % micro_batch == 0 and micro_batch <= config.rollout.batch:
-            tried = copy.deepcopy(config)
-            with tried.unlocked():
-                tried.mesh.data, tried.mesh.fsdp, tried.mesh.tensor = slices, pieces // slices, tensor
-                tried.train.micro_batch = micro_batch
-            try:
-                plan = planned(tried, devices)
-            except UserError as error:
-                tell(f"mesh.tensor={tensor}: {error}")
-                break
-            sampled = samplers(plan, chip) if sampled is None else sampled
-            report = check(plan, chip, largest=False, sampled=sampled)
-            found.append((dict(tried.mesh), micro_batch, report))
-            verdict = f"{report.seconds:.3g} s a step" if report.ok else "does not pass"
-            tell(f"mesh.tensor={tensor}, train.micro_batch={micro_batch}: {verdict}")
-            if not report.programs[1].fits:
-                break
-            micro_batch *= 2
-    return sorted(found, key=lambda item: (not item[2].ok, item[2].seconds))
-
-
 def held_bytes(plan: programs.Programs) -> dict:
     """Bytes of one device that lie there for the whole run."""
     state = plan.abstract_state()
@@ -326,7 +301,10 @@ def _compile(
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise UserError(
+                f"{name} cannot be compiled for this slice ({str(error).splitlines()[0]}); try another mesh "
+                "(mesh.tensor), or attention.kernel=plain"
+            ) from error
         report.shortage = shortage(str(error))
         report.compile_seconds = time.perf_counter() - started
         return report
@@ -336,13 +314,17 @@ def _compile(
     report.peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     report.resident = beside
     program = hlo.Program(compiled.as_text(), loop)
-    for collective in program.collectives():
-        total = report.collectives.setdefault(collective.kind, [0, 0, 0.0])
+    slices = sharding.slice_count(mesh.devices.flat)
+    exchanged = [("between slices", c) for c in program.between_slices(slices)]
+    for kind, collective in [*((c.kind, c) for c in program.collectives()), *exchanged]:
+        total = report.collectives.setdefault(kind, [0, 0, 0.0])
         total[0] += collective.times
         total[1] += collective.bytes * collective.times
         total[2] += collective.wire_bytes
-    sent = sum(total[2] for total in report.collectives.values())
-    report.link_seconds = sent / (2 * chip.link_bandwidth)  # both directions of one axis of the torus
+    outside = sum(c.wire_bytes for _, c in exchanged)
+    inside = sum(total[2] for total in report.collectives.values()) - outside
+    report.link_seconds = inside / (2 * chip.link_bandwidth)  # both directions of one axis of the torus
+    report.network_seconds = outside / chip.network_bandwidth
     report.release = program.scope("release")
     report.largest = [[array.bytes, str(array), op] for array, op in program.largest(5)]
     report.faults += [f"reaches the host: {line}" for line in program.host_transfers()]

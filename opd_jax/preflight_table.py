@@ -23,6 +23,8 @@ def step(report: check.StepReport, where: str) -> str:
     row("compute, s", lambda r: f"{r.compute_seconds:.3g}")
     row("HBM, s", lambda r: f"{r.memory_seconds:.3g}")
     row("links, s", lambda r: "?" if r.shortage else f"{r.link_seconds:.3g}")
+    if any(program.network_seconds for program in report.programs):
+        row("network, s", lambda r: "?" if r.shortage else f"{r.network_seconds:.3g}")
     row("bound by", lambda r: r.bound)
     for kind in sorted({kind for program in report.programs for kind in program.collectives}):
         row(f"{kind}, GB", lambda r, kind=kind: _collective(r.collectives.get(kind)))
@@ -35,6 +37,7 @@ def step(report: check.StepReport, where: str) -> str:
     lines += [
         "",
         _release(report.programs[1]),
+        *(f"assumed: {assumption}" for assumption in check.ASSUMED),
         f"predicted step: {report.seconds:.3g} s (sample + train_step, responses of full length), "
         f"{report.tokens_a_second:.4g} response tokens a second a device",
         _micro_batch(report),

@@ -150,7 +150,7 @@ def sample(
     state = 1, *first, cache
     for stage in range(1, sampling.cache_stages + 1):
         end = t_max * stage // sampling.cache_stages
-        state = *state[:-1], kv.grow(state[-1], p + end)
+        state = *state[:-1], kv.grow(config, state[-1], p + end)
         state = jax.lax.while_loop(lambda s, end=end: (s[0] < end) & ~s[3].all(), step, state)
     _, out, _, done_B, _ = state
     out = {name: x.swapaxes(0, 1) for name, x in out.items()}

@@ -31,6 +31,7 @@ from opd_jax import (
     programs,
     scoring,
     sharding,
+    sizes,
     tokenizers,
     trainable,
 )
@@ -200,10 +201,10 @@ def train(config, workdir) -> steps.TrainState:
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
     mesh = sharding.make_mesh(c.mesh)
-    programs.fill_micro_batch(c, mesh)
+    sizes.fill_micro_batch(c, mesh)
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = programs.student_model(c, mesh)
-    programs.check_length(c, "student.path", model)
+    sizes.check_length(c, "student.path", model)
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
     exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = steps.make_optimizer(c)

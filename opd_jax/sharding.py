@@ -1,4 +1,4 @@
-"""The mesh, and where every array of a run lives: rules are data, one table for all models."""
+"""The mesh, and where every array of a run lives, by the tables of `layouts`."""
 
 import functools
 import math
@@ -10,24 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import UserError
+from opd_jax.layouts import AXES, DEFAULT, Layout, mesh_sizes
 
-AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-
-# Logical axis of a parameter or activation -> mesh axes. An axis that they do not divide evenly stays whole,
-# and so does one whose mesh axis an earlier axis took: experts are cut before their hidden width. Few tokens
-# (decoding) go to experts that lie all over the slice (`spread_experts`); many have the weights come to them.
-RULES = {
-    "batch": ("data", "fsdp"),
-    "replica": "data",
-    "embed": "fsdp",
-    "experts": "tensor",
-    "spread_experts": ("fsdp", "tensor"),
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "ffn": "tensor",
-    "vocab": "tensor",
-}
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
@@ -37,14 +22,16 @@ def make_mesh(sizes, devices=None) -> Mesh:
     traffic, one sum of the gradients a step, and the network between slices is the slowest.
 
     Args:
-      sizes: the config's `mesh`; at most one of its sizes is -1 and takes the devices that are left.
+      sizes: the config's `mesh`, whose zeros its preset fills; at most one size is -1 and takes the devices
+        that are left.
       devices: all of them if None.
 
     Raises:
       UserError: the sizes do not fit the number of devices, or of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [sizes[axis] for axis in AXES]
+    slices = slice_count(devices)
+    shape = mesh_sizes(sizes, slices)
     named = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
     known = int(np.prod([n for n in shape if n != -1]))
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -56,7 +43,6 @@ def make_mesh(sizes, devices=None) -> Mesh:
             f"{named} does not fit {len(devices)} devices; set one axis to -1 to take what is left"
         )
     types = (jax.sharding.AxisType.Auto,) * 3
-    slices = slice_count(devices)
     if slices == 1:  # an axis may take a part of a side of the slice: tensor=2 of 8 x 8 chips
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
@@ -107,7 +93,7 @@ def on(mesh: Mesh, fn):
     return traced
 
 
-def constrain(x, *axes):
+def constrain(x, *axes, layout: Layout = DEFAULT):
     """x laid out by the logical names of its leading axes (None or absent: whole), its gradient too.
 
     The compiler would otherwise cut activations by width wherever a weight is, and sum them over the
@@ -117,20 +103,21 @@ def constrain(x, *axes):
     if mesh.empty:
         return x
     axes = (*axes, *(None,) * (x.ndim - len(axes)))
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh, layout.rules))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_weight(weight, axes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_weight(weight, axes, layout: Layout = DEFAULT):
     """A weight as products need it, whole along fsdp; its gradient is cut as the weight is stored."""
-    return constrain(weight, *(None if RULES.get(axis) == "fsdp" else axis for axis in axes))
+    axes = (None if layout.rules.get(axis) == "fsdp" else axis for axis in axes)
+    return constrain(weight, *axes, layout=layout)
 
 
-def _gather_weight_backward(axes, _, grad):
-    return (constrain(grad, *stored_axes(axes)),)
+def _gather_weight_backward(axes, layout, _, grad):
+    return (constrain(grad, *stored_axes(axes), layout=layout),)
 
 
-gather_weight.defvjp(lambda weight, axes: (gather_weight(weight, axes), None), _gather_weight_backward)
+gather_weight.defvjp(lambda *args: (gather_weight(*args), None), _gather_weight_backward)
 
 
 def stored_axes(axes) -> tuple:
@@ -138,9 +125,8 @@ def stored_axes(axes) -> tuple:
     return axes if sum(axis != "layers" for axis in axes) > 1 else (None,) * len(axes)
 
 
-def spec(shape, axes, mesh: Mesh, rules=None) -> P:
-    """PartitionSpec of an array from its logical axes."""
-    rules = RULES if rules is None else rules
+def spec(shape, axes, mesh: Mesh, rules=DEFAULT.rules) -> P:
+    """PartitionSpec of an array from its logical axes, by `Layout.rules`."""
     names, taken = [], set()
     for size, axis in zip(shape, axes, strict=True):
         name = rules.get(axis)
@@ -151,7 +137,7 @@ def spec(shape, axes, mesh: Mesh, rules=None) -> P:
     return P(*names)
 
 
-def param_shardings(mesh: Mesh, abstract, axes, rules=None):
+def param_shardings(mesh: Mesh, abstract, axes, rules=DEFAULT.rules):
     """NamedSharding of each parameter.
 
     Args:

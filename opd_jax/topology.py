@@ -22,6 +22,7 @@ class Chip:
       hbm_bytes: memory that the compiler lets a program use.
       hbm_bandwidth: bytes a second.
       link_bandwidth: bytes a second of one inter-chip link in one direction.
+      network_bandwidth: bytes a second of its share of the hosts' network, which joins slices.
       dimensions: of the torus that the links form.
       devices: devices a chip.
     """
@@ -30,18 +31,20 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
+    network_bandwidth: float
     dimensions: int
     devices: int = 1
 
 
 # Peaks: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and jax-ml.github.io/scaling-book/tpus (links);
-# memory: what the compiler of libtpu 0.0.42 calls available.
+# network: the former's (v5e and v6e: a pod's over its 256 chips); v4 is taken to have v5p's.
+# Memory: what the compiler of libtpu 0.0.42 calls available.
 CHIPS = {
-    "v4": Chip(275e12, int(30.75 * GIB), 1.2e12, 45e9, 3),
-    "v5e": Chip(197e12, int(15.75 * GIB), 0.819e12, 45e9, 2),
-    "v5p": Chip(459e12, int(95.74 * GIB), 2.765e12, 90e9, 3),
-    "v6e": Chip(918e12, int(31.25 * GIB), 1.638e12, 90e9, 2),
-    "tpu7x": Chip(2307e12 / 2, int(94.75 * GIB), 7.38e12 / 2, 90e9, 3, devices=2),
+    "v4": Chip(275e12, int(30.75 * GIB), 1.2e12, 45e9, 6.25e9, 3),
+    "v5e": Chip(197e12, int(15.75 * GIB), 0.819e12, 45e9, 3.125e9, 2),
+    "v5p": Chip(459e12, int(95.74 * GIB), 2.765e12, 90e9, 6.25e9, 3),
+    "v6e": Chip(918e12, int(31.25 * GIB), 1.638e12, 90e9, 12.5e9, 2),
+    "tpu7x": Chip(2307e12 / 2, int(94.75 * GIB), 7.38e12 / 2, 90e9, 12.5e9 / 2, 3, devices=2),
 }
 
 

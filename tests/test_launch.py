@@ -213,7 +213,10 @@ def test_a_dry_run_prints_every_command_and_calls_nothing(cloud, script):
         assert done.returncode == 0, done.stderr
         printed = done.stdout.splitlines()
         assert printed
-        assert {line.split()[0] for line in printed} <= {"gcloud", "xpk", "kubectl", "tar", "mkdir"}
+        there = [line for line in printed if line.startswith("  on the worker: ")]
+        here = {line.split()[0] for line in printed if line not in there}
+        assert here <= {"gcloud", "xpk", "kubectl", "tar", "mkdir"}
+        assert len(there) >= len([line for line in printed if "tpu-vm ssh" in line])
         assert cloud.calls == []
 
 
@@ -330,6 +333,27 @@ def test_a_worker_whose_job_runs_does_not_start_it_twice(worker):
     done = worker.run(worker.script, "start", answers=unit("active", "running"))
     assert "running already" in done.stdout
     assert not worker.shown("systemd-run")
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("setup", ["sudo mkdir -p", "pip install", "uv venv", "tpu,demo"]),
+        ("start", ["systemctl show", "sudo systemctl stop", "systemd-run", "opd_jax.train"]),
+        ("status", ["systemctl show opd-first"]),
+        ("errors", ["systemctl show", "tail -n 30"]),
+        ("log", ["tail -n 100 -F"]),
+        ("stop", ["sudo systemctl stop opd-first"]),
+        ("pack", ["cp ", "tar -C"]),
+    ],
+)
+def test_a_dry_run_on_a_worker_prints_every_command_and_runs_none(worker, command, parts):
+    done = worker.run(worker.script, "--dry-run", command, HOME=str(worker.folder))
+    assert done.returncode == 0, done.stderr
+    places = [done.stdout.index(part) for part in parts]
+    assert places == sorted(places)
+    assert worker.calls == [] and not (worker.folder / "runs").exists()
+    assert not (worker.folder / "opd-venv").exists()
 
 
 def test_a_worker_shows_the_end_of_its_log_only_where_the_job_failed(worker):

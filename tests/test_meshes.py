@@ -12,6 +12,7 @@ import pytest
 from opd_jax import programs, segments, sharding
 from opd_jax import train_step as steps
 from opd_jax.config import validate
+from opd_jax.layouts import DEFAULT, Layout
 from tests import tiny
 
 SPARSE = {"family": "qwen3_moe", "qk_norm": True, "ffn": 16, "experts": 8, "experts_per_token": 2}
@@ -23,9 +24,12 @@ QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensiv
 ONE = (1, 1, 1)
 
 
-def run(pair: str, sizes: tuple[int, int, int], rollouts=None):
+def run(pair: str, sizes: tuple[int, int, int], rollouts=None, tables=(DEFAULT, DEFAULT)):
     """(rollouts, metrics, Adam's first moment, Supervision) of a first step; it may be given its rollouts."""
-    student, teacher = (m.replace(valid_vocab=tiny.STUDENT.valid_vocab) for m in PAIRS[pair])
+    student, teacher = (
+        m.replace(valid_vocab=tiny.STUDENT.valid_vocab, layout=layout)
+        for m, layout in zip(PAIRS[pair], tables, strict=True)
+    )
     overrides = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, sizes, strict=True)}
     config = tiny.config(
         Path("unread"),
@@ -61,9 +65,26 @@ one_device = functools.cache(functools.partial(run, sizes=ONE))
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_mesh_gives_what_one_device_gives(pair, sizes):
-    sampled, measured, moment, supervision = one_device(pair)
+    sampled, measured, *_ = one_device(pair)
     assert 0 < measured["accepted_share"] < 1, "the rollouts no longer exercise the release"
-    many = run(pair, sizes, sampled)
+    check(pair, run(pair, sizes, sampled))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "tables",
+    [
+        (Layout("tensor", "slots", "positions"), Layout("whole", "slots", "positions")),
+        (Layout("whole", "heads", "rows"), Layout("tensor", "heads", "rows")),
+    ],
+)
+def test_other_tables_of_what_is_cut_give_what_one_device_gives(pair, tables):
+    check(pair, run(pair, (2, 2, 2), one_device(pair)[0], tables))
+
+
+def check(pair, many):
+    """Asserts that what a mesh gave is what one device gives."""
+    sampled, measured, moment, supervision = one_device(pair)
     np.testing.assert_array_equal(many[0].tokens_BL, sampled.tokens_BL)
     np.testing.assert_allclose(many[0].logp_BT, sampled.logp_BT, atol=1e-4)
     for name in ("loss", "kl", "contrast", "kept_share"):

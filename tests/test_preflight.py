@@ -12,7 +12,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import small_pod
-from opd_jax import costs, hlo, preflight, preflight_check, preflight_table, sharding, topology
+from opd_jax import (
+    costs,
+    hlo,
+    preflight,
+    preflight_check,
+    preflight_search,
+    preflight_table,
+    sharding,
+    topology,
+)
 from opd_jax.errors import UserError
 from opd_jax.models import presets, source, splash, transformer
 from tests import tiny
@@ -441,7 +450,7 @@ def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ra
     monkeypatch.setattr(preflight_check, "_compile", compiled)
     config = tiny.config(models, **{"rollout.batch": 8})
     told = []
-    found = preflight_check.search(config, jax.devices()[:2], CHIP, preflight.plan, told.append)
+    found = preflight_search.search(config, jax.devices()[:2], CHIP, preflight.plan, told.append)
     assert len(told) == len(found)
     assert told[0] == "mesh.tensor=1, train.micro_batch=2: 4.5 s a step" and told[2].endswith("not pass")
     tried = [(mesh["fsdp"], mesh["tensor"], size, report.ok) for mesh, size, report in found]
@@ -455,7 +464,7 @@ def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ra
 def test_the_search_says_which_meshes_a_model_does_not_fit(models):
     config = tiny.config(models, **{"rollout.batch": 6, "train.frozen": ("nothing",)})
     told = []
-    assert preflight_check.search(config, jax.devices(), CHIP, preflight.plan, told.append) == []
+    assert preflight_search.search(config, jax.devices(), CHIP, preflight.plan, told.append) == []
     assert told[0] == "mesh.tensor=1: the prompts cannot be cut over 8 devices"
     assert told[-1].startswith("mesh.tensor=8: train.frozen names nothing")
 

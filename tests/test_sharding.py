@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax import objectives, sharding
+from opd_jax import layouts, objectives, sharding
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
 from opd_jax.rollout import Rollouts
@@ -161,6 +161,56 @@ def test_a_process_reads_the_rows_that_its_devices_hold(monkeypatch, shape, proc
     chips = np.array([Chip(n, process) for n, process in enumerate(process_of_chip)])
     mesh = Mesh(chips.reshape(1, *shape), sharding.AXES)
     assert sharding.local_rows(mesh, 16).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "slices", "shape"),
+    [
+        ("one_chip", 1, 1, (1, 1, 1)),
+        ("one_host", 4, 1, (1, 4, 1)),
+        ("slice", 16, 1, (1, 16, 1)),
+        ("slices", 16, 1, (1, 16, 1)),
+        ("slices", 16, 2, (2, 8, 1)),
+        ("replicas", 16, 1, (16, 1, 1)),
+    ],
+)
+def test_a_preset_is_a_mesh_of_one_chip_one_host_a_slice_or_several(preset, count, slices, shape):
+    chips = [Chip(n, n // 4, slice_index=n * slices // count) for n in range(count)]
+    asked = {"preset": preset} | sizes(0, 0, 0)
+    assert sharding.make_mesh(asked, chips).devices.shape == shape
+
+
+def test_a_size_that_is_given_replaces_the_presets():
+    chips = [Chip(n, n // 4, slice_index=n // 8) for n in range(16)]
+    mesh = sharding.make_mesh({"preset": "slices"} | sizes(0, 0, 4), chips)
+    assert mesh.devices.shape == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "query", "down", "experts"),
+    [
+        (("fsdp",), P(None, "fsdp", "tensor", None), P(None, "tensor", "fsdp"), P("tensor", "fsdp", None)),
+        (("tensor",), P(None, None, "tensor", None), P(None, "tensor", None), P("tensor", None, None)),
+        (("whole",), P(None, None, None, None), P(None, None, None), P(None, None, None)),
+    ],
+)
+def test_each_table_of_weights_cuts_what_its_name_says(layout, query, down, experts):
+    rules, mesh = layouts.Layout(*layout).rules, cube()
+    axes = {"query": ("layers", "embed", "heads", "head_size"), "down": ("layers", "ffn", "embed")}
+    assert sharding.spec((2, 32, 4, 8), axes["query"], mesh, rules) == query
+    assert sharding.spec((2, 48, 32), axes["down"], mesh, rules) == down
+    assert sharding.spec((8, 32, 16), ("experts", "embed", "ffn"), mesh, rules) == experts
+
+
+def test_the_cache_is_cut_by_heads_or_slots_and_activations_by_rows_or_positions():
+    mesh, keys = cube(), ("batch", "cache_heads", None, "cache_slots")
+    rows = ("data", "fsdp")
+    by_cache = {"heads": P(rows, "tensor", None, None), "slots": P(rows, None, None, "tensor")}
+    for cache, found in by_cache.items():
+        assert sharding.spec((8, 2, 8, 32), keys, mesh, layouts.Layout(cache=cache).rules) == found
+    for batch, found in {"rows": P(rows, None, None), "positions": P(rows, "tensor", None)}.items():
+        table = layouts.Layout(batch=batch).rules
+        assert sharding.spec((8, 12, 32), ("batch", "positions", None), mesh, table) == found
 
 
 def test_of_several_slices_only_the_data_axis_leaves_one():

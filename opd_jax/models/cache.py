@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from opd_jax import sharding
 from opd_jax.models import attention, moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
@@ -85,15 +86,20 @@ def repeat(cache: KVCache, samples: int) -> KVCache:
     return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
 
 
-def grow(cache: KVCache, slots: int) -> KVCache:
-    """The cache with empty slots added at the end, `slots` in all."""
+def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
+    """The cache with empty slots added at the end, `slots` in all, cut over the mesh as the layout says."""
     room = slots - cache.filled_BS.shape[1]
 
     def padded(x, slot_axis):
         return jnp.pad(x, [(0, room if axis == slot_axis else 0) for axis in range(x.ndim)])
 
+    def placed(x, slot_axis):
+        axes = ["batch", "cache_heads", None, None]
+        axes[slot_axis] = "cache_slots"
+        return sharding.constrain(padded(x, slot_axis), *axes, layout=config.layout)
+
     return KVCache(
-        layers=tuple(tuple(map(padded, layer, SLOT_AXES)) for layer in cache.layers),
+        layers=tuple(tuple(map(placed, layer, SLOT_AXES)) for layer in cache.layers),
         filled_BS=padded(cache.filled_BS, 1),
     )
 

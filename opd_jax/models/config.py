@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from opd_jax.layouts import DEFAULT, Layout
 from opd_jax.models import rope
 
 
@@ -38,6 +39,7 @@ class ModelConfig:
         activations are rounded to; see bf16_products.py.
       attention: how whole sequences attend, "plain" (attention.py) or "splash" (splash.py).
       exchanged: two ids whose logits are exchanged, or None: a teacher's end token answers for the student's.
+      layout: the tables by which its weights, cache and activations are cut over a mesh.
     """
 
     family: str
@@ -66,6 +68,7 @@ class ModelConfig:
     products: str = "compute"
     attention: str = "plain"
     exchanged: tuple[int, int] | None = None
+    layout: Layout = DEFAULT
 
     @property
     def dtype(self):

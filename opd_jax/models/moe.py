@@ -85,7 +85,7 @@ def statistics(load: Load) -> dict[str, jax.Array]:
 
 def can_spread(config: ModelConfig, mesh) -> bool:
     """Whether a mesh can put every expert on one device of those along fsdp and tensor."""
-    if not config.experts or mesh.empty:
+    if not config.experts or mesh.empty or "spread_experts" not in config.layout.rules:
         return False
     return config.experts % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
 
@@ -106,14 +106,15 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _held_experts(*arrays)
+    rules = config.layout.rules
     weights = (_SPREAD,) * 3 if spread else (_IN, _IN, _OUT)
     axes = (*(("batch", None, None),) * 3, *weights)
 
     def cut(x, names):
-        return jax.tree.map(lambda part: sharding.spec(part.shape, names, mesh), x)
+        return jax.tree.map(lambda part: sharding.spec(part.shape, names, mesh, rules), x)
 
     specs = tuple(map(cut, arrays, axes))
-    experts_cut_by, width_cut_by, _ = sharding.spec(p["down"].shape, weights[-1], mesh)
+    experts_cut_by, width_cut_by, _ = sharding.spec(p["down"].shape, weights[-1], mesh, rules)
 
     def part(x_BLD, *others):
         cut_by = experts_cut_by or width_cut_by

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opd_jax import sharding
+from opd_jax.layouts import DEFAULT, Layout
 from opd_jax.models import attention, bf16_products, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 
@@ -138,7 +139,7 @@ def block(
     Returns:
       (x_BLD, what `attend` returned beside its output, the experts' moe.Routing or None).
     """
-    x_BLD = sharding.constrain(x_BLD, "batch")
+    x_BLD = sharding.constrain(x_BLD, "batch", "positions", layout=config.layout)
     times = functools.partial(project, narrow=narrow)
     with jax.named_scope("attention"):
         h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
@@ -172,7 +173,8 @@ def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
     def placed(name, weight):
         if spread and "experts" in axes[name]:
             weight = int8.cast(weight, config.dtype)
-            return jax.tree.map(lambda w: sharding.constrain(w, "spread_experts"), weight)
+            put = functools.partial(sharding.constrain, layout=config.layout)
+            return jax.tree.map(lambda w: put(w, "spread_experts"), weight)
         return gather(config, weight, axes[name])
 
     return {name: placed(name, w) for name, w in p.items()}
@@ -189,7 +191,7 @@ def narrow_block(config: ModelConfig, p: dict) -> dict:
 def gather(config: ModelConfig, weight, axes):
     """A weight as products take it, whole along fsdp: the compute dtype, or int8, which is what moves."""
     weight = int8.cast(weight, config.dtype)
-    return jax.tree.map(lambda w: sharding.gather_weight(w, axes), weight)
+    return jax.tree.map(lambda w: sharding.gather_weight(w, axes, config.layout), weight)
 
 
 @functools.cache
@@ -222,14 +224,16 @@ def embed(config: ModelConfig, params: dict, tokens):
     """Embedding rows of integer ids [B, ...], in the compute dtype: [B, ..., D]."""
     table, tokens = params["embedding"], sharding.constrain(tokens, "replica")
     # Every device looks its columns up for all rows: moving what was found is cheaper than the table.
-    x = int8.rows(table, tokens, config.dtype) if int8.is_quantised(table) else look_up(table, tokens)
-    x = x.astype(config.dtype)
-    x = sharding.constrain(x, "replica", *(None,) * (tokens.ndim - 1), "embed")
+    if int8.is_quantised(table):
+        x = int8.rows(table, tokens, config.dtype)
+    else:
+        x = look_up(table, tokens, config.layout).astype(config.dtype)
+    x = sharding.constrain(x, "replica", *(None,) * (tokens.ndim - 1), "embed", layout=config.layout)
     return sharding.constrain(x, "batch")
 
 
-@jax.custom_vjp
-def look_up(table_VD, ids):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VD, ids, layout: Layout = DEFAULT):
     """Rows [..., D] of a table; the gradient is summed over LOOKED_UP ids at a time.
 
     A TPU sorts the indices of a scatter-add first: a million of them are a minute of the compiler's time.
@@ -237,7 +241,7 @@ def look_up(table_VD, ids):
     return table_VD[ids]
 
 
-def _look_up_gradient(residuals, grad):
+def _look_up_gradient(layout, residuals, grad):
     table_VD, ids = residuals
     *rows, length = ids.shape
     width = min(length, max(1, LOOKED_UP // math.prod(rows)))
@@ -252,11 +256,11 @@ def _look_up_gradient(residuals, grad):
         ids, grad = part
         return sum_VD.at[ids].add(grad), None
 
-    zero_VD = sharding.constrain(jnp.zeros_like(table_VD), "vocab", "embed")
+    zero_VD = sharding.constrain(jnp.zeros_like(table_VD), "vocab", "embed", layout=layout)
     return jax.lax.scan(add, zero_VD, (cut(ids), cut(grad)))[0], None
 
 
-look_up.defvjp(lambda table_VD, ids: (table_VD[ids], (table_VD, ids)), _look_up_gradient)
+look_up.defvjp(lambda table_VD, ids, _: (table_VD[ids], (table_VD, ids)), _look_up_gradient)
 
 
 def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
@@ -293,6 +297,7 @@ def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, r
     x_BLD, load = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
     if load is not None:
         load = load.replace(tokens=load.tokens[0])
+    x_BLD = sharding.constrain(x_BLD, "batch")  # what follows goes through the positions chunk by chunk
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load
 
 

@@ -1,10 +1,10 @@
-"""Programs of a run, checked against the devices before anything is compiled."""
+"""Sizes of a run, checked against the devices before anything is compiled."""
 
 import jax
 import pytest
 
 from configs import demo
-from opd_jax import preflight, programs, sharding
+from opd_jax import preflight, sharding, sizes
 from opd_jax.errors import UserError
 from tests import tiny
 
@@ -25,7 +25,7 @@ def test_a_micro_batch_that_the_mesh_can_cut_is_left_alone_and_a_larger_uneven_o
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     for asked, made in ((8, 8), (4, 4), (1, 4)):
         config = tiny.config(models, **{"rollout.batch": 24, "train.micro_batch": asked})
-        programs.fill_micro_batch(config, mesh)
+        sizes.fill_micro_batch(config, mesh)
         assert config.train.micro_batch == made
     with pytest.raises(UserError, match=r"train\.micro_batch=6 cannot be cut over 4 devices"):
-        programs.fill_micro_batch(tiny.config(models, **{"train.micro_batch": 6}), mesh)
+        sizes.fill_micro_batch(tiny.config(models, **{"train.micro_batch": 6}), mesh)

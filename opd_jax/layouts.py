@@ -1,0 +1,73 @@
+"""Where arrays may live, as data: meshes by name, and tables of which mesh axes cut which logical axis.
+
+A run names one mesh (`mesh.preset`) and a table each for the student's weights, the teacher's, the key/value
+cache and the batch (`sharding.*`). An axis that the mesh does not divide evenly stays whole, and so does one
+whose mesh axis an earlier axis took: experts are cut before their hidden width.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+AXES = ("data", "fsdp", "tensor")
+SLICES = "slices"  # stands for their number
+
+# Devices along data, fsdp and tensor; -1 takes what is left.
+MESHES = {
+    "one_chip": (1, 1, 1),
+    "one_host": (1, -1, 1),
+    "slice": (1, -1, 1),
+    "slices": (SLICES, -1, 1),  # on one slice or host the same as those
+    "replicas": (-1, 1, 1),
+}
+
+_SPREAD = {"spread_experts": ("fsdp", "tensor")}  # few tokens (decoding) go to experts all over the slice
+_TENSOR = dict.fromkeys(("experts", "heads", "kv_heads", "ffn", "vocab"), "tensor")
+
+WEIGHTS = {
+    "fsdp": {"embed": "fsdp", **_TENSOR, **_SPREAD},
+    "tensor": {**_TENSOR, **_SPREAD},
+    "whole": {},
+}
+CACHE = {
+    "heads": {"cache_heads": "tensor"},
+    "slots": {"cache_slots": "tensor"},
+}
+_ROWS = {"batch": ("data", "fsdp"), "replica": "data"}
+BATCH = {
+    "rows": _ROWS,
+    "positions": {**_ROWS, "positions": "tensor"},
+}
+
+
+class Layout(NamedTuple):
+    """Names of the tables that a model runs by."""
+
+    weights: str = "fsdp"
+    cache: str = "heads"
+    batch: str = "rows"
+
+    @property
+    def rules(self) -> Mapping[str, str | tuple[str, ...]]:
+        """Logical axis -> mesh axis or axes, of all three tables."""
+        return _rules(*self)
+
+    def parts(self, axis: str, mesh_shape: Mapping[str, int]) -> int:
+        """Into how many parts a logical axis is cut where it divides evenly."""
+        return mesh_shape[self.rules[axis]] if axis in self.rules else 1
+
+
+DEFAULT = Layout()
+
+
+@functools.cache
+def _rules(weights: str, cache: str, batch: str):
+    return MappingProxyType(WEIGHTS[weights] | CACHE[cache] | BATCH[batch])
+
+
+def mesh_sizes(sizes: Mapping[str, int | str], slices: int) -> list[int]:
+    """Devices along each of AXES: a config's `mesh`, whose zeros its preset fills."""
+    preset = MESHES.get(sizes.get("preset", ""), (0, 0, 0))
+    filled = [sizes[axis] or named for axis, named in zip(AXES, preset, strict=True)]
+    return [slices if size == SLICES else size for size in filled]

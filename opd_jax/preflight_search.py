@@ -1,0 +1,49 @@
+"""Compiles a run for one slice cut in other ways, and ranks them."""
+
+import copy
+
+from opd_jax import preflight_check as check
+from opd_jax import sharding
+from opd_jax.errors import UserError
+
+
+def search(config, devices, chip, planned, tell=lambda line: None) -> list:
+    """Compiles all programs over mesh shapes and micro-batches.
+
+    On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not fit train_step.
+    mesh.data is the number of slices.
+
+    Args:
+      planned: (config, devices) -> Programs.
+      tell: takes a line on each mesh and micro-batch once it has been compiled, or why a mesh was not.
+
+    Returns:
+      [(mesh sizes, micro-batch, StepReport)], what works first, fastest first.
+    """
+    found = []
+    count, slices = len(devices), sharding.slice_count(devices)
+    for tensor in (n for n in (1, 2, 4, 8) if count // slices % n == 0):
+        pieces = count // tensor
+        if config.rollout.batch // config.rollout.samples_per_prompt % pieces:
+            tell(f"mesh.tensor={tensor}: the prompts cannot be cut over {pieces} devices")
+            continue
+        micro_batch, sampled = pieces, None
+        while config.rollout.batch % micro_batch == 0 and micro_batch <= config.rollout.batch:
+            tried = copy.deepcopy(config)
+            with tried.unlocked():
+                tried.mesh.data, tried.mesh.fsdp, tried.mesh.tensor = slices, pieces // slices, tensor
+                tried.train.micro_batch = micro_batch
+            try:
+                plan = planned(tried, devices)
+            except UserError as error:
+                tell(f"mesh.tensor={tensor}: {error}")
+                break
+            sampled = check.samplers(plan, chip) if sampled is None else sampled
+            report = check.check(plan, chip, largest=False, sampled=sampled)
+            found.append((dict(plan.mesh.shape), micro_batch, report))
+            verdict = f"{report.seconds:.3g} s a step" if report.ok else "does not pass"
+            tell(f"mesh.tensor={tensor}, train.micro_batch={micro_batch}: {verdict}")
+            if not report.programs[1].fits:
+                break
+            micro_batch *= 2
+    return sorted(found, key=lambda item: (not item[2].ok, item[2].seconds))
