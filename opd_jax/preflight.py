@@ -3,6 +3,7 @@
     python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --search
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --json
+    python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 --stop_after=buffers
 
 Weights and tokenizers are not read where the paths are presets (preset:Qwen3-1.7B). Ends with status 1 where
 memory does not suffice, or a program reaches the host or holds logits of all positions.
@@ -12,16 +13,19 @@ import dataclasses
 import functools
 import json
 import sys
+import tempfile
 
 import jax
 from absl import flags
 
 from opd_jax import preflight_check as check
+from opd_jax import preflight_dump as dump
 from opd_jax import preflight_search as search
 from opd_jax import preflight_table as table
 from opd_jax import programs, sharding, sizes, topology
 from opd_jax.config import run, validate
 from opd_jax.errors import UserError
+from opd_jax.preflight_build import built
 
 
 def plan(config, devices) -> programs.Programs:
@@ -46,6 +50,17 @@ def as_dict(report: check.StepReport) -> dict:
     return dataclasses.asdict(report) | {"ok": report.ok, "assumed": check.ASSUMED}
 
 
+def builder(f):
+    """(how programs are compiled, as preflight_build.built; whether whole), by the flags."""
+    if f.only:
+        return dump.only(f.only, f.dump), False
+    if f.from_dump:
+        return dump.reader(f.from_dump), False
+    if f.stop_after:
+        return dump.until_buffers(f.dump or tempfile.mkdtemp(prefix="preflight-"), sys.argv[1:]), False
+    return built, True
+
+
 def main(_):
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/small_pod.py")
@@ -66,7 +81,8 @@ def main(_):
         else:
             print(table.search(found))
         sys.exit(0 if any(step.ok for *_, step in found) else 1)
-    report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest)
+    build, whole = builder(flags.FLAGS)
+    report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest and whole, build=build)
     if flags.FLAGS.json:
         print(json.dumps(as_dict(report), indent=1))
     else:
@@ -79,5 +95,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", "v5e:4x4", "The slice, KIND:SHAPE, such as v5e:4x4 or v5p:4x4x4.")
     flags.DEFINE_bool("json", False, "Print the report as JSON.")
     flags.DEFINE_bool("largest", True, "Look for the largest micro-batch: some more compiles.")
+    flags.DEFINE_enum("stop_after", None, ["buffers"], "Stop each compile before it generates code.")
+    flags.DEFINE_string("dump", "", "Folder that --stop_after writes to; a temporary one if not given.")
+    flags.DEFINE_string("from_dump", "", "Read such a folder instead of compiling.")
+    flags.DEFINE_string("only", "", "The one program to compile, without a report; for --stop_after.")
     flags.DEFINE_bool("search", False, "Compile other mesh shapes and micro-batches, and rank them.")
     run(main)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import re
 import time
 
 import jax
@@ -11,8 +10,8 @@ import jax
 from opd_jax import costs, hlo, programs, sharding, topology
 from opd_jax import gradient_noise as noises
 from opd_jax import train_step as steps
-from opd_jax.errors import UserError
 from opd_jax.models import moe
+from opd_jax.preflight_build import built
 
 # What the predicted time takes for granted; preflight prints it beside the time.
 ASSUMED = (
@@ -114,7 +113,12 @@ class StepReport:
 
 
 def check(
-    plan: programs.Programs, chip: topology.Chip, *, largest: bool = True, sampled: list | None = None
+    plan: programs.Programs,
+    chip: topology.Chip,
+    *,
+    largest: bool = True,
+    sampled: list | None = None,
+    build=built,
 ) -> StepReport:
     """Compiles sample, train_step, the evaluation's programs and that of the gradient's noise.
 
@@ -122,6 +126,7 @@ def check(
       chip: what a device of the plan's mesh can do.
       largest: also look for the largest micro-batch, at the price of compiling train_step a few times more.
       sampled: what `samplers` returned for the same mesh; None compiles them.
+      build: how a program is compiled, as `built`.
     """
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
@@ -129,11 +134,11 @@ def check(
     pieces = b // c.train.micro_batch
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     held = held_bytes(plan)
-    sample, *others = samplers(plan, chip) if sampled is None else sampled
+    sample, *others = samplers(plan, chip, build) if sampled is None else sampled
     evaluated = plan.abstract_state().params, plan.abstract_teacher(), plan.abstract_rollouts()
     reports = [
         sample,
-        train_step(plan, chip),
+        train_step(plan, chip, build),
         _compile(
             plan,
             chip,
@@ -146,11 +151,12 @@ def check(
                 plan.student, plan.teacher, rows // pieces, pieces, p, t, mesh.shape["tensor"]
             ),
             beside=held["optimizer state"],
+            build=build,
         ),
         *others,
     ]
     if c.metrics.gradient_noise_every:
-        reports.append(gradient_noise(plan, chip))
+        reports.append(gradient_noise(plan, chip, build))
     seconds = reports[0].seconds + reports[1].seconds
     report = StepReport(
         programs=reports,
@@ -164,20 +170,22 @@ def check(
     return report
 
 
-def samplers(plan: programs.Programs, chip: topology.Chip) -> list[ProgramReport]:
+def samplers(plan: programs.Programs, chip: topology.Chip, build=built) -> list[ProgramReport]:
     """The reports of sample and, where evaluations sample otherwise, evaluation_sample.
 
     They are the same whatever the micro-batch.
     """
     c = plan.config
     samples = c.rollout.samples_per_prompt
-    found = [_sample(plan, chip, "sample", by_teacher=plan.teacher_writes, samples=samples)]
+    found = [_sample(plan, chip, "sample", by_teacher=plan.teacher_writes, samples=samples, build=build)]
     if (c.eval.every or c.eval.benchmark) and (plan.teacher_writes or samples > 1):
-        found.append(_sample(plan, chip, "evaluation_sample", by_teacher=False, samples=1))
+        found.append(_sample(plan, chip, "evaluation_sample", by_teacher=False, samples=1, build=build))
     return found
 
 
-def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, samples: int) -> ProgramReport:
+def _sample(
+    plan: programs.Programs, chip, name: str, *, by_teacher: bool, samples: int, build
+) -> ProgramReport:
     """The report of a sampler: of rollout.batch responses, `samples` to a prompt."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
@@ -199,10 +207,11 @@ def _sample(plan: programs.Programs, chip, name: str, *, by_teacher: bool, sampl
         beside=held["optimizer state"] + held[f"{'student' if by_teacher else 'teacher'} parameters"],
         loop=t // stages,
         models=(writer,),
+        build=build,
     )
 
 
-def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
+def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> ProgramReport:
     """The training step's report alone."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
@@ -220,11 +229,15 @@ def train_step(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
         arguments.append(plan.abstract_reward())
     flops = flops["score"] + flops["update"] * (4 if recomputed else 3) / 3
     return _compile(
-        plan, chip, "train_step", plan.train_step, arguments, rows=rows, flops=flops, moved=moved
+        *(plan, chip, "train_step", plan.train_step, arguments),
+        rows=rows,
+        flops=flops,
+        moved=moved,
+        build=build,
     )
 
 
-def gradient_noise(plan: programs.Programs, chip: topology.Chip) -> ProgramReport:
+def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) -> ProgramReport:
     """The report of the program that metrics.gradient_noise_every runs beside some training steps."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
@@ -249,6 +262,7 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip) -> ProgramRepor
             plan.student, plan.teacher, rows, pieces, groups, p, t, mesh.shape, recomputed
         ),
         beside=held_bytes(plan)["optimizer state"],
+        build=build,
     )
 
 
@@ -269,7 +283,7 @@ def device_bytes(tree) -> int:
 
 
 def _compile(
-    plan, chip, name, fn, arguments, *, rows, flops, moved, beside: int = 0, loop: int = 1, models=()
+    plan, chip, name, fn, arguments, *, rows, flops, moved, beside: int = 0, loop: int = 1, models=(), build
 ) -> ProgramReport:
     """Compiles fn(*arguments).
 
@@ -279,6 +293,7 @@ def _compile(
       flops: over all devices; moved: bytes of one device.
       loop: how often a loop without a fixed number of rounds runs.
       models: those that the program runs; none named: student and teacher.
+      build: as `built`.
     """
     c, mesh = plan.config, plan.mesh
     started = time.perf_counter()
@@ -297,23 +312,14 @@ def _compile(
     report.compute_seconds = report.program_flops / chip.flops
     if report.faults:
         return report
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(
-                f"{name} cannot be compiled for this slice ({str(error).splitlines()[0]}); try another mesh "
-                "(mesh.tensor), or attention.kernel=plain"
-            ) from error
-        report.shortage = shortage(str(error))
-        report.compile_seconds = time.perf_counter() - started
-        return report
+    made = build(traced, name)
     report.compile_seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    report.arguments, report.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    report.peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    report.shortage = made.shortage
+    if made.shortage:
+        return report
+    report.arguments, report.temporaries, report.peak = made.arguments, made.temporaries, made.peak
     report.resident = beside
-    program = hlo.Program(compiled.as_text(), loop)
+    program = hlo.Program(made.text, loop)
     slices = sharding.slice_count(mesh.devices.flat)
     exchanged = [("between slices", c) for c in program.between_slices(slices)]
     for kind, collective in [*((c.kind, c) for c in program.collectives()), *exchanged]:
@@ -343,15 +349,6 @@ def _vocabularies(models, mesh):
     sizes = {v for m in models for v in (m.vocab_size, m.vocab_size // tensor)}
     widths = {d for m in models for d in (m.width, m.width // fsdp)}
     return sorted(sizes), sorted(widths)
-
-
-def shortage(message: str) -> str:
-    """What the compiler's out-of-memory message says, in a line."""
-    found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
-    if found:
-        return f"needs {found[1]} of {found[2]}"
-    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
-    return f"needs {found[1]} of {found[2]}" if found else message.splitlines()[0]
 
 
 def _largest(plan, chip, report: ProgramReport) -> int | None:

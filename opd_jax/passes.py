@@ -1,0 +1,52 @@
+"""How much more a recipe's training step multiplies than the passes of its models need.
+
+    python -m opd_jax.passes configs/small_pod.py configs/paper.py
+
+The passes: the teacher forward; the student forward, again (rematerialised) and backward, and once more forward
+where scoring recomputes it; attention causal. Traced for one described chip, so that the TPU's attention
+counts; nothing is compiled.
+"""
+
+import sys
+
+import jax
+
+from opd_jax import config, costs, hlo, preflight, programs, topology
+from opd_jax import train_step as steps
+from opd_jax.errors import UserError
+
+CHIP = "v5p:1x1x1"
+
+
+def ratio(plan: programs.Programs) -> float:
+    """FLOPs of train_step's matrix products over those of the passes."""
+    c = plan.config
+    arguments = [plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()]
+    arguments += [plan.abstract_table(), plan.abstract_key()]
+    if c.reward.weight:
+        arguments.append(plan.abstract_reward())
+    models = (plan.student, plan.teacher)
+    experts = [(m.width, m.ffn, m.experts) for m in models if m.experts]
+    traced = plan.train_step.trace(*arguments)
+    sizes = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    flops = costs.phase_flops(*models, *sizes)
+    passes = flops["score"] + flops["update"] * (4 + steps.recomputes(c)) / 3
+    return hlo.matmul_flops(traced.jaxpr.jaxpr, 1, experts, plan.mesh.shape["tensor"]) / passes
+
+
+def main(paths):
+    jax.config.update("jax_platforms", "cpu")
+    if not paths:
+        raise UserError("give files of configs/, such as configs/small_pod.py")
+    devices = topology.describe(CHIP)[1]
+    for path in paths:
+        recipe = config.load(path)
+        recipe.mesh.preset = "one_chip"
+        print(f"{path:<28} {ratio(preflight.plan(recipe, devices)):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        config.fail(error)

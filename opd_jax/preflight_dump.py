@@ -1,0 +1,91 @@
+"""Programs read from what the compiler writes once it has optimised them and given them their memory.
+
+Generating code is the longest part of a large program's compile, and tells nothing that preflight asks but
+its own size and its errors. `--stop_after=buffers` starts a process for each program and ends it there.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from opd_jax.errors import UserError
+from opd_jax.preflight_build import Built
+
+OPTIMISED, BUFFERS, LAST = (
+    "*after_optimizations.txt",
+    "*after_optimizations-buffer-assignment.txt",
+    "*after_optimizations-memory-usage-report.txt",  # written after both
+)
+
+
+def options(folder) -> dict:
+    """Compiler options that have it write to a folder."""
+    return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+
+
+def read(folder) -> Built:
+    """The program that was dumped to a folder; its code's size is in no figure.
+
+    Raises:
+      UserError: there is none.
+    """
+    text, buffers = (next(Path(folder).glob(name), None) for name in (OPTIMISED, BUFFERS))
+    if text is None or buffers is None:
+        raise UserError(f"--from_dump: {folder} holds no {BUFFERS[1:]}; write it with --stop_after=buffers")
+    arguments = temporaries = 0
+    for size, kind in re.findall(r"^allocation \d+: size (\d+)(.*)$", buffers.read_text(), re.MULTILINE):
+        if re.search(r"color [1-9]", kind):  # memory on the chip
+            continue
+        arguments += int(size) * ("parameter" in kind)
+        temporaries += int(size) * ("parameter" not in kind)
+    return Built(arguments, temporaries, arguments + temporaries, text.read_text())
+
+
+def reader(folder):
+    """build(traced, name) for `preflight_check.check`, from FOLDER/NAME."""
+    return lambda traced, name: read(Path(folder) / name)
+
+
+def only(wanted: str, folder):
+    """build(traced, name) that compiles one program, writing to FOLDER/NAME, and leaves out the others."""
+
+    def build(traced, name):
+        if name != wanted:
+            return Built()
+        traced.lower().compile(compiler_options=options(Path(folder) / name))
+        return Built()
+
+    return build
+
+
+def until_buffers(folder, arguments):
+    """build(traced, name) that starts preflight again for one program, and ends it once that has its memory.
+
+    Args:
+      arguments: of this command.
+    """
+
+    def build(traced, name):
+        target = Path(folder) / name
+        target.mkdir(parents=True, exist_ok=True)
+        for old in target.glob("*after_optimizations*"):
+            old.unlink()
+        again = [sys.executable, "-m", "opd_jax.preflight", *arguments, f"--only={name}", f"--dump={folder}"]
+        with open(target / "log", "w") as log:
+            child = subprocess.Popen(again, stdout=log, stderr=log)
+            while child.poll() is None and not any(target.glob(LAST)):
+                time.sleep(1)
+            child.kill()
+            child.wait()
+        if any(target.glob(LAST)):
+            return read(target)
+        said = (target / "log").read_text()
+        short = re.search(r"needs [\d.]+[KMGT] of [\d.]+[KMGT]", said)
+        if not short:
+            line = (said.strip().splitlines() or ["no word"])[-1]
+            raise UserError(f"{name} was not compiled ({line}); see {target / 'log'}")
+        return Built(shortage=short[0])
+
+    return build
