@@ -6,6 +6,9 @@
 
 Weights are random, no response ends early, and every program runs once before it is timed. FLOPs are
 counted from the shapes: multiplications and additions of matrix products and attention, nothing else.
+
+Predicted is what preflight's model says (docs/preflight.md) of this machine: the longer of all the program's
+products at the rate of a large one, and its bytes at the rate of a long copy.
 """
 
 import time
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from configs import default
-from opd_jax import costs, release, rollout, scoring, segments, tokenizers
+from opd_jax import costs, hlo, release, rollout, scoring, segments, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -27,6 +30,8 @@ NAMES = (
     *("vocabulary", "batch", "prompt", "response"),
 )
 MATMUL = 2048  # side of the square product that stands for the machine
+COPIED = 2**26  # float32 values of the copy that stands for its memory
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 def best_seconds(fn, *args, repeats: int = 3) -> float:
@@ -44,6 +49,12 @@ def matmul_rate(dtype) -> float:
     """FLOP/s of one large square matrix product."""
     x = jnp.ones((MATMUL, MATMUL), dtype)
     return 2 * MATMUL**3 / best_seconds(jax.jit(lambda a: a @ a), x, repeats=5)
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of one long copy."""
+    x = jnp.ones(COPIED, jnp.float32)
+    return 2 * x.nbytes / best_seconds(jax.jit(lambda a: a + 1), x, repeats=5)
 
 
 def random_prompts(key, batch: int, p: int, vocab: int):
@@ -99,31 +110,52 @@ def main(argv):
     )
     sample = jax.jit(lambda *a: rollout.sample(student, *a, jax.random.key(3), sampling))
     seconds = {"sample": best_seconds(sample, params, *prompts)}
+    rounds = t // flags.FLAGS.cache_stages
+    needs = {
+        "sample": (
+            hlo.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds),
+            costs.sample_bytes(student, b, p, t, 1, flags.FLAGS.cache_stages),
+        )
+    }
     if not flags.FLAGS.sample_only:
-        seconds |= _train_seconds(config, student, teacher, params, sample(params, *prompts))
-    rate = matmul_rate(student.dtype)
+        of_step = _train_seconds(config, student, teacher, params, sample(params, *prompts))
+        seconds |= of_step[0]
+        needs |= of_step[1]
+    rate, copied = matmul_rate(student.dtype), copy_rate()
+    predicted = {name: max(products / rate, moved / copied) for name, (products, moved) in needs.items()}
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}, "
-        f"products={student.products}; a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s"
+        f"products={student.products}; a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s, "
+        f"a copy at {copied / 1e9:.1f} GB/s"
     )
     print(" ".join(f"{name}={value}" for name, value in sizes.items()))
-    print(f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}")
+    print(
+        f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}"
+        f"{'predicted':>11}{'measured/predicted':>20}"
+    )
     flops = costs.phase_flops(student, teacher, b, p, t)
     for name in (name for name in ("sample", "score", "release", "update") if name in seconds):
         line = f"{name:<12}{seconds[name]:>10.4f}{b * t / seconds[name]:>10.0f}"
         if name in flops:
             speed = flops[name] / seconds[name]
             line += f"{flops[name] / 1e9:>9.1f}{speed / 1e9:>9.1f}{speed / rate:>11.0%}"
+            line += f"{predicted[name]:>11.4f}{seconds[name] / predicted[name]:>20.2f}"
         print(line)
     if flags.FLAGS.sample_only:
         return
     whole = seconds["sample"] + seconds["train_step"]
-    print(f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}")
+    expected = predicted["sample"] + predicted["score"] + predicted["update"]
+    line = f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}{'':>29}"
+    print(f"{line}{expected:>11.4f}{whole / expected:>20.2f}")
     print(f"the release rule takes {seconds['release'] / whole:.2%} of the step")
 
 
-def _train_seconds(config, student, teacher, params, rollouts) -> dict[str, float]:
-    """Seconds of what follows sampling: score, release, update, and train_step, which is all three."""
+def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, dict]:
+    """What follows sampling: score, release, update, and train_step, which is all three.
+
+    Returns:
+      (seconds of each, (FLOPs of all products, bytes) of score and update).
+    """
     teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
     table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
@@ -147,7 +179,22 @@ def _train_seconds(config, student, teacher, params, rollouts) -> dict[str, floa
     train_step = steps.make_train_step(student, teacher, config, optimizer)
     seconds["train_step"] = _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table)
     seconds["update"] = seconds["train_step"] - seconds["score"] - seconds["release"]
-    return seconds
+
+    def products(fn, *args):
+        return hlo.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+    state = steps.TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
+    scoring_products = products(score, teacher_params, rollouts)
+    step_products = products(train_step, state, teacher_params, rollouts, table, jax.random.key(4))
+    b, length = rollouts.tokens_BL.shape
+    t = rollouts.mask_BT.shape[1]
+    sizes = student, teacher, b // micro_batches
+    moved = micro_batches * costs.score_bytes(*sizes, length - t, t, 1)
+    step_moved = costs.train_bytes(*sizes, micro_batches, length - t, t, ONE, 4)
+    return seconds, {
+        "score": (scoring_products, moved),
+        "update": (step_products - scoring_products, step_moved - moved),
+    }
 
 
 def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table) -> float:

@@ -6,9 +6,17 @@ those of arrays too large to stay on the chip; docs/preflight.md lists the terms
 
 from opd_jax.models.config import ModelConfig
 
-SCORE_BYTES = 12  # an attention score: written and read in float32, its weight in bfloat16
 LOGIT_BYTES = 12  # a logit: written once and read twice in float32
-WEIGHT_BYTES = {"float": 2, "int8": 1}  # vectors, scales and routers are too few to count
+
+
+def value_bytes(model: ModelConfig) -> int:
+    """Bytes of an activation: 2 in bfloat16, 4 in float32."""
+    return model.dtype.itemsize
+
+
+def matrix_bytes(model: ModelConfig) -> int:
+    """Bytes of a weight as products read it; vectors, scales and routers are too few to count."""
+    return 1 if model.weights == "int8" else value_bytes(model)
 
 
 def attention_flops(model: ModelConfig, start: int, count: int) -> int:
@@ -43,7 +51,7 @@ def block_values(model: ModelConfig) -> int:
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
     """One device's copy of a model's weights as products read them, bfloat16 or int8, whole along fsdp."""
-    return WEIGHT_BYTES[model.weights] * model.parameter_count() // tensor
+    return matrix_bytes(model) * model.parameter_count() // _cut(model, tensor)
 
 
 def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) -> int:
@@ -58,16 +66,20 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) ->
     idle = (1 - model.experts_per_token / model.experts) ** (tokens * spread)
     experts = 3 * model.width * model.ffn * model.experts * model.layers
     values = model.parameter_count() - experts + (1 - idle) * experts / spread
-    return int(WEIGHT_BYTES[model.weights] * values / tensor)
+    return int(matrix_bytes(model) * values / _cut(model, tensor))
 
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
     """HBM traffic of one device's blocks over rows x length tokens; plain attention writes its scores."""
     scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
     scores *= model.attention == "plain"
-    activations = 2 * 2 * rows * length * block_values(model) // tensor  # each written and read
-    weights = weight_bytes(model, tensor) + read_bytes(model, rows * length, tensor)  # gathered, then read
-    return weights + activations + SCORE_BYTES * scores
+    width = value_bytes(model)
+    activations = 2 * width * rows * length * block_values(model) // tensor  # each written and read
+    weights = read_bytes(model, rows * length, tensor)
+    if "embed" in model.layout.rules:  # gathered first
+        weights += weight_bytes(model, tensor)
+    # A score is written and read in float32, its weight in the activations' dtype.
+    return weights + activations + (8 + 2 * width) * scores
 
 
 def sample_bytes(
@@ -87,12 +99,12 @@ def sample_bytes(
       rows: of one device.
       stages: rollout.cache_stages.
       samples: rollouts that share one prefill.
-      int8_cache: the cache holds a byte a value and a float32 a token and head, instead of bfloat16.
+      int8_cache: the cache holds a byte a value and a float32 a token and head.
       spread: devices along fsdp that the experts are spread over while tokens are decoded.
     """
     slots = p + t * (stages + 1) / (2 * stages)
     kv_heads = -(-model.kv_heads // tensor)
-    head_bytes = model.head_size + 4 if int8_cache else 2 * model.head_size
+    head_bytes = model.head_size + 4 if int8_cache else value_bytes(model) * model.head_size
     cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = read_bytes(model, rows, tensor, spread) + cache + logits
@@ -119,9 +131,9 @@ def train_bytes(
       recomputed: scoring runs the student too.
     """
     tensor = mesh_shape["tensor"]
-    scored = _score_bytes(student, teacher, rows, p, t, tensor, recomputed)
+    scored = score_bytes(student, teacher, rows, p, t, tensor, recomputed)
     learnt = _gradient_bytes(student, rows, p, t, tensor)
-    own = student.parameter_count() // (mesh_shape["fsdp"] * tensor)
+    own = _own(student, mesh_shape)
     accumulated = 8 * own  # float32 gradients, read and written
     update = own * (4 + 2 * 4 + 2 * mu_bytes + 2 * 4)  # gradient, parameters, both moments
     return pieces * (scored + learnt + accumulated) + update
@@ -145,14 +157,25 @@ def gradient_noise_bytes(
       groups: that the batch is cut into, instead of `pieces`.
     """
     tensor = mesh_shape["tensor"]
-    own = student.parameter_count() // (mesh_shape["fsdp"] * tensor)
+    own = _own(student, mesh_shape)
     moments = 6 * 4 * own  # float32: the group's gradient, the old mean and the new one, written and read
     learnt = _gradient_bytes(student, rows * pieces // groups, p, t, tensor)
-    scored = _score_bytes(student, teacher, rows, p, t, tensor, recomputed)
+    scored = score_bytes(student, teacher, rows, p, t, tensor, recomputed)
     return pieces * scored + 3 * groups * (learnt + moments)
 
 
-def _score_bytes(student, teacher, rows: int, p: int, t: int, tensor: int, recomputed: bool) -> int:
+def _cut(model: ModelConfig, tensor: int) -> int:
+    """Into how many parts a matrix is cut along tensor."""
+    return model.layout.parts("heads", {"tensor": tensor})
+
+
+def _own(model: ModelConfig, mesh_shape) -> int:
+    """Parameters that a device stores."""
+    parts = model.layout.parts("embed", mesh_shape) * _cut(model, mesh_shape["tensor"])
+    return model.parameter_count() // parts
+
+
+def score_bytes(student, teacher, rows: int, p: int, t: int, tensor: int, recomputed: bool = False) -> int:
     """Of scoring one micro-batch."""
     logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + recomputed * student.vocab_size) // tensor
     again = recomputed * forward_bytes(student, rows, p + t, tensor)

@@ -2,9 +2,9 @@
 
     python -m opd_jax.passes configs/small_pod.py configs/paper.py
 
-The passes: the teacher forward; the student forward, again (rematerialised) and backward, and once more forward
-where scoring recomputes it; attention causal. Traced for one described chip, so that the TPU's attention
-counts; nothing is compiled.
+The passes: the teacher forward; the student forward, again (rematerialised) and backward, and once more
+forward where scoring recomputes it; attention causal. Traced for one described chip, so that the
+TPU's attention counts; nothing is compiled.
 """
 
 import sys

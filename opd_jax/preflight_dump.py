@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
 from opd_jax.errors import UserError
 from opd_jax.preflight_build import Built
 
@@ -49,7 +52,12 @@ def reader(folder):
 
 
 def only(wanted: str, folder):
-    """build(traced, name) that compiles one program, writing to FOLDER/NAME, and leaves out the others."""
+    """build(traced, name) that compiles one program, writing to FOLDER/NAME, and leaves out the others.
+
+    From here on this process keeps no compiled programs on disk: one that is found there writes nothing.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
 
     def build(traced, name):
         if name != wanted:

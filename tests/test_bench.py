@@ -25,6 +25,10 @@ def test_every_phase_has_its_seconds_and_rate(printed):
     assert columns.split()[:2] == ["phase", "seconds"]
     table = {row.split()[0]: list(map(float, row.replace("%", "").split()[1:])) for row in rows}
     assert list(table) == ["sample", "score", "release", "update", "step"]
+    assert "a copy at" in machine and columns.split()[-2:] == ["predicted", "measured/predicted"]
+    for name in ("sample", "score", "update", "step"):
+        *_, predicted, ratio = table[name]
+        assert predicted >= 0 and ratio > 0
     batch, response = SHAPE[7], SHAPE[9]
     for name, (seconds, speed, *_) in table.items():
         # Seconds have four decimals, which at this size are few digits.

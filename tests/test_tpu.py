@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax import preflight, sharding, topology
+from opd_jax import preflight, preflight_check, sharding, topology
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("tpu_compiler")
@@ -83,3 +83,15 @@ def test_a_small_step_compiles_for_a_tpu_without_host_transfers_or_whole_logits(
     operations, size = train["release"]
     assert 0 < operations < 0.01 * train["program_flops"] and 0 < size < 0.01 * train["bytes"]
     assert "all-gather" in train["collectives"]
+
+
+def test_two_slices_exchange_a_few_copies_of_the_gradient_a_step_and_it_counts_as_network(models):
+    chip, devices = topology.describe("2xv5e:2x2")
+    plan = preflight.plan(tiny.config(models, **{"train.micro_batch": 8}), devices)
+    assert dict(plan.mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    found = preflight_check.train_step(plan, chip)
+    assert found.fits and found.faults == []
+    _, size, sent = found.collectives["between slices"]
+    gradient = 4 * tiny.STUDENT.parameter_count() // 4  # float32, a device's part of its slice's
+    assert gradient / 2 < size < 10 * gradient
+    assert sent == size and found.network_seconds == sent / chip.network_bandwidth
