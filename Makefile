@@ -49,6 +49,7 @@ smollm2: $(VENV)/.installed
 # Compiles every recipe for its slice; no TPU is needed, but minutes for one chip and long for the paper's.
 preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/two_slices.py --topology=2xv5e:2x2 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/dense.py --topology=v5p:4x4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 $(ARGS)

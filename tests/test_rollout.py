@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -332,3 +334,26 @@ def test_the_same_seed_gives_the_same_tokens_on_any_mesh(shape, sampling):
     if shape[2] == 1 and shape[1] == 1:
         kinds = {c.kind for c in hlo.Program(program.as_text()).collectives()}
         assert kinds == {"all-reduce"}, "a device needs another's prompts"
+
+
+def test_a_decode_step_writes_one_slot_of_the_cache_in_place_and_reads_the_rest_once():
+    b, p, t, model = 5, 7, 24, tiny.STUDENT
+    prompts = jax.ShapeDtypeStruct((b, p), jnp.int32), jax.ShapeDtypeStruct((b, p), bool)
+    sampling = rollout.Sampling(max_tokens=t)
+    sample = jax.jit(lambda *args: rollout.sample(model, *args, jax.random.key(0), sampling))
+    program = hlo.Program(sample.lower(transformer.abstract(model), *prompts).compile().as_text(), t)
+    cached = {(b, model.kv_heads, model.head_size, p + t), (b, model.kv_heads, p + t, model.head_size)}
+    step = [i for i, times, fused in program if times >= t and not fused]
+    idle = ("parameter", "get-tuple-element", "tuple", "while")
+
+    def readers(written):
+        name = re.compile(rf"%{re.escape(written.name)}\b(?!\.)")
+        return [i for i in step if i.opcode not in idle and name.search(i.text)]
+
+    written = [i for i in step if i.opcode not in idle and any(a.dims in cached for a in i.arrays)]
+    assert len(written) == 2 * model.layers, "keys and values of each block, and no copy or transpose of them"
+    held = [i for i in step if i.opcode == "get-tuple-element" and i.arrays[0].dims in cached]
+    assert [len(readers(i)) for i in held] == [1] * len(written), "the update alone"
+    for update in written:
+        assert "dynamic-update-slice" in update.name
+        assert len(readers(update)) == 1, "attention"
