@@ -178,6 +178,8 @@ def main():
     for comparison in (Comparison(SmolLM2()), Comparison(Qwen3())):
         vocabulary = comparison.vocabulary
         for kind, documents in texts.items():
+            if not documents:  # no man pages on this machine
+                continue
             _print_row(kind, vocabulary, comparison.texts(documents), arguments.show)
         drawn = random_responses(vocabulary) if source is segment_texts else {}
         for kind, responses in drawn.items():
