@@ -22,6 +22,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from benchmarks import held_out_texts, segment_texts
 from opd_jax import nltk_segments, punkt, segments, tokenizers
+from opd_jax.errors import UserError
 
 ROWS, POSITIONS = 16, 2048
 RANDOM_ROWS = 64
@@ -197,4 +198,7 @@ def _print_row(kind, vocabulary, found: Agreement, show: int):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
