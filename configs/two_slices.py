@@ -5,9 +5,9 @@
       --config.student.path=~/models/Qwen3-0.6B --config.teacher.path=~/models/Qwen3-1.7B \\
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-A slice holds a copy of both models, and the gradients are summed over the two once for all micro-batches or
-once for each: preflight's "between slices" says which, and what its network takes. The whole recipe has not been
-compiled yet; a step of two tiny models has, for the same slices (tests/test_tpu.py).
+A slice holds a copy of both models, and the gradients are summed over the two: preflight's "between slices"
+says how often, and "network" what that takes. The whole recipe has not been compiled yet; a step of two tiny
+models has, for the same slices (tests/test_tpu.py).
 """
 
 from configs import one_chip

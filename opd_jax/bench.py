@@ -15,6 +15,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from configs import default
@@ -32,6 +33,7 @@ NAMES = (
 MATMUL = 2048  # side of the square product that stands for the machine
 COPIED = 2**26  # float32 values of the copy that stands for its memory
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+PAIRS = 5  # train_steps with the release rule and without it
 
 
 def best_seconds(fn, *args, repeats: int = 3) -> float:
@@ -147,14 +149,20 @@ def main(argv):
     expected = predicted["sample"] + predicted["score"] + predicted["update"]
     line = f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}{'':>29}"
     print(f"{line}{expected:>11.4f}{whole / expected:>20.2f}")
-    print(f"the release rule takes {seconds['release'] / whole:.2%} of the step")
+    least, middle, most = (added / whole for added in np.percentile(seconds["added"], (0, 50, 100)))
+    print(
+        f"sentences and the release rule add {middle:.2%} to the step, from {least:.2%} to {most:.2%}: the "
+        f"median of {PAIRS} train_steps with release.rule=paper, each less one with none and no sentences, "
+        "run in turn"
+    )
 
 
 def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, dict]:
     """What follows sampling: score, release, update, and train_step, which is all three.
 
     Returns:
-      (seconds of each, (FLOPs of all products, bytes) of score and update).
+      (seconds of each, (FLOPs of all products, bytes) of score and update). `release` is segments and the
+      rule as a program of their own, `added` [PAIRS] what they add to train_step.
     """
     teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
     table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
@@ -176,8 +184,10 @@ def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, di
         "release": best_seconds(decide, scores, rollouts),
     }
     optimizer = steps.make_optimizer(config)
-    train_step = steps.make_train_step(student, teacher, config, optimizer)
-    seconds["train_step"] = _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table)
+    train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
+    with_rule, without = _step_seconds(config, student, teacher, params, teacher_params, rollouts, table)
+    seconds["train_step"] = min(with_rule)
+    seconds["added"] = np.subtract(with_rule, without)
     seconds["update"] = seconds["train_step"] - seconds["score"] - seconds["release"]
 
     def products(fn, *args):
@@ -197,18 +207,30 @@ def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, di
     }
 
 
-def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table) -> float:
-    """Seconds of one donated train_step; each run continues from the state of the one before."""
-    step = jax.jit(train_step, donate_argnums=0)
+def _step_seconds(config, student, teacher, params, teacher_params, rollouts, table):
+    """Seconds of donated train_steps, [PAIRS] with the paper's rule and [PAIRS] with none, run in turn.
+
+    A step with none still counts its segments; here they are of fixed length, which reads no text. Each run
+    continues from the state of the one before, and every other pair has the two in the other order.
+    """
+    optimizer = steps.make_optimizer(config)
     copy = jax.tree.map(jnp.copy, params)
-    state = [steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))]
+    state = steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))
     key = jax.random.key(4)
-
-    def once():
-        state[0], metrics, _ = step(state[0], teacher_params, rollouts, table, key)
-        return metrics
-
-    return best_seconds(once)
+    compiled, seconds = {}, {"paper": [], "none": []}
+    tables = {"paper": table, "none": segments.SegmentTable.from_tokenizer(None, "fixed:64")}
+    for rule in seconds:
+        config.release.rule = rule
+        train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
+        compiled[rule] = jax.jit(train_step, donate_argnums=0)
+    for pair in range(PAIRS + 1):  # the first is not counted
+        for rule in list(seconds)[:: 1 if pair % 2 else -1]:
+            jax.block_until_ready(state)
+            started = time.perf_counter()
+            state, metrics, _ = compiled[rule](state, teacher_params, rollouts, tables[rule], key)
+            jax.block_until_ready((state, metrics))
+            seconds[rule].append(time.perf_counter() - started)
+    return seconds["paper"][1:], seconds["none"][1:]
 
 
 if __name__ == "__main__":
