@@ -5,10 +5,10 @@
       --config.student.path=~/models/Qwen3-0.6B --config.teacher.path=~/models/Qwen3-1.7B \\
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-A slice holds a copy of both models, and the gradients of every micro-batch, in bfloat16 and block by block, are
-summed over the two: a larger micro-batch crosses the network less often. Each decoded token asks all slices
-whether any row is left, 768 messages of a few bytes whose latency is not counted. Cost: at least 0.8 chip-hours
-for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+A slice holds a copy of both models, and the gradients of every micro-batch, in bfloat16 and block by block,
+are summed over the two: a larger micro-batch crosses the network less often. Each decoded token asks all
+slices whether any row is left, 768 messages of a few bytes whose latency is not counted. Cost: at least 0.8
+chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
 
                            sample           train_step     evaluation
     arguments, GiB         0.56             2.20           1.36
