@@ -24,12 +24,14 @@ _QWEN2_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
+_LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 _SPLITS = {
     "default": (_GPT2_SPLIT, False),
     "gpt-2": (_GPT2_SPLIT, False),
     "smollm": (_GPT2_SPLIT, True),
     "qwen2": (_QWEN2_SPLIT, False),
-    "llama-bpe": (_LLAMA3_SPLIT, False),
+    "deepseek-r1-qwen": (_QWEN2_SPLIT, False),
+    **dict.fromkeys(_LLAMA3_PRE, (_LLAMA3_SPLIT, False)),
 }
 # What the gguf package dequantises.
 QUANTISATIONS = {
@@ -222,7 +224,7 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
     merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3 takes a piece that is a token whole, whatever the merges would make of it.
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut == "llama-bpe"))
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut in _LLAMA3_PRE))
     expression, single_digits = _SPLITS[cut]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True)] * single_digits

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf_config, rope, weights
+from opd_jax.models import hf_config, presets, rope, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA3 = {
@@ -200,7 +200,18 @@ PUBLISHED = {
         | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "mlp_only_layers": []},
         30_532_122_624,
     ),
+    "Qwen3-235B-A22B": (
+        {"model_type": "qwen3_moe", "hidden_size": 4096, "num_hidden_layers": 94, "vocab_size": 151936}
+        | {"num_attention_heads": 64, "num_key_value_heads": 4, "intermediate_size": 12288, "head_dim": 128}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "mlp_only_layers": []},
+        235_093_634_560,
+    ),
 }
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED.keys() & presets.PRESETS.keys()))
+def test_a_preset_is_the_published_model(name):
+    assert presets.read_config(name).parameter_count() == PUBLISHED[name][1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
