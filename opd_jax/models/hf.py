@@ -50,21 +50,32 @@ def load(
     config = read_config(folder, key)
     where = f"{key}: {folder}"
     with contextlib.ExitStack() as stack:
-        files = []
-        for file in _weight_files(folder, where):
+        names, index = _weight_files(folder, where)
+        files = {}
+        for file in names:
             try:
-                files.append(stack.enter_context(safe_open(folder / file, framework="numpy")))
+                files[file] = stack.enter_context(safe_open(folder / file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{where}/{file} cannot be read ({_line(error)}); copy it again"
                 ) from error
-        part_of, shapes = {}, {}
-        for file in files:
+        part_of, shapes, file_of = {}, {}, {}
+        for file_name, file in files.items():
             for name in list(file.keys()):
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # Old exports store this constant of rope_theta.
                 if name == "lm_head.weight" and config.tie_embeddings:
                     continue  # A copy of the embedding.
+                if name in file_of:
+                    raise UserError(
+                        f"{where}: {name} is in both {file_of[name]} and {file_name}; copy the folder again"
+                    )
+                if index is not None and index.get(name) != file_name:
+                    raise UserError(
+                        f"{where}: {name} is in {file_name}, the index has it in {index.get(name)};"
+                        " copy the folder again"
+                    )
+                file_of[name] = file_name
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
                     raise UserError(
@@ -94,8 +105,9 @@ def read_config(folder, key: str = "student.path") -> ModelConfig:
     config = hf_config.from_json(_read_json(folder / "config.json", key), key)
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json", key)
-        ends = set(config.eos_ids) | set(hf_config.ids(generation.get("eos_token_id")))
-        config = config.replace(eos_ids=tuple(sorted(ends)))
+        where = f"{key}: generation_config.json"
+        ends = hf_config.end_ids(generation, config.vocab_size, where)
+        config = config.replace(eos_ids=tuple(sorted({*config.eos_ids, *ends})))
     length = _tokenizer_length(folder, key)
     if length is None:
         return config
@@ -234,15 +246,15 @@ def _fetch(params: dict, path: tuple[str, ...], index: tuple[int, ...]) -> np.nd
     return np.asarray(value)
 
 
-def _weight_files(folder: Path, where: str) -> list[str]:
-    """Names of the safetensors files of a folder."""
+def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
+    """(names of a folder's safetensors files, the index's file of each tensor or None without an index)."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
             raise UserError(
                 f"{where} has no model.safetensors and no index of one; is it a complete download?"
             )
-        return ["model.safetensors"]
+        return ["model.safetensors"], None
     weight_map = _read_json(index, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where}: model.safetensors.index.json has no weight_map; copy it again")
@@ -256,7 +268,7 @@ def _weight_files(folder: Path, where: str) -> list[str]:
             raise UserError(
                 f"{where} lacks {file}, which its index names; is it a complete download?"
             )
-    return files
+    return files, weight_map
 
 
 def _tokenizer_length(folder: Path, key: str) -> int | None:

@@ -269,6 +269,30 @@ def test_a_missing_weight_file_is_named(sharded_folder):
     refused(lambda: hf.load(sharded_folder), "model-00002-of-00004.safetensors")
 
 
+def test_a_tensor_in_two_files_is_refused(sharded_folder):
+    first, second = (sharded_folder / f"model-0000{n}-of-00004.safetensors" for n in (1, 2))
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: value}, second)
+    refused(lambda: hf.load(sharded_folder), name, first.name, second.name)
+
+
+@pytest.mark.parametrize("there", ["model-00002-of-00004.safetensors", None])
+def test_a_tensor_in_another_file_than_the_index_says_is_refused(sharded_folder, there):
+    index = sharded_folder / "model.safetensors.index.json"
+    first = sharded_folder / "model-00001-of-00004.safetensors"
+    name = next(iter(load_file(first)))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    changed = {k: v for k, v in (weight_map | {name: there}).items() if v}
+    edit_json(index, weight_map=changed)
+    refused(lambda: hf.load(sharded_folder), name, first.name, str(there))
+
+
+def test_end_ids_of_a_generation_config_are_ids_of_the_vocabulary(folder):
+    for value in ("2", [128], -1):
+        edit_json(folder / "generation_config.json", eos_token_id=value)
+        refused(lambda: hf.read_config(folder), "generation_config.json", repr(value))
+
+
 def test_an_index_without_entries_is_refused(sharded_folder):
     edit_json(sharded_folder / "model.safetensors.index.json", weight_map={})
     refused(lambda: hf.load(sharded_folder), "weight_map")
