@@ -176,6 +176,28 @@ def test_a_process_reads_each_stored_value_at_most_once():
     assert len(read) > len(tensors)
 
 
+@pytest.mark.parametrize(("axes", "ways"), [(None, 1), ("fsdp", 2), (("fsdp", "tensor"), 6)])
+@pytest.mark.parametrize("stored", ["float", "int8"])
+def test_experts_are_read_one_a_device_at_a_time(axes, ways, stored, monkeypatch):
+    name = "tiny_moe"
+    config, whole = hf.load(GOLDEN / name, stored=stored)
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("fsdp", "tensor"))
+    logical = transformer.logical_axes(config)
+    rules = {"experts": axes}
+    shardings = jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*map(rules.get, names))),
+        logical,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    pieces, place = [], weights._place
+    monkeypatch.setattr(weights, "_place", lambda reader, *a: pieces.append(reader) or place(reader, *a))
+    _, params = hf.load(GOLDEN / name, shardings=shardings, stored=stored)
+    assert_same(params, whole)
+    read = [piece.like.shape for piece in pieces if "experts" in piece.axes]
+    assert {shape[0] for shape in read} == {ways}
+    assert len(read) == 3 * config.layers * config.experts // ways
+
+
 def test_sharded_parameters_are_saved_like_whole_ones(tmp_path):
     config, params = hf.load(GOLDEN / "tiny_qwen3")
     shardings = shardings_on_eight_devices(config, inside_heads=True)
