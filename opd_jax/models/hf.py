@@ -167,37 +167,61 @@ def save(
       UserError: the folder holds something already.
     """
     folder = Path(folder).expanduser()
-    check_unused(folder)
-    _meet("opd_jax.save.checked")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     writes = jax.process_index() == 0
-    try:
+
+    def begin():
+        check_unused(folder)
         if writes:
             partial.mkdir(parents=True)
-        saved_dtype = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
-        if writes:
-            generation = generation or {}
-            others = {"torch_dtype": saved_dtype, "bos_token_id": generation.get("bos_token_id")}
-            _write_json(partial / "config.json", hf_config.to_json(config) | others)
-            ends = {"eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
-            _write_json(partial / "generation_config.json", generation | ends)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            os.replace(partial, folder)
-        _meet("opd_jax.save.done")
+
+    def finish(saved_dtype):
+        fields = generation or {}
+        others = {"torch_dtype": saved_dtype, "bos_token_id": fields.get("bos_token_id")}
+        _write_json(partial / "config.json", hf_config.to_json(config) | others)
+        ends = {"eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
+        _write_json(partial / "generation_config.json", fields | ends)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        os.replace(partial, folder)
+
+    try:
+        _agree(begin)
+        saved_dtype, failed = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
+        _agree(lambda: finish(saved_dtype) if writes else None, failed)
     finally:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _meet(name: str):
-    """Waits for every process of a pod."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _agree(act, failed: Exception | None = None):
+    """Runs act() unless something has failed before, and ends in every process alike.
+
+    Raises:
+      The process's own error; in processes without one, a UserError where another had one.
+    """
+    try:
+        if failed is None:
+            act()
+    except Exception as error:
+        failed = error
+    others = jax.process_count() > 1 and multihost_utils.process_allgather(np.array(failed is not None)).any()
+    if failed is not None:
+        raise failed
+    if others:
+        raise UserError("the model could not be saved; the process that failed says why")
 
 
-def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int) -> str:
-    """Writes the safetensors files and, for several, their index; returns the dtype's name."""
+def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int):
+    """Writes the safetensors files and, for several, their index.
+
+    Args:
+      folder: None in a process that takes part in bringing tensors together and does not write.
+
+    Returns:
+      (the dtype's name, the OSError that ended writing or None). After an error the process still takes part,
+      since the others wait for it at every tensor.
+    """
     axes = transformer.logical_axes(config)
     dtype = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     files, room = [], 0
@@ -219,21 +243,33 @@ def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int) 
         names = functools.reduce(dict.__getitem__, tensor.path, axes)
         return weights.to_stored(tensor, block.astype(dtype), names)
 
-    index, total = {}, 0
+    def gather(tensor):
+        """This process's part in bringing a tensor together."""
+        fetch(tensor.path, tensor.index[:1])
+
+    index, total, failed = {}, 0, None
     for number, file in enumerate(files, 1):
         several = f"model-{number:05}-of-{len(files):05}.safetensors"
         name = several if len(files) > 1 else "model.safetensors"
-        if folder is None:
-            for tensor in file:
-                fetch(tensor.path, tensor.index[:1])  # its collectives need every process
-            continue
         shapes = {tensor.name: tensor.shape for tensor in file}
-        total += safetensors_out.write(folder / name, shapes, dtype, map(value, file))
+        values = map(value if folder is not None else gather, file)
+        if folder is not None and failed is None:
+            try:
+                total += safetensors_out.write(folder / name, shapes, dtype, values)
+            except OSError as error:
+                if jax.process_count() == 1:
+                    raise
+                failed = error
+        for _ in values:
+            pass  # the others gather with us
         index |= dict.fromkeys(shapes, name)
-    if len(index) and len(files) > 1:
-        body = {"metadata": {"total_size": total}, "weight_map": index}
-        _write_json(folder / "model.safetensors.index.json", body)
-    return dtype.name
+    if folder is not None and failed is None and len(files) > 1:
+        try:
+            body = {"metadata": {"total_size": total}, "weight_map": index}
+            _write_json(folder / "model.safetensors.index.json", body)
+        except OSError as error:
+            failed = error
+    return dtype.name, failed
 
 
 def _fetch(params: dict, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
