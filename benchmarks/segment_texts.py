@@ -69,8 +69,6 @@ OTHER_TASKS = (
     "time_intervals",
     "word_sorting",
 )
-# First word of a source -> the package that it needs.
-PACKAGES = {"reasoning-gym": "reasoning_gym", "fiction": "reasoning_gym", "champ": "champ_dataset"}
 _LIST_ITEM = re.compile(r"\s*([-*+]|\d+[.)])\s")
 
 

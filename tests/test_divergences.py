@@ -1,6 +1,7 @@
-"""Divergences against float64 NumPy sums and central differences, on odd shapes and absent ids."""
+"""Divergences against float64 NumPy sums, central differences and trl's, on odd shapes and absent ids."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def forward(s_V, t_V):
 
 
 def jsd(s_V, t_V, beta):
-    """As trl's GKD trainer has it: the mixture weighs the teacher by beta, the ends are the KLs."""
+    """The mixture weighs the teacher by beta, the ends are the KLs."""
     if beta in (0, 1):
         return reverse(s_V, t_V) if beta else forward(s_V, t_V)
     s_V, t_V = special.softmax(s_V, -1), special.softmax(t_V, -1)
@@ -153,6 +154,24 @@ def test_jsd_at_0_is_the_forward_kl_and_at_1_the_reverse_kl():
     s_V, t_V = (padded(x) for x in logits())
     for beta, kl in ((0, divergences.forward_kl), (1, divergences.reverse_kl)):
         np.testing.assert_array_equal(divergences.generalised_jsd(s_V, t_V, beta), kl(s_V, t_V))
+
+
+TRL = np.load(Path(__file__).parent / "golden" / "trl_jsd.npz")
+
+
+@pytest.mark.parametrize("number", range(len(TRL["beta"])), ids=[f"beta {beta}" for beta in TRL["beta"]])
+def test_loss_and_gradient_are_those_of_trls_gkd_trainer(number):
+    mask_BT = jnp.asarray(TRL["mask"])
+
+    def loss(student_BTV):
+        loss_BT = divergences.generalised_jsd(
+            student_BTV, jnp.asarray(TRL["teacher"]), float(TRL["beta"][number])
+        )
+        return jnp.where(mask_BT, loss_BT, 0).sum() / mask_BT.sum()
+
+    value, grad_BTV = jax.value_and_grad(loss)(jnp.asarray(TRL["student"]))
+    np.testing.assert_allclose(value, TRL["loss"][number], rtol=1e-5)
+    np.testing.assert_allclose(grad_BTV, TRL["gradient"][number], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("beta", [1e-3, 1e-4])

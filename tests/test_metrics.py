@@ -209,10 +209,32 @@ def test_run_files_name_config_versions_and_devices(tmp_path):
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["jax"] == jax.__version__
     assert (versions["backend"], versions["devices"]) == ("cpu", 8)
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], check=False, capture_output=True, text=True
-    ).stdout.strip()
-    assert versions["git_commit"] is None or versions["git_commit"].startswith(head)
+    assert "git_commit" in versions
+
+
+def test_the_commit_of_the_source_tree_is_recorded_with_whether_it_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True).stdout.strip()
+
+    def recorded():
+        metrics.write_run_files(tmp_path / "run", {"seed": 3})
+        return json.loads((tmp_path / "run" / "versions.json").read_text())["git_commit"]
+
+    tree = tmp_path / "tree"
+    (tree / "opd_jax").mkdir(parents=True)
+    source = tree / "opd_jax" / "metrics.py"
+    source.write_text("one")
+    monkeypatch.setattr(metrics, "__file__", str(source))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert recorded() is None  # no repository
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "One")
+    assert recorded() == git("rev-parse", "HEAD") and len(recorded()) == 40
+    source.write_text("two")
+    assert recorded() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def base_config():

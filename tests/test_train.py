@@ -88,6 +88,7 @@ def test_the_final_checkpoint_is_the_final_state(finished, job):
 
 
 def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
+    """To the device: on CPU JAX guards no transfer to the host, where float(loss) reads the same memory."""
     class Planted(Job):
         @property
         def sample_group(self):

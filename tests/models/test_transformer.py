@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import sharding
+from opd_jax import models, sharding
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 
@@ -184,7 +184,7 @@ def test_a_pruned_model_is_the_model_whose_removed_blocks_add_nothing():
         blocks[name] = blocks[name].at[1].set(0)
     tokens, mask = random_tokens((2, 6)), jnp.ones((2, 6), bool)
     want = forward(BASE, params | {"blocks": blocks}, tokens, mask)
-    config, pruned = transformer.prune(BASE, params, [1])
+    config, pruned = models.prune(BASE, params, [1])
     assert config == BASE.replace(layers=2)
     assert jax.tree.map(jnp.shape, pruned) == jax.tree.map(
         lambda leaf: leaf.shape, transformer.abstract(config)

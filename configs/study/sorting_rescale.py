@@ -1,0 +1,19 @@
+"""The study's truncating rules on sorting without the loss-mass rescale, a confounder of its own.
+
+    python -m opd_jax.sweep --config=configs/study/sorting_rescale.py --out=runs/study/sorting_rescale
+
+`opd_jax.study.report` compares each arm, seed by seed, with the one of configs/study/sorting.py whose name it
+begins with: the same rule and seed, with the rescale.
+"""
+
+from configs.study import sorting
+from configs.study.sorting import SEEDS, get_config  # noqa: F401
+
+CUTTING = ("release", "shuffled", "random", "prefix", "suffix", "advantage_std")
+WITHOUT = "+rescale=none"
+
+
+def arms(config):
+    """The arms of configs/study/sorting.py that cut responses, with release.rescale=none."""
+    known = sorting.arms(config)
+    return {name + WITHOUT: known[name] | {"release.rescale": "none"} for name in CUTTING}
