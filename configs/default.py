@@ -99,6 +99,9 @@ def get_config() -> ConfigDict:
     c.rollout.max_tokens = 1024
     # Sampling temperature; 0 is greedy. Log-probabilities for training are always at temperature 1.
     c.rollout.temperature = 1.0
+    # Ids that end a response. (): those that config.json, generation_config.json, tokenizer and chat template
+    # of the student name, and where the teacher's are others, the run is refused.
+    c.rollout.end_ids = ()
     # Sample from the k most likely tokens; 0 keeps all.
     c.rollout.top_k = 0
     # Sample from the smallest set of tokens with this probability; 1 keeps all.

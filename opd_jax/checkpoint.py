@@ -1,6 +1,7 @@
 """Saving and restoring what a run needs to go on exactly: state, and the position in the prompts."""
 
 from pathlib import Path
+from typing import Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -8,6 +9,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from opd_jax.errors import UserError
 from opd_jax.train_step import TrainState
+
+FOLDER = "checkpoints"
 
 
 class Checkpoints:
@@ -27,7 +30,7 @@ class Checkpoints:
             get_metric_fn=lambda m: m["kl"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         self._manager = ocp.CheckpointManager(
-            Path(workdir).absolute() / "checkpoints",
+            Path(workdir).absolute() / FOLDER,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([newest, best]),
                 best_fn=lambda m: m["kl"],
@@ -35,6 +38,17 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
         )
+
+    @classmethod
+    def of_run(cls, workdir, keep: int) -> Self:
+        """Those that are there, to be read; nothing is made.
+
+        Raises:
+          UserError: the run has none.
+        """
+        if not (Path(workdir) / FOLDER).is_dir():
+            raise UserError(f"--workdir={workdir} has no checkpoint; let the run go on to its first")
+        return cls(workdir, keep)
 
     @property
     def latest(self) -> int | None:

@@ -143,7 +143,7 @@ def run_config(workdir) -> ConfigDict:
 
 def restore(job, workdir, wanted: str) -> tuple[dict, int]:
     """(parameters, steps done) of a run's checkpoint: latest, best, or a number."""
-    with Checkpoints(workdir, job.config.checkpoint.keep) as checkpoints:
+    with Checkpoints.of_run(workdir, job.config.checkpoint.keep) as checkpoints:
         step = checkpoints.find(wanted)
         return checkpoints.restore(step, job.abstract_state())[0].params, step
 

@@ -65,7 +65,7 @@ def of_model(config) -> tuple[benchmark_run.Responder, dict]:
     model = programs.model(path, "--model", mesh, config.student.compute_dtype)
     sizes.check_length(config, "--model", model)
     tokenizer = tokenizers.load(path, "--model")
-    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
+    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, config.rollout.end_ids))
     shardings = programs.param_shardings(mesh, model)
     _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=jnp.float32)
     responder = benchmark_run.Responder(

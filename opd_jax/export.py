@@ -49,12 +49,13 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     model = source.config(config.student.path, "student.path")
     model = model.replace(layers=model.layers - len(set(config.student.drop_layers)))
     tokenizer = tokenizers.load(config.student.path, "student.path")
-    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
+    chosen = config.rollout.get("end_ids", ())  # older runs have no such field
+    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, chosen))
 
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     abstract = transformer.abstract(model)
     shardings = sharding.param_shardings(mesh, abstract, transformer.logical_axes(model))
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    with Checkpoints.of_run(workdir, config.checkpoint.keep) as checkpoints:
         step = checkpoints.find(step)
         params = checkpoints.restore_params(step, abstract, shardings)
     where = source.resolve(config.student.path, "student.path")

@@ -143,10 +143,12 @@ def prepare(config, workdir=None) -> Job:
     teachers = tokenizers.load(config.teacher.path, "teacher.path")
     options = tokenizers.template_options(config.data.template, tokenizer)
     tokenizers.check_pair(tokenizer, teachers, options)
-    teacher = teacher.replace(
-        exchanged=tokenizers.exchanged_ends(tokenizer, teachers, config.teacher.end_id)
-    )
-    ends = tokenizers.end_ids(tokenizer, student)
+    exchanged = tokenizers.exchanged_ends(tokenizer, teachers, config.teacher.end_id)
+    teacher = teacher.replace(exchanged=exchanged)
+    chosen = config.rollout.end_ids
+    ends = tokenizers.end_ids(tokenizer, student, chosen)
+    if not chosen:
+        tokenizers.check_ends(ends, tokenizers.end_ids(teachers, teacher, key="teacher.path"), exchanged)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=ends, valid_vocab=valid) for m in (student, teacher))
     sizes.check(config, mesh, student, teacher)

@@ -120,12 +120,39 @@ def check_pair(student, teacher, options: dict | None = None):
             refuse("the chat template renders", ours, theirs, "use one chat template in both")
 
 
-def end_ids(tokenizer, config) -> tuple[int, ...]:
-    """Ids that end a response: the model's, the tokenizer's, and what ends the template's turns.
+def check_ends(ours, theirs, exchanged: tuple[int, int] | None):
+    """Refuses a teacher that other ids end than the student.
+
+    Args:
+      ours, theirs: `end_ids` of each.
+      exchanged: what `exchanged_ends` returned; the teacher is asked for one id where it has the other.
 
     Raises:
-      UserError: there is none, so no response could end by itself.
+      UserError: names the ids.
     """
+    answers = dict(zip(exchanged, exchanged[::-1])) if exchanged else {}
+    theirs = {answers.get(i, i) for i in theirs}
+    if theirs != set(ours):
+        raise UserError(
+            f"a response ends at ids {sorted(ours)} in student.path, at {sorted(theirs)} in teacher.path;"
+            f" set rollout.end_ids to those that shall end one, such as {tuple(sorted(theirs | set(ours)))}"
+        )
+
+
+def end_ids(tokenizer, config, chosen=(), key: str = "student.path") -> tuple[int, ...]:
+    """Ids that end a response: the model's, the tokenizer's, and what ends the template's turns.
+
+    Args:
+      chosen: rollout.end_ids, which replace them if there are any.
+      key: the config key that named the model, for messages.
+
+    Raises:
+      UserError: there is none, so no response could end by itself, or the chosen are no ids.
+    """
+    if chosen:
+        if not all(type(i) is int and 0 <= i < config.valid_vocab for i in chosen):
+            raise UserError(f"rollout.end_ids={tuple(chosen)}: give ids from 0 to {config.valid_vocab - 1}")
+        return tuple(sorted(set(chosen)))
     ends = set(config.eos_ids)
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
@@ -136,7 +163,7 @@ def end_ids(tokenizer, config) -> tuple[int, ...]:
         ends.add(after[0])
     if not ends:
         raise UserError(
-            "student.path: neither the model nor its tokenizer names an end-of-sequence token"
+            f"{key}: neither the model nor its tokenizer names an end-of-sequence token"
         )
     return tuple(sorted(ends))
 

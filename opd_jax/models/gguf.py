@@ -24,12 +24,14 @@ _QWEN2_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
+_LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 _SPLITS = {
     "default": (_GPT2_SPLIT, False),
     "gpt-2": (_GPT2_SPLIT, False),
     "smollm": (_GPT2_SPLIT, True),
     "qwen2": (_QWEN2_SPLIT, False),
-    "llama-bpe": (_LLAMA3_SPLIT, False),
+    "deepseek-r1-qwen": (_QWEN2_SPLIT, False),
+    **dict.fromkeys(_LLAMA3_PRE, (_LLAMA3_SPLIT, False)),
 }
 # What the gguf package dequantises.
 QUANTISATIONS = {
@@ -40,6 +42,21 @@ QUANTISATIONS = {
 # Llama 3.1 (8B, 70B) and Llama 3.2 (1B, 3B), as their config.json has it.
 _LLAMA3 = tuple(rope.Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 _DIVISORS = "rope_freqs.weight"
+# Metadata that changes the result and is not computed here, and the value at which it changes nothing.
+_NEUTRAL = {
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_beta_fast": 32,
+    "rope.scaling.yarn_beta_slow": 1,
+    "rope.scaling.yarn_log_multiplier": None,
+    "rope.scale_linear": 1,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.scale": None,
+    "logit_scale": None,
+    "expert_count": 0,
+}
 # tokenizer.ggml.token_type values.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 # Control tokens that end a response whatever the file calls its end of sequence.
@@ -142,11 +159,27 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
             f"{key}: the GGUF file is quantised as {min(unknown)}, which is not supported; supported:"
             f" {', '.join(sorted(QUANTISATIONS))}"
         )
+    for name, neutral in _NEUTRAL.items():
+        if (value := _value(reader, f"{family}.{name}", neutral)) != neutral:
+            raise UserError(
+                f"{key}: this {family} model uses {family}.{name}={value}, which is not supported"
+            )
     vocab_size = int(shapes["token_embd.weight"][1])
     rope_theta, max_positions = float(number("rope.freq_base", 1e4)), number("context_length")
     rope_scaling = _rope_scaling(reader, family, rope_theta, head_size, max_positions, number, key)
+    longest = max(max_positions, (rope_scaling and rope_scaling.reach()) or 0)
+    window = _value(reader, f"{family}.attention.sliding_window")
+    if window and window < longest:
+        raise UserError(
+            f"{key}: this {family} model uses {family}.attention.sliding_window={window} in a context of"
+            f" {longest} tokens, which is not supported"
+        )
     tokens, types = _tokens(reader)
     eos_ids = _end_ids(reader, tokens, types)
+    pad_id = _value(reader, "tokenizer.ggml.padding_token_id", eos_ids[0] if eos_ids else 0)
+    for i in (*eos_ids, pad_id):
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise UserError(f"{key}: the GGUF file names {i!r} an end or padding id, of {vocab_size} ids")
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -163,9 +196,9 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
         tie_embeddings="output.weight" not in shapes,
         qk_norm=family == "qwen3",
         attention_bias=family == "qwen2",
-        max_positions=max_positions,
+        max_positions=longest,
         eos_ids=eos_ids,
-        pad_id=_value(reader, "tokenizer.ggml.padding_token_id", eos_ids[0] if eos_ids else 0),
+        pad_id=pad_id,
     )
 
 
@@ -219,10 +252,13 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
             f" type {', '.join(_SPLITS)}"
         )
     tokens, types = _tokens(reader)
-    merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
+    merges = _value(reader, "tokenizer.ggml.merges")
+    if not tokens or merges is None:
+        raise UserError(f"{key}: the GGUF file has no tokenizer.ggml.{'merges' if tokens else 'tokens'}")
+    merges = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3 takes a piece that is a token whole, whatever the merges would make of it.
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut == "llama-bpe"))
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut in _LLAMA3_PRE))
     expression, single_digits = _SPLITS[cut]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True)] * single_digits
@@ -243,6 +279,8 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
     ids = {
         name: _value(reader, f"tokenizer.ggml.{field}_token_id") for name, field in named.items()
     }
+    if wrong := [i for i in ids.values() if i is not None and not (type(i) is int and 0 <= i < len(tokens))]:
+        raise UserError(f"{key}: the GGUF file names {wrong[0]!r} a special token, of {len(tokens)} tokens")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=_value(reader, "tokenizer.chat_template"),

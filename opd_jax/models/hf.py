@@ -50,21 +50,32 @@ def load(
     config = read_config(folder, key)
     where = f"{key}: {folder}"
     with contextlib.ExitStack() as stack:
-        files = []
-        for file in _weight_files(folder, where):
+        names, index = _weight_files(folder, where)
+        files = {}
+        for file in names:
             try:
-                files.append(stack.enter_context(safe_open(folder / file, framework="numpy")))
+                files[file] = stack.enter_context(safe_open(folder / file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{where}/{file} cannot be read ({_line(error)}); copy it again"
                 ) from error
-        part_of, shapes = {}, {}
-        for file in files:
+        part_of, shapes, file_of = {}, {}, {}
+        for file_name, file in files.items():
             for name in list(file.keys()):
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # Old exports store this constant of rope_theta.
                 if name == "lm_head.weight" and config.tie_embeddings:
                     continue  # A copy of the embedding.
+                if name in file_of:
+                    raise UserError(
+                        f"{where}: {name} is in both {file_of[name]} and {file_name}; copy the folder again"
+                    )
+                if index is not None and index.get(name) != file_name:
+                    raise UserError(
+                        f"{where}: {name} is in {file_name}, the index has it in {index.get(name)};"
+                        " copy the folder again"
+                    )
+                file_of[name] = file_name
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
                     raise UserError(
@@ -94,8 +105,9 @@ def read_config(folder, key: str = "student.path") -> ModelConfig:
     config = hf_config.from_json(_read_json(folder / "config.json", key), key)
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json", key)
-        ends = set(config.eos_ids) | set(hf_config.ids(generation.get("eos_token_id")))
-        config = config.replace(eos_ids=tuple(sorted(ends)))
+        where = f"{key}: generation_config.json"
+        ends = hf_config.end_ids(generation, config.vocab_size, where)
+        config = config.replace(eos_ids=tuple(sorted({*config.eos_ids, *ends})))
     length = _tokenizer_length(folder, key)
     if length is None:
         return config
@@ -155,37 +167,61 @@ def save(
       UserError: the folder holds something already.
     """
     folder = Path(folder).expanduser()
-    check_unused(folder)
-    _meet("opd_jax.save.checked")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     writes = jax.process_index() == 0
-    try:
+
+    def begin():
+        check_unused(folder)
         if writes:
             partial.mkdir(parents=True)
-        saved_dtype = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
-        if writes:
-            generation = generation or {}
-            others = {"torch_dtype": saved_dtype, "bos_token_id": generation.get("bos_token_id")}
-            _write_json(partial / "config.json", hf_config.to_json(config) | others)
-            ends = {"eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
-            _write_json(partial / "generation_config.json", generation | ends)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            os.replace(partial, folder)
-        _meet("opd_jax.save.done")
+
+    def finish(saved_dtype):
+        fields = generation or {}
+        others = {"torch_dtype": saved_dtype, "bos_token_id": fields.get("bos_token_id")}
+        _write_json(partial / "config.json", hf_config.to_json(config) | others)
+        ends = {"eos_token_id": list(config.eos_ids) or None, "pad_token_id": config.pad_id}
+        _write_json(partial / "generation_config.json", fields | ends)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        os.replace(partial, folder)
+
+    try:
+        _agree(begin)
+        saved_dtype, failed = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
+        _agree(lambda: finish(saved_dtype) if writes else None, failed)
     finally:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _meet(name: str):
-    """Waits for every process of a pod."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _agree(act, failed: Exception | None = None):
+    """Runs act() unless something has failed before, and ends in every process alike.
+
+    Raises:
+      The process's own error; in processes without one, a UserError where another had one.
+    """
+    try:
+        if failed is None:
+            act()
+    except Exception as error:
+        failed = error
+    others = jax.process_count() > 1 and multihost_utils.process_allgather(np.array(failed is not None)).any()
+    if failed is not None:
+        raise failed
+    if others:
+        raise UserError("the model could not be saved; the process that failed says why")
 
 
-def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int) -> str:
-    """Writes the safetensors files and, for several, their index; returns the dtype's name."""
+def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int):
+    """Writes the safetensors files and, for several, their index.
+
+    Args:
+      folder: None in a process that takes part in bringing tensors together and does not write.
+
+    Returns:
+      (the dtype's name, the OSError that ended writing or None). After an error the process still takes part,
+      since the others wait for it at every tensor.
+    """
     axes = transformer.logical_axes(config)
     dtype = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     files, room = [], 0
@@ -207,21 +243,33 @@ def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int) 
         names = functools.reduce(dict.__getitem__, tensor.path, axes)
         return weights.to_stored(tensor, block.astype(dtype), names)
 
-    index, total = {}, 0
+    def gather(tensor):
+        """This process's part in bringing a tensor together."""
+        fetch(tensor.path, tensor.index[:1])
+
+    index, total, failed = {}, 0, None
     for number, file in enumerate(files, 1):
         several = f"model-{number:05}-of-{len(files):05}.safetensors"
         name = several if len(files) > 1 else "model.safetensors"
-        if folder is None:
-            for tensor in file:
-                fetch(tensor.path, tensor.index[:1])  # its collectives need every process
-            continue
         shapes = {tensor.name: tensor.shape for tensor in file}
-        total += safetensors_out.write(folder / name, shapes, dtype, map(value, file))
+        values = map(value if folder is not None else gather, file)
+        if folder is not None and failed is None:
+            try:
+                total += safetensors_out.write(folder / name, shapes, dtype, values)
+            except OSError as error:
+                if jax.process_count() == 1:
+                    raise
+                failed = error
+        for _ in values:
+            pass  # the others gather with us
         index |= dict.fromkeys(shapes, name)
-    if len(index) and len(files) > 1:
-        body = {"metadata": {"total_size": total}, "weight_map": index}
-        _write_json(folder / "model.safetensors.index.json", body)
-    return dtype.name
+    if folder is not None and failed is None and len(files) > 1:
+        try:
+            body = {"metadata": {"total_size": total}, "weight_map": index}
+            _write_json(folder / "model.safetensors.index.json", body)
+        except OSError as error:
+            failed = error
+    return dtype.name, failed
 
 
 def _fetch(params: dict, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
@@ -234,15 +282,15 @@ def _fetch(params: dict, path: tuple[str, ...], index: tuple[int, ...]) -> np.nd
     return np.asarray(value)
 
 
-def _weight_files(folder: Path, where: str) -> list[str]:
-    """Names of the safetensors files of a folder."""
+def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
+    """(names of a folder's safetensors files, the index's file of each tensor or None without an index)."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
             raise UserError(
                 f"{where} has no model.safetensors and no index of one; is it a complete download?"
             )
-        return ["model.safetensors"]
+        return ["model.safetensors"], None
     weight_map = _read_json(index, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where}: model.safetensors.index.json has no weight_map; copy it again")
@@ -256,7 +304,7 @@ def _weight_files(folder: Path, where: str) -> list[str]:
             raise UserError(
                 f"{where} lacks {file}, which its index names; is it a complete download?"
             )
-    return files
+    return files, weight_map
 
 
 def _tokenizer_length(folder: Path, key: str) -> int | None:

@@ -5,6 +5,8 @@ block. What a config asks for and this code does not compute is refused by name;
 approximately.
 """
 
+import math
+
 from opd_jax.errors import UserError
 from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
@@ -28,6 +30,19 @@ _DEFAULTS = {
         "num_experts_per_tok": 8,
     },
 }
+# What a field holds where it is there and not null; numbers that every model needs are checked one by one.
+_TYPES = {
+    "an object": (dict, ("rope_scaling", "rope_parameters")),
+    "a list of names": (list, ("layer_types", "architectures")),
+    "a list": (list, ("mlp_only_layers",)),
+    "true or false for": (
+        bool,
+        ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "attention_bias", "mlp_bias"),
+    ),
+    "a whole number": (int, ("pad_token_id", "sliding_window", "max_window_layers", "decoder_sparse_step")),
+    "a number": ((int, float), ("partial_rotary_factor",)),
+    "a name": (str, ("model_type", "hidden_act")),
+}
 
 
 def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
@@ -40,6 +55,7 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
     Raises:
       UserError: an unsupported model type or feature, or a field that is missing or not a number.
     """
+    _check_types(raw, key)
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
@@ -49,12 +65,15 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
     def positive(name, default=None, kinds=(int,)):
         value = raw.get(name)
         value = default if value is None else value
-        if type(value) not in kinds or value <= 0:
+        if type(value) not in kinds or not 0 < value < math.inf:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{key}: config.json needs a positive {names} {name!r}, it has {value!r}")
         return value
 
     layers, max_positions = positive("num_hidden_layers"), positive("max_position_embeddings")
+    rope_theta, rope_scaling = _rope(raw, family, max_positions, key)
+    # A context stretched by YaRN is often left at its original length in the file.
+    max_positions = max(max_positions, (rope_scaling and rope_scaling.reach()) or 0)
     _refuse_unsupported(raw, family, layers, max_positions, key)
     width, heads = positive("hidden_size"), positive("num_attention_heads")
     vocab_size, kv_heads = positive("vocab_size"), positive("num_key_value_heads", heads)
@@ -64,11 +83,10 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
             f"{key}: {heads} heads over {kv_heads} key/value heads of size {head_size} is not"
             " grouped-query attention with rotary positions; is config.json damaged?"
         )
-    eos_ids = ids(raw.get("eos_token_id"))
+    eos_ids = end_ids(raw, vocab_size, f"{key}: config.json")
     pad_id = raw.get("pad_token_id")
     if pad_id is None or not 0 <= pad_id < vocab_size:
         pad_id = eos_ids[0] if eos_ids else 0
-    rope_theta, rope_scaling = _rope(raw, family, max_positions, key)
     experts = {}
     if family == "qwen3_moe":
         raw.setdefault("num_local_experts", raw["num_experts"])
@@ -98,8 +116,7 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=family in ("qwen3", "qwen3_moe"),
         attention_bias=family == "qwen2",
-        # A context stretched by YaRN is often left at its original length in the file.
-        max_positions=max(max_positions, (rope_scaling and rope_scaling.reach()) or 0),
+        max_positions=max_positions,
         eos_ids=eos_ids,
         pad_id=pad_id,
         **experts,
@@ -144,16 +161,37 @@ def to_json(config: ModelConfig) -> dict:
     return fields
 
 
-def ids(value) -> tuple[int, ...]:
-    """Token ids given as None, one id or a list."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def end_ids(raw: dict, vocab_size: int, where: str) -> tuple[int, ...]:
+    """eos_token_id of a config: none, one id or a list.
+
+    Raises:
+      UserError: not ids of the vocabulary; `where` names the file.
+    """
+    value = raw.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise UserError(f"{where} has eos_token_id={value!r}; give ids from 0 to {vocab_size - 1}")
+    return tuple(ids)
+
+
+def _check_types(raw: dict, key: str):
+    """Refuses a field of another type than its own."""
+    for what, (kind, names) in _TYPES.items():
+        for name in names:
+            value = raw.get(name)
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if what == "a list of names":
+                right = right and all(isinstance(item, str) for item in value)
+            if value is not None and not right:
+                raise UserError(f"{key}: config.json needs {what} {name!r}, it has {value!r}")
 
 
 def _rope(raw: dict, family: str, max_positions: int, key: str):
     """(rope_theta, scaling) in either spelling; the old one wins where both are there, as in transformers."""
     fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = fields.get("rope_theta") or raw.get("rope_theta") or 1e4
-    if type(theta) not in (int, float) or theta <= 1:
+    if type(theta) not in (int, float) or not 1 < theta < math.inf:
         raise UserError(f"{key}: config.json needs a number above 1 'rope_theta', it has {theta!r}")
     if raw.get("original_max_position_embeddings"):
         fields = fields | {"original_max_position_embeddings": raw["original_max_position_embeddings"]}
@@ -169,12 +207,11 @@ def _refuse_unsupported(raw: dict, family: str, layers: int, max_positions: int,
     architectures = [name for name in raw.get("architectures") or () if name != ARCHITECTURES[family]]
     kinds = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     features = {
-        "partial rotary embedding (partial_rotary_factor)": {
-            rope.get("partial_rotary_factor") or 1 for rope in ropes
-        }
-        - {1},
+        "partial rotary embedding (partial_rotary_factor)": any(
+            (fields.get("partial_rotary_factor") or 1) != 1 for fields in ropes
+        ),
         f"attention of kind {min(kinds, default=None)!r} (layer_types)": kinds,
-        "sliding-window attention": _slides(raw, family, layers, max_positions),
+        "sliding-window attention": _slides(raw, family, layers, max_positions, key),
         f"activation {raw.get('hidden_act')!r} (hidden_act)": raw.get("hidden_act", "silu") != "silu",
         # Qwen2's own biases need no switch; this one also adds a bias to the output projection.
         "attention_bias": family != "qwen2" and raw.get("attention_bias"),
@@ -193,13 +230,19 @@ def _refuse_unsupported(raw: dict, family: str, layers: int, max_positions: int,
             raise UserError(f"{key}: this {family} model uses {feature}, which is not supported")
 
 
-def _slides(raw: dict, family: str, layers: int, max_positions: int) -> bool:
-    """Whether some block sees less than the whole context; a window that spans the context cuts nothing."""
+def _slides(raw: dict, family: str, layers: int, max_positions: int, key: str) -> bool:
+    """Whether some block sees less than the whole context; a window that spans the context cuts nothing.
+
+    Args:
+      max_positions: of the context as the rotary scaling stretches it.
+    """
     kinds = raw.get("layer_types")
     if kinds is None:
         if not raw.get("use_sliding_window") or family == "llama":
             return False
         # transformers' Qwen3MoE has no max_window_layers: its window holds in every block.
         first = 0 if family == "qwen3_moe" else raw.get("max_window_layers", 28)
+        if first is None:
+            raise UserError(f"{key}: config.json needs a whole number 'max_window_layers', it has None")
         kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
     return "sliding_attention" in kinds and (raw.get("sliding_window") or 4096) < max_positions

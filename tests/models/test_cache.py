@@ -1,12 +1,15 @@
 """The key/value cache in int8: what it holds, what it costs in memory, and what it changes."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
 
-from opd_jax import rollout
+from opd_jax import programs, rollout, sharding
 from opd_jax.models import attention, int8, transformer
 from tests import tiny
 
@@ -52,6 +55,31 @@ def test_the_compiled_sampler_needs_less_than_two_thirds_of_the_memory_in_int8()
     cached = 4 * 2 * b * MODEL.kv_heads * MODEL.head_size * (p + t) * MODEL.layers
     assert bytes_of[False] > cached
     assert bytes_of[True] < 0.65 * bytes_of[False]
+
+
+def test_the_decode_loops_cache_is_cut_by_row_and_key_head():
+    model, (b, p, t) = MODEL.replace(layers=4), (16, 8, 440)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    compiled = (
+        programs.sample_program(mesh, model, rollout.Sampling(max_tokens=t))
+        .lower(
+            programs.placed(transformer.abstract(model), programs.param_shardings(mesh, model)),
+            jax.ShapeDtypeStruct((b, p), jnp.int32, sharding=rows),
+            jax.ShapeDtypeStruct((b, p), bool, sharding=rows),
+            programs.placed(jax.eval_shape(lambda: jax.random.key(0)), whole),
+            jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        )
+        .compile()
+    )
+    heads, c, slots = model.kv_heads // 2, model.head_size, p + t
+    keys, values = f"f32[{b // 4},{heads},{c},{slots}]", f"f32[{b // 4},{heads},{slots},{c}]"
+    loops = [line.partition(" while(")[0] for line in compiled.as_text().splitlines() if " while(" in line]
+    decode = max(loops, key=lambda loop: loop.count(keys))
+    assert (decode.count(keys), decode.count(values)) == (model.layers, model.layers)
+    # No other array along the slots has as many numbers: nothing holds more rows or heads of the cache.
+    held = re.findall(rf"f32\[([\d,]*\b{slots}\b[\d,]*)\]", compiled.as_text())
+    assert max(math.prod(map(int, shape.split(","))) for shape in held) == b // 4 * heads * c * slots
 
 
 def _temporaries(b, p, t, int8):

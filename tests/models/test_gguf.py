@@ -205,6 +205,36 @@ def test_damaged_and_unsupported_files_are_refused_by_name(tmp_path):
     refused(write(tmp_path / "d.gguf", "tiny_llama", extra=longrope), "rotary scaling", "longrope")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention.sliding_window", 64),
+        ("rope.scaling.attn_factor", 1.5),
+        ("rope.scaling.yarn_beta_fast", 16.0),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("rope.scale_linear", 4.0),
+    ],
+)
+def test_metadata_that_would_change_the_result_is_refused_by_name(name, value, tmp_path):
+    refused(write(tmp_path / "x.gguf", "tiny_qwen2", extra={f"qwen2.{name}": value}), name, str(value))
+
+
+def test_metadata_at_its_neutral_value_is_read(tmp_path):
+    extra = {"qwen2.rope.scaling.attn_factor": 1.0, "qwen2.attention.sliding_window": 256}
+    file = write(tmp_path / "x.gguf", "tiny_qwen2", extra=extra)
+    assert gguf.read_config(file).max_positions == 256
+
+
+def test_end_ids_outside_the_vocabulary_are_refused(tmp_path):
+    refused(write(tmp_path / "x.gguf", "tiny_llama", extra={"tokenizer.ggml.eot_token_id": 128}), "128")
+
+
+def test_a_file_without_merges_has_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.merges") as caught:
+        gguf.tokenizer_from_gguf(write(tmp_path / "x.gguf", "tiny_llama"))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_of_an_unknown_kind_is_refused_by_name(tmp_path):
     file = write(tmp_path / "x.gguf", "tiny_llama", extra={"tokenizer.ggml.pre": "tekken"})
     with pytest.raises(UserError, match="tekken"):

@@ -16,17 +16,7 @@ from opd_jax.errors import UserError
 from opd_jax.models import hf, source, transformer, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = (
-    "tiny_llama",
-    "tiny_qwen2",
-    "tiny_qwen3",
-    "tiny_llama3",
-    "tiny_linear",
-    "tiny_yarn",
-    "tiny_moe",
-    "tiny_moe_raw",
-)
-TINY = pytest.mark.parametrize("name", NAMES)
+TINY = pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
 
 
 @pytest.fixture
@@ -103,6 +93,7 @@ def test_transformers_reads_the_saved_config_as_the_original(name, tmp_path):
     # Ours always names the head size; bos and pad are not the model's; end ids become a list.
     loose = {"_name_or_path", "head_dim", "bos_token_id", "pad_token_id", "eos_token_id"}
     loose |= {"rope_theta", "transformers_version", "rope_parameters", "intermediate_size"}
+    want["max_position_embeddings"] = hf.read_config(GOLDEN / name).max_positions  # with YaRN, all of them
     assert {k: v for k, v in want.items() if k not in loose} == {
         k: v for k, v in got.items() if k not in loose
     }
@@ -183,6 +174,28 @@ def test_a_process_reads_each_stored_value_at_most_once():
     weights.read_tree(config, "hf", count, dtype=jnp.float32, shardings=shardings)
     assert sum(read) == config.parameter_count()
     assert len(read) > len(tensors)
+
+
+@pytest.mark.parametrize(("axes", "ways"), [(None, 1), ("fsdp", 2), (("fsdp", "tensor"), 6)])
+@pytest.mark.parametrize("stored", ["float", "int8"])
+def test_experts_are_read_one_a_device_at_a_time(axes, ways, stored, monkeypatch):
+    name = "tiny_moe"
+    config, whole = hf.load(GOLDEN / name, stored=stored)
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(2, 3), ("fsdp", "tensor"))
+    logical = transformer.logical_axes(config)
+    rules = {"experts": axes}
+    shardings = jax.tree.map(
+        lambda names: NamedSharding(mesh, PartitionSpec(*map(rules.get, names))),
+        logical,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    pieces, place = [], weights._place
+    monkeypatch.setattr(weights, "_place", lambda reader, *a: pieces.append(reader) or place(reader, *a))
+    _, params = hf.load(GOLDEN / name, shardings=shardings, stored=stored)
+    assert_same(params, whole)
+    read = [piece.like.shape for piece in pieces if "experts" in piece.axes]
+    assert {shape[0] for shape in read} == {ways}
+    assert len(read) == 3 * config.layers * config.experts // ways
 
 
 def test_sharded_parameters_are_saved_like_whole_ones(tmp_path):
@@ -276,6 +289,30 @@ def test_an_index_that_points_outside_the_folder_is_refused(sharded_folder):
 def test_a_missing_weight_file_is_named(sharded_folder):
     (sharded_folder / "model-00002-of-00004.safetensors").unlink()
     refused(lambda: hf.load(sharded_folder), "model-00002-of-00004.safetensors")
+
+
+def test_a_tensor_in_two_files_is_refused(sharded_folder):
+    first, second = (sharded_folder / f"model-0000{n}-of-00004.safetensors" for n in (1, 2))
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: value}, second)
+    refused(lambda: hf.load(sharded_folder), name, first.name, second.name)
+
+
+@pytest.mark.parametrize("there", ["model-00002-of-00004.safetensors", None])
+def test_a_tensor_in_another_file_than_the_index_says_is_refused(sharded_folder, there):
+    index = sharded_folder / "model.safetensors.index.json"
+    first = sharded_folder / "model-00001-of-00004.safetensors"
+    name = next(iter(load_file(first)))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    changed = {k: v for k, v in (weight_map | {name: there}).items() if v}
+    edit_json(index, weight_map=changed)
+    refused(lambda: hf.load(sharded_folder), name, first.name, str(there))
+
+
+def test_end_ids_of_a_generation_config_are_ids_of_the_vocabulary(folder):
+    for value in ("2", [128], -1):
+        edit_json(folder / "generation_config.json", eos_token_id=value)
+        refused(lambda: hf.read_config(folder), "generation_config.json", repr(value))
 
 
 def test_an_index_without_entries_is_refused(sharded_folder):

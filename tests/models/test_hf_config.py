@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf_config, rope, weights
+from opd_jax.models import hf_config, presets, rope, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA3 = {
@@ -132,6 +132,20 @@ def test_both_spellings_of_the_number_of_experts_are_read(spelling):
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
         ({"num_key_value_heads": 2}, "grouped-query"),
+        ({"rope_scaling": "yarn"}, "an object 'rope_scaling', it has 'yarn'"),
+        ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "['yarn']"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "factor=inf"),
+        ({"rope_theta": math.nan, "rope_parameters": None}, "rope_theta"),
+        ({"pad_token_id": "0"}, "'pad_token_id', it has '0'"),
+        ({"eos_token_id": "2"}, "eos_token_id='2'"),
+        ({"eos_token_id": [2, 128]}, "eos_token_id=[2, 128]; give ids from 0 to 127"),
+        ({"sliding_window": "8"}, "'sliding_window', it has '8'"),
+        ({"tie_word_embeddings": "false"}, "'tie_word_embeddings', it has 'false'"),
+        ({"layer_types": [["full_attention"]]}, "layer_types"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures"),
+        ({"partial_rotary_factor": [0.5]}, "partial_rotary_factor"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"model_type": ["llama"]}, "model_type"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(changes, word):
@@ -170,6 +184,24 @@ def test_a_sliding_window_counts_only_where_it_hides_a_token(changes, slides):
         assert hf_config.from_json(raw | changes) == hf_config.from_json(raw)
 
 
+def test_a_window_is_compared_with_the_context_as_yarn_stretches_it():
+    raw = {k: v for k, v in raw_config("tiny_qwen2").items() if k not in ("layer_types", "rope_parameters")}
+    raw |= {"max_position_embeddings": 32768, "use_sliding_window": True, "sliding_window": 32768}
+    raw |= {"max_window_layers": 0}
+    assert hf_config.from_json(raw).max_positions == 32768
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert "sliding-window" in refusal(raw | {"rope_scaling": yarn})
+    long = hf_config.from_json(raw | {"rope_scaling": yarn, "sliding_window": 131072})
+    assert long.max_positions == 131072
+
+
+def test_which_blocks_slide_must_be_said_where_some_do():
+    raw = {k: v for k, v in raw_config("tiny_qwen2").items() if k != "layer_types"}
+    raw |= {"sliding_window": 8, "max_window_layers": None}
+    assert "max_window_layers" in refusal(raw | {"use_sliding_window": True})
+    hf_config.from_json(raw | {"use_sliding_window": False})
+
+
 @pytest.mark.parametrize(("pad", "eos", "want"), [(4, 2, 4), (None, [3, 2], 3), (-1, None, 0)])
 def test_padding_falls_back_to_an_end_id_then_to_zero(pad, eos, want):
     assert hf_config.from_json(raw_config(pad_token_id=pad, eos_token_id=eos)).pad_id == want
@@ -200,7 +232,18 @@ PUBLISHED = {
         | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "mlp_only_layers": []},
         30_532_122_624,
     ),
+    "Qwen3-235B-A22B": (
+        {"model_type": "qwen3_moe", "hidden_size": 4096, "num_hidden_layers": 94, "vocab_size": 151936}
+        | {"num_attention_heads": 64, "num_key_value_heads": 4, "intermediate_size": 12288, "head_dim": 128}
+        | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536},
+        235_093_634_560,
+    ),
 }
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED.keys() & presets.PRESETS.keys()))
+def test_a_preset_is_the_published_model(name):
+    assert presets.read_config(name).parameter_count() == PUBLISHED[name][1]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

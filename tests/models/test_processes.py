@@ -24,6 +24,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 
+from opd_jax.errors import UserError
 from opd_jax.models import hf, transformer, weights
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -36,6 +37,25 @@ shardings = jax.tree.map(
 )
 _, params = hf.load(source, shardings=shardings)
 assert not params["embedding"].is_fully_addressable
+
+# A disk that fills up, and a tokenizer that cannot be written, in process 0 alone.
+class Broken:
+    def save_pretrained(self, folder):
+        raise OSError(28, "No space left on device")
+
+write = hf.safetensors_out.write
+def full(*args):
+    raise OSError(28, "No space left on device")
+
+for tokenizer, writer in ((Broken(), write), (None, full)):
+    hf.safetensors_out.write = writer
+    try:
+        hf.save(out, config, params, tokenizer)
+    except OSError as error:
+        print("failed", error.strerror)
+    except UserError as error:
+        print("failed", error)
+hf.safetensors_out.write = write
 hf.save(out, config, params)
 
 read = []
@@ -49,7 +69,7 @@ print("share read", sum(read) / config.parameter_count())
 """
 
 
-def test_two_processes_read_their_own_parts_and_save_one_folder(tmp_path):
+def test_two_processes_read_their_own_parts_fail_together_and_save_one_folder(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -68,9 +88,12 @@ def test_two_processes_read_their_own_parts_and_save_one_folder(tmp_path):
         for process in range(2)
     ]
     try:
-        for process in processes:
-            out, errors = process.communicate(timeout=120)
+        for number, process in enumerate(processes):
+            out, errors = process.communicate(timeout=300)
             assert process.returncode == 0, errors
+            failed = [line for line in out.splitlines() if line.startswith("failed")]
+            said = "No space left" if number == 0 else "the process that failed says why"
+            assert [said in line for line in failed] == [True, True], out
             # Norms of a head are whole on both; everything else is halved.
             assert 0.5 <= float(out.split()[-1]) < 0.51
     finally:
