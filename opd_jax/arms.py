@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax.config import get, nearest, validate
-from opd_jax.errors import UserError
+from opd_jax.config import get, validate
+from opd_jax.errors import UserError, nearest
 
 NAME = re.compile(r"[\w.=+-]+")
 

@@ -39,6 +39,7 @@ class Job(programs.Programs):
       tokenizer: the transformers tokenizer of both models.
       prompts: training and held-out prompts.
       exams: the benchmarks of eval.benchmark, rendered.
+      shared: the training prompts that are evaluated on too, as `benchmark_run.shared_with_training` has them.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
       others: see `programs.Programs`.
     """
@@ -46,6 +47,7 @@ class Job(programs.Programs):
     tokenizer: Any
     prompts: data.Prompts
     exams: tuple[benchmark_run.Exam, ...]
+    shared: list[dict[str, Any]]
     table: segments.SegmentTable | nltk_segments.Cutter
 
     def start(self) -> steps.TrainState:
@@ -155,9 +157,13 @@ def prepare(config, workdir=None) -> Job:
             f"reward.weight={config.reward.weight} needs reference answers, and no training prompt has an "
             "`answer`; add that field to the data of data.path, or set reward.weight=0"
         )
+    unanswered = prompts.counts["unanswered"]
+    if config.reward.weight and unanswered:
+        logging.warning("%d of %d training prompts have no answer, and get no reward", unanswered, len(prompts.train))
     exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data)
-    if shared := benchmark_run.shared_with_training(prompts, exams):
-        logging.warning("%s", shared)
+    shared = benchmark_run.shared_with_training(prompts, exams)
+    if shared:
+        logging.warning("%s", benchmark_run.say_shared(shared))
     return Job.of(
         config,
         mesh,
@@ -166,6 +172,7 @@ def prepare(config, workdir=None) -> Job:
         tokenizer=tokenizer,
         prompts=prompts,
         exams=exams,
+        shared=shared,
         table=_segment_table(config.segments, tokenizer, mesh),
     )
 
@@ -188,11 +195,13 @@ def start_state(config, mesh, optimizer, shardings: steps.TrainState) -> steps.T
 
 
 def check_workdir(workdir, config):
-    """Refuses a workdir that cannot be written or holds a run of another config.
+    """Refuses a workdir that cannot be written or holds a run of another config, and W&B where it is missing.
 
     Raises:
-      UserError: names the folder and the remedy.
+      UserError: names the folder, or metrics.wandb, and the remedy.
     """
+    if config.metrics.wandb:
+        metrics.import_wandb()
     try:
         above = (Path(workdir), *Path(workdir).absolute().parents)
         with tempfile.TemporaryFile(dir=next(path for path in above if path.exists())):
@@ -203,7 +212,7 @@ def check_workdir(workdir, config):
         ) from error
     conflict = metrics.config_conflict(workdir, config)
     if conflict:
-        raise UserError(conflict)
+        raise conflict
 
 
 def _segment_table(config, tokenizer, mesh):

@@ -60,7 +60,7 @@ def carry_out(runs: Sequence[Planned]) -> None:
     for planned in runs:
         conflict = config_conflict(planned.workdir, planned.config)
         if conflict:
-            raise UserError(conflict)
+            raise conflict
     # Looked at before anything runs, and by process 0 for all: the folders change while others look.
     done = [is_done(planned) for planned in runs]
     fresh = [not (planned.workdir / "checkpoints").is_dir() for planned in runs]

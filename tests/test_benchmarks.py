@@ -7,6 +7,7 @@ import os
 import signal
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -226,7 +227,7 @@ def test_the_entry_answers_as_training_did_or_a_folder_alone(finished, models, q
     assert same >= 4, "one device against eight may round a draw differently, but hardly more"
     shape = "--config.rollout.batch=8", "--config.rollout.max_tokens=12", "--config.data.prompt_tokens=128"
     arguments = f"--model={models / 'student'}", spec, "--temperature=0", f"--out={tmp_path}"
-    done = tiny.entry("opd_jax.evaluate", "--config=configs/default.py", *shape, *arguments)
+    done = tiny.entry("opd_jax.evaluate", *shape, "--config.student.compute_dtype=bfloat16", *arguments)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "ours-model-greedy.jsonl").read_text().splitlines()) == 5
 
@@ -236,6 +237,7 @@ def test_the_entry_answers_as_training_did_or_a_folder_alone(finished, models, q
     [
         ({}, "--workdir=DIR"),
         ({"model": "/nowhere"}, "--out=FOLDER"),
+        ({"workdir": "/nowhere", "config": "given"}, "--workdir has its own config"),
         ({"model": "/nowhere", "out": "x"}, "--model: no folder /nowhere"),
     ],
 )
@@ -247,12 +249,25 @@ def test_mistakes_on_the_command_line_are_refused_in_one_line(given, said):
     assert "\n" not in str(caught.value)
 
 
-def test_problems_that_training_has_too_are_reported(job):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_alone_answers_in_the_dtype_of_the_config(models, dtype):
+    settings = tiny.config(models, **{"student.compute_dtype": dtype})
+    _, params = evaluate_benchmarks.of_model(settings)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+
+
+def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
     prompts = dataclasses.replace(job.prompts)
-    assert benchmark_run.shared_with_training(prompts, job.exams) is None
-    copied = dataclasses.replace(prompts.train[0], text="4 + 4 ?")
+    assert benchmark_run.shared_with_training(prompts, job.exams) == []
+    # Whatever stands before the last message, a system prompt of the record's own or earlier turns.
+    copied = dataclasses.replace(prompts.train[0], text="Be brief.\n4 + 4 ?", question="4 + 4 ?")
     prompts = dataclasses.replace(prompts, train=[*prompts.train, copied])
-    assert "1 in ours (such as '4 + 4 ?')" in benchmark_run.shared_with_training(prompts, job.exams)
+    shared = benchmark_run.shared_with_training(prompts, job.exams)
+    assert [(r["evaluation"], r["problem"], r["train"]) for r in shared] == [("ours", 4, len(prompts.train) - 1)]
+    assert "1 in ours (such as '4 + 4?')" in benchmark_run.say_shared(shared)
+    benchmark_run.write_shared(tmp_path, shared)
+    (line,) = (tmp_path / "shared_prompts.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "Be brief.\n4 + 4 ?"
 
 
 def test_a_run_compared_with_itself_is_not_told_apart(finished, capsys):

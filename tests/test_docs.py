@@ -25,7 +25,7 @@ BLOCKS = [(page, block) for page in PAGES for block in RUNNABLE.findall(page.rea
 
 
 def messages():
-    """(file, literal parts) of every UserError of the package whose text is written where it is raised."""
+    """(file, literal parts) of every UserError of the package whose text is written where it is made."""
     for path in sorted((ROOT / "opd_jax").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"):
@@ -35,6 +35,17 @@ def messages():
                 yield path.relative_to(ROOT), [text.value]
             elif isinstance(text, ast.JoinedStr):
                 yield path.relative_to(ROOT), [v.value for v in text.values if isinstance(v, ast.Constant)]
+    for path in sorted((ROOT / "launch").glob("*.sh")):
+        for _, text in re.findall(r'\b(fail|echo) "(?:error: )?((?:\$\([^)]*\)|[^"])*)"(?= |\n)', errors_of(path)):
+            yield path.relative_to(ROOT), re.split(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+", text)
+
+
+def errors_of(path):
+    """The lines of a shell script that end it with a message."""
+    return "".join(
+        line for line in path.read_text().splitlines(keepends=True) if re.search(r'\bfail "|echo "error: ', line)
+    )
+
 
 
 def test_page_of_fields_is_up_to_date():
@@ -61,17 +72,21 @@ def test_fields_carry_their_comment_and_nothing_of_their_neighbours():
     assert "Unit: tokens.\n\n```\n  a  b\n```" in config_table.page(source)
 
 
-def test_every_error_message_has_its_remedy():
+def test_every_error_message_has_its_remedy_and_every_remedy_its_message():
     text = (ROOT / "docs/troubleshooting.md").read_text()
-    entries = [entry for _, entry in re.findall(r"^\| (`+)(.*?)\1 \| \S.* \|$", text, re.MULTILINE)]
+    rows = re.findall(r"^\| (`+)(.*?)\1 \| \S.* \|$", text, re.MULTILINE)
+    entries = [entry.replace("\\|", "|") for _, entry in rows]
     found = list(messages())
-    assert len(found) > 50
+    assert len(found) > 50 and sum(path.suffix == ".sh" for path, _ in found) > 10
+    patterns = [re.compile("…*" + "…+".join(map(re.escape, parts)) + "…*") for _, parts in found]
     missing = [
         f"{path}: {'…'.join(parts)}"
-        for path, parts in found
-        if not any(re.fullmatch("…*" + "…+".join(map(re.escape, parts)) + "…*", entry) for entry in entries)
+        for (path, parts), pattern in zip(found, patterns)
+        if not any(map(pattern.fullmatch, entries))
     ]
     assert not missing, "add to docs/troubleshooting.md:\n" + "\n".join(missing)
+    stale = [entry for entry in entries if not any(pattern.fullmatch(entry) for pattern in patterns)]
+    assert not stale, "no such message; remove from docs/troubleshooting.md:\n" + "\n".join(stale)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
