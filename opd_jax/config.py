@@ -1,11 +1,13 @@
 """Checks a run's config before anything is loaded, and reads it from the command line."""
 
+import contextlib
 import importlib.util
 import itertools
 import os
 import pathlib
 import sys
 import traceback
+import types
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -177,24 +179,42 @@ def load(path: str, *arguments: str) -> ConfigDict:
     """get_config(*arguments) of a Python file.
 
     Raises:
-      UserError: there is no such file, it has no get_config, or Python cannot run it.
+      UserError: as `load_module`, or the file has no get_config, or that fails.
+    """
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path} has no get_config(); see configs/demo.py")
+    with _running(path):
+        return module.get_config(*arguments)
+
+
+def load_module(path: str) -> types.ModuleType:
+    """A Python file of configs.
+
+    Raises:
+      UserError: there is no such file, or Python cannot run it.
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config={path}: no such file; give a file of configs/, such as configs/demo.py")
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    try:
-        module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    with _running(path):
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config={path} has no get_config(); see configs/demo.py")
-        return module.get_config(*arguments)
+    return module
+
+
+@contextlib.contextmanager
+def _running(path: str):
+    """What a user's file raises becomes one line that says where."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # a user's file may raise anything
+    except Exception as error:  # it may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"line {error.lineno}" if isinstance(error, SyntaxError) else f"{place.filename}:{place.lineno}"
+        file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else place[:2]
         raise UserError(
-            f"--config={path} cannot be run ({type(error).__name__}: {error}, {where}); mend it"
+            f"--config={path} cannot be run ({type(error).__name__}: {error}, {file}:{line}); mend it"
         ) from error
 
 

@@ -83,6 +83,11 @@ class Job(programs.Programs):
             grader=shared_grader(),
         )
 
+    def teacher_responder(self, key: jax.Array) -> benchmark_run.Responder:
+        """The teacher as it answers benchmarks: with the student's sampling, for `teacher_params`."""
+        sample = programs.sample_program(self.mesh, self.teacher, programs.sampling(self.config))
+        return dataclasses.replace(self.responder(key), sample=sample)
+
     def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
         if self.config.segments.kind == "nltk":
