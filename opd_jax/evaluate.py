@@ -35,7 +35,8 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
 
     Returns:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
-      student's own responses, with a 95% bootstrap interval over prompts; response_length, tokens;
+      student's own responses, with a 95% bootstrap interval over prompts; teacher_logp, the teacher's
+      log-probability of those responses, nats a token; response_length, tokens;
       finished_share; prompts, tokens; seconds; and rows, one dict a prompt: prompt (its number), text,
       response, kl, tokens, finished.
     """
@@ -72,6 +73,7 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         "kl": float(kl_B.sum() / tokens_B.sum()),
         "kl_low": low,
         "kl_high": high,
+        "teacher_logp": float(columns["teacher_logp_B"].astype(np.float64).sum() / tokens_B.sum()),
         "response_length": float(tokens_B.mean()),
         "finished_share": float(columns["finished_B"].mean()),
         "prompts": len(tokens_B),

@@ -245,7 +245,7 @@ def _lesson_shardings(mesh, config) -> tuple:
 @functools.lru_cache(maxsize=8)
 def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int, micro_batches: int):
     def divergence(params, teacher_params, rollouts):
-        kl_BT = scoring.reverse_kl(
+        kl_BT, teacher_logp_BT = scoring.distance(
             student,
             params,
             teacher,
@@ -256,6 +256,7 @@ def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk:
         )
         return {
             "kl_B": kl_BT.sum(axis=1),
+            "teacher_logp_B": teacher_logp_BT.sum(axis=1),
             "tokens_B": rollouts.mask_BT.sum(axis=1),
             "finished_B": rollouts.finished_B,
         }

@@ -291,7 +291,7 @@ def join(tree):
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def reverse_kl(
+def distance(
     student: ModelConfig,
     student_params: dict,
     teacher: ModelConfig,
@@ -301,27 +301,34 @@ def reverse_kl(
     chunk: int,
     micro_batches: int = 1,
 ):
-    """KL(student || teacher) over the whole vocabulary at each response position: [B, T] nats, 0 outside.
+    """How far the student is from the teacher at each position of its responses, in nats, 0 outside them.
 
     Both models must share ids; ids that either tokenizer lacks carry no mass in the student. The models
     may have different numbers of vocabulary rows. For chunk and micro_batches see `score`.
+
+    Returns:
+      (KL(student || teacher) over the whole vocabulary [B, T], the teacher's log-probability of the token
+      that the student wrote [B, T]).
     """
     shared = min(student.vocab_size, teacher.vocab_size)
     heads = transformer.head(student, student_params), transformer.head(teacher, teacher_params)
 
-    def one(heads, hidden):
-        logp_BcV = jax.nn.log_softmax(transformer.logits(student, heads[0], hidden[0]))[..., :shared]
-        logq_BcV = jax.nn.log_softmax(transformer.logits(teacher, heads[1], hidden[1]))[..., :shared]
-        return jnp.where(
+    def one(heads, chunk):
+        student_BcD, teacher_BcD, token_Bc = chunk
+        logp_BcV = jax.nn.log_softmax(transformer.logits(student, heads[0], student_BcD))[..., :shared]
+        logq_BcV = jax.nn.log_softmax(transformer.logits(teacher, heads[1], teacher_BcD))[..., :shared]
+        kl_Bc = jnp.where(
             jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)
         ).sum(axis=-1)
+        return kl_Bc, jnp.take_along_axis(logq_BcV, token_Bc[..., None], axis=-1)[..., 0]
 
     def piece(r: Rollouts):
-        hidden = (
+        arrays = (
             response_hidden(student, student_params, r),
             response_hidden(teacher, teacher_params, r),
+            r.response_BT,
         )
-        return jnp.where(r.mask_BT, over_chunks(one, chunk, heads, hidden), 0)
+        return tuple(jnp.where(r.mask_BT, x_BT, 0) for x_BT in over_chunks(one, chunk, heads, arrays))
 
     if micro_batches == 1:
         return piece(rollouts)

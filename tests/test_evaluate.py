@@ -32,6 +32,7 @@ def equal(job):
 def test_a_student_equal_to_its_teacher_is_at_no_distance(equal):
     assert 0 <= equal["kl"] < 1e-6
     assert equal["kl_high"] < 1e-6
+    assert -10 < equal["teacher_logp"] < -1
 
 
 def test_every_held_out_prompt_is_answered_once(equal, job):

@@ -43,8 +43,8 @@ kept = jax.jit(
     ),
     static_argnums=(0, 3, 4),
 )
-reverse_kl = jax.jit(
-    lambda student, student_params, teacher, teacher_params, rollouts, chunk: scoring.reverse_kl(
+distance = jax.jit(
+    lambda student, student_params, teacher, teacher_params, rollouts, chunk: scoring.distance(
         student, student_params, teacher, teacher_params, rollouts, chunk=chunk
     ),
     static_argnums=(0, 2, 5),
@@ -242,12 +242,15 @@ def test_reverse_kl_is_the_float64_sum_over_the_vocabulary(chunk):
     p_BTV = special.softmax(whole_logits(STUDENT, tiny.weights(STUDENT)), axis=-1)
     q_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :V]
     want_BT = np.where(r.mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
-    got_BT = reverse_kl(STUDENT, tiny.weights(STUDENT), TEACHER, tiny.weights(TEACHER, 1), r, chunk)
+    got_BT, logp_BT = distance(
+        STUDENT, tiny.weights(STUDENT), TEACHER, tiny.weights(TEACHER, 1), r, chunk
+    )
     np.testing.assert_allclose(got_BT, want_BT, atol=2e-5)
+    np.testing.assert_allclose(logp_BT, scored(4).teacher_logp_BT, atol=2e-6)
 
 
 def test_reverse_kl_runs_with_a_student_of_more_rows_than_the_teacher():
-    forth = reverse_kl(TEACHER, tiny.weights(TEACHER, 1), STUDENT, tiny.weights(STUDENT), rollouts(), 4)
+    forth, _ = distance(TEACHER, tiny.weights(TEACHER, 1), STUDENT, tiny.weights(STUDENT), rollouts(), 4)
     q_BTV = special.softmax(whole_logits(STUDENT, tiny.weights(STUDENT)), axis=-1)
     p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :V]
     want_BT = np.where(rollouts().mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
@@ -256,7 +259,7 @@ def test_reverse_kl_runs_with_a_student_of_more_rows_than_the_teacher():
 
 def test_reverse_kl_of_equal_models_is_zero():
     same = tiny.weights(STUDENT)
-    got_BT = reverse_kl(STUDENT, same, STUDENT, same, rollouts(), 4)
+    got_BT, _ = distance(STUDENT, same, STUDENT, same, rollouts(), 4)
     np.testing.assert_array_equal(got_BT, 0)
 
 

@@ -10,9 +10,10 @@ SEEDS = (0, 1, 2)
 
 
 def get_config():
-    """The demo's runs; each evaluates before, between and after."""
+    """Ten steps of the demo's run; each evaluates before, between and after."""
     c = demo.get_config()
-    c.eval.every = 12
+    c.train.steps = 10
+    c.eval.every = 5
     c.checkpoint.every = 0
     c.metrics.rollouts = 8
     c.metrics.tensorboard = False

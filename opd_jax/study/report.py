@@ -32,14 +32,15 @@ SEED = re.compile(r"seed-\d+")
 OFFSETS = range(-4, 5)
 GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
 KL = {"kl": "held-out KL, nats/token"}
-# Task -> the columns that its tables are of, and their names; the first is drawn.
-SHOWN = {"sorting": {"accuracy": "accuracy"} | KL, "pair": KL}
-EXCHANGES = 200
-# The reference and the paper's rule stand out; the other arms take matplotlib's colours.
-LOOKS = {
-    "full": {"color": "black", "linewidth": 1.8, "zorder": 3},
-    "release": {"color": "#D55E00", "linewidth": 1.8, "marker": "s", "markersize": 4, "zorder": 3},
+# Task -> the columns that its tables and curves are of, and their names.
+SHOWN = {
+    "sorting": {"accuracy": "accuracy, share of problems"} | KL,
+    "pair": KL | {"teacher_logp": "teacher's log-probability, nats/token"},
 }
+EXCHANGES = 200
+# Okabe and Ito's colours, which the colour-blind tell apart; marks besides, and dashes from the second round.
+COLOURS = ("black", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
+MARKS = ("o", "s", "^", "D", "v")
 
 
 def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[str, Any]]:
@@ -54,6 +55,7 @@ def evaluations(workdir: Path, arm: str, seed: int, graded: bool) -> list[dict[s
             "seed": seed,
             "step": line["step"],
             "kl": line["kl"],
+            "teacher_logp": line["teacher_logp"],
             "response_length": line["response_length"],
             "finished_share": line["finished_share"],
             "supervised_tokens": sum(other["supervised_tokens"] for other in trained),
@@ -172,20 +174,37 @@ def draw(out: Path, name: str, size, fill) -> None:
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
 
 
-def curves(figure, rows, quantity: str, label: str) -> None:
-    """The quantity against steps and against supervised tokens, a line an arm, mean over seeds."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+def curves(figure, rows, shown: Mapping[str, str]) -> None:
+    """Each quantity against steps and against supervised tokens, a line an arm, mean over seeds."""
+    panels = figure.subplots(len(shown), 2, sharey="row", sharex="col")
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         steps = sorted({row["step"] for row in rows if row["arm"] == arm})
         points = [[r for r in rows if r["arm"] == arm and r["step"] == step] for step in steps]
-        means = [np.mean([row[quantity] for row in point]) for point in points]
-        look = {"marker": ".", "linewidth": 1.1} | LOOKS.get(arm, {})
         tokens = [np.mean([row["supervised_tokens"] for row in point]) / 1000 for point in points]
-        left.plot(steps, means, label=arm, **look)
-        right.plot(tokens, means, **look)
-    left.set(xlabel="step", ylabel=label)
-    right.set(xlabel="supervised tokens, thousands")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        for (left, right), quantity in zip(panels, shown, strict=True):
+            means = [np.mean([row[quantity] for row in point]) for point in points]
+            left.plot(steps, means, label=arm, **look(number))
+            right.plot(tokens, means, **look(number))
+    for (left, _), label in zip(panels, shown.values(), strict=True):
+        left.set(ylabel=label)
+    panels[-1, 0].set(xlabel="step")
+    panels[-1, 1].set(xlabel="supervised tokens, thousands")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+
+
+def look(number: int) -> dict[str, Any]:
+    """The line of arm `number`: a colour, a mark and a dash pattern, no two alike for 40 arms.
+
+    The reference, which is the first, and the paper's rule, the second, are the heaviest.
+    """
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKS[number % len(MARKS)],
+        "linestyle": ("-", "--")[number >= len(COLOURS)],
+        "linewidth": 1.8 if number < 2 else 1.0,
+        "markersize": 4,
+    }
 
 
 def _margin_figure(figure, found) -> None:
@@ -266,9 +285,8 @@ def main(_):
     for task, rows in evaluated.items():
         for quantity, label in SHOWN[task].items():
             print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
-        quantity, label = next(iter(SHOWN[task].items()))
-        fill = functools.partial(curves, rows=rows, quantity=quantity, label=label)
-        draw(out, f"{task}_curves", (8, 3.6), fill)
+        fill = functools.partial(curves, rows=rows, shown=SHOWN[task])
+        draw(out, f"{task}_curves", (8, 6), fill)
         _write_csv(out / f"{task}_runs.csv", rows)
     if logged:
         found = margins_around_errors(logged)
