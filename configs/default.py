@@ -258,7 +258,7 @@ def get_config() -> ConfigDict:
     # training, the last after it. 0 never evaluates.
     c.eval.every = 10
     # Benchmarks answered and graded during training, by the same compiled sampler: ("gsm8k:FILE", "champ",
-    # "rg:chain_sum"); docs/evaluation.md has the names.
+    # "rg:chain_sum", "heldout"); docs/evaluation.md has the names.
     c.eval.benchmark = ()
     # Steps between these, beside the one after the last step.
     c.eval.benchmark_every = 50

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from opd_jax import data, distributed, estimates, sharding
-from opd_jax.benchmarks import Benchmark
+from opd_jax.answers import reference
+from opd_jax.benchmarks import Benchmark, Problem
 from opd_jax.benchmarks import load as load_benchmark
 from opd_jax.errors import UserError
 from opd_jax.grading import Grader, Task, Verdict
@@ -21,7 +22,7 @@ from opd_jax.prompts.sources import Conversation
 KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
 # What a grader can say, as numbers that processes exchange.
 VERDICTS = (Verdict(False), Verdict(True), Verdict(False, "time"), Verdict(False, "crash"))
-HELD_OUT = "heldout"
+HELD_OUT = "heldout"  # the benchmark of a run's own held-out prompts
 SHARED_FILE = "shared_prompts.jsonl"
 FOLDER = "benchmarks"  # in a workdir: NAME-STEP.jsonl and NAME-STEP.json
 
@@ -62,19 +63,41 @@ class Exam:
 
 
 def prepare(
-    specs: Sequence[str], tokenizer: Any, config: Any, key: str = "eval.benchmark"
+    specs: Sequence[str],
+    tokenizer: Any,
+    config: Any,
+    key: str = "eval.benchmark",
+    heldout: Sequence[data.Prompt] = (),
 ) -> tuple[Exam, ...]:
     """Reads benchmarks and renders them with the data section's system prompt, turns and template.
 
+    Args:
+      heldout: a run's held-out prompts; those with an answer are the benchmark "heldout".
+
     Raises:
-      UserError: as `benchmarks.load`, two have one name, or a problem is longer than data.prompt_tokens.
+      UserError: as `benchmarks.load`, two have one name, a problem is longer than data.prompt_tokens, or no
+        held-out prompt has an answer.
     """
-    exams = tuple(_prepare(spec, tokenizer, config, key) for spec in specs)
+    exams = tuple(
+        _held_out(heldout, key) if spec == HELD_OUT else _prepare(spec, tokenizer, config, key)
+        for spec in specs
+    )
     names = [exam.benchmark.name for exam in exams]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{key}: {name} is there more than once, and results go by name; drop one")
     return exams
+
+
+def _held_out(heldout: Sequence[data.Prompt], key: str) -> Exam:
+    prompts = [prompt for prompt in heldout if prompt.answer is not None]
+    if not prompts:
+        raise UserError(
+            f"{key}={HELD_OUT} needs held-out prompts with answers, and there are none; add `answer` to the"
+            " run's data, or name a benchmark"
+        )
+    problems = (Problem(p.question, p.text, reference(p.answer)) for p in prompts)
+    return Exam(Benchmark(HELD_OUT, tuple(problems), 1), prompts)
 
 
 def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
@@ -97,7 +120,8 @@ def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> list[d
       train (the number among the training prompts), prompt (its text).
     """
     asked = {HELD_OUT: [prompt.question for prompt in prompts.heldout]}
-    asked |= {e.benchmark.name: [problem.question for problem in e.benchmark.problems] for e in exams}
+    named = [exam for exam in exams if exam.benchmark.name != HELD_OUT]
+    asked |= {e.benchmark.name: [problem.question for problem in e.benchmark.problems] for e in named}
     train = [prompt.question for prompt in prompts.train]
     return [
         {"evaluation": name, "problem": j, "question": texts[j], "train": i, "prompt": prompts.train[i].text}
@@ -115,18 +139,6 @@ def say_shared(shared: Sequence[dict[str, Any]]) -> str:
         f"training prompts are evaluated on too, but for case and punctuation: {', '.join(counts)}"
         f" (such as {shared[0]['question'][:60]!r}); remove them from the training data"
     )
-
-
-def check_folder(folder: str | Path) -> None:
-    """Makes a folder for results.
-
-    Raises:
-      UserError: it cannot be made.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={folder} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def write_shared(folder: str | Path, shared: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises, and how a command ends by it."""
+"""The one exception a user's mistake raises, how a command ends by it, and what such messages are made of."""
 
 import difflib
 import sys

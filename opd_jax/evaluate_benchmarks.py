@@ -12,6 +12,7 @@ from opd_jax.errors import UserError
 from opd_jax.grading import shared as shared_grader
 from opd_jax.job import prepare
 from opd_jax.models import source
+from opd_jax.outputs import make_folder
 
 
 def main(arguments):
@@ -46,12 +47,15 @@ def main(arguments):
     if greedy and (arguments.samples or 1) > 1:
         raise UserError(f"--samples={arguments.samples}: greedy responses are all the same; drop it")
     # All are read before the first is answered.
-    exams = benchmark_run.prepare(arguments.benchmark, responder.tokenizer, config.data, "--benchmark")
+    heldout = prompts.heldout if prompts else ()
+    exams = benchmark_run.prepare(
+        arguments.benchmark, responder.tokenizer, config.data, "--benchmark", heldout
+    )
     shared = benchmark_run.shared_with_training(prompts, exams) if prompts else []
     if shared:
         logging.warning("%s", benchmark_run.say_shared(shared))
     folder = Path(arguments.out or Path(arguments.workdir) / benchmark_run.FOLDER)
-    benchmark_run.check_folder(folder)
+    make_folder(folder)
     benchmark_run.write_shared(folder, shared)
     for exam in exams:
         samples = arguments.samples or (1 if greedy else exam.benchmark.samples)

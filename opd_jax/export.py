@@ -17,6 +17,7 @@ from opd_jax.errors import UserError
 from opd_jax.evaluate import run_config
 from opd_jax.models import hf, source, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.outputs import unwritable
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -56,7 +57,7 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     try:
         hf.save(out, model, params, tokenizer, dtype=dtype, generation=generation)
     except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another folder") from error
+        raise unwritable(out, error) from error
     return step, model
 
 

@@ -39,7 +39,7 @@ class Job(programs.Programs):
       tokenizer: the transformers tokenizer of both models.
       prompts: training and held-out prompts.
       exams: the benchmarks of eval.benchmark, rendered.
-      shared: the training prompts that are evaluated on too, as `benchmark_run.shared_with_training` has them.
+      shared: the training prompts that are evaluated on too: `benchmark_run.shared_with_training`.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
       others: see `programs.Programs`.
     """
@@ -164,8 +164,8 @@ def prepare(config, workdir=None) -> Job:
         )
     unanswered = prompts.counts["unanswered"]
     if config.reward.weight and unanswered:
-        logging.warning("%d of %d training prompts have no answer, and get no reward", unanswered, len(prompts.train))
-    exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data)
+        logging.warning("%d training prompts have no answer, and their responses no reward", unanswered)
+    exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
     shared = benchmark_run.shared_with_training(prompts, exams)
     if shared:
         logging.warning("%s", benchmark_run.say_shared(shared))

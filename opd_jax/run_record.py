@@ -79,7 +79,9 @@ def read_object(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError too
-        raise UserError(f"{path} is not readable as JSON ({error}); restore it, or start in another --workdir") from error
+        raise UserError(
+            f"{path} is not readable as JSON ({error}); restore it, or start in another --workdir"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object; restore it, or start in another --workdir")
     return found

@@ -263,7 +263,8 @@ def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
     copied = dataclasses.replace(prompts.train[0], text="Be brief.\n4 + 4 ?", question="4 + 4 ?")
     prompts = dataclasses.replace(prompts, train=[*prompts.train, copied])
     shared = benchmark_run.shared_with_training(prompts, job.exams)
-    assert [(r["evaluation"], r["problem"], r["train"]) for r in shared] == [("ours", 4, len(prompts.train) - 1)]
+    found = [(r["evaluation"], r["problem"], r["train"]) for r in shared]
+    assert found == [("ours", 4, len(prompts.train) - 1)]
     assert "1 in ours (such as '4 + 4?')" in benchmark_run.say_shared(shared)
     benchmark_run.write_shared(tmp_path, shared)
     (line,) = (tmp_path / "shared_prompts.jsonl").read_text().splitlines()

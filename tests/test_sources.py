@@ -64,7 +64,8 @@ def test_usual_data_sets_are_read_by_their_name_or_by_their_columns(tokenizer, t
     record, columns, answer = SCHEMAS[name]
     path = write_as(kind, tmp_path / name, [record])
     for source, named in ((kind, columns), (name, {})):
-        prompts = load(tokenizer, source=source, path=path, columns={"prompt": "", "answer": ""} | named).train
+        columns = {"prompt": "", "answer": ""} | named
+        prompts = load(tokenizer, source=source, path=path, columns=columns).train
         assert [(p.text, p.answer) for p in prompts] == [("Q?", answer)]
     mixed = load(tokenizer, source="mixture", mixture=(f"1 {name}:{path}",)).train
     assert [(p.text, p.answer) for p in mixed] == [("Q?", answer)]
@@ -86,7 +87,7 @@ def test_a_data_set_of_another_schema_is_refused_by_the_columns_it_lacks(tokeniz
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_an_answer_column_that_no_record_has_is_refused(tokenizer, tmp_path, kind):
-    path = write_as(kind, tmp_path / "a", [{"prompt": "Q?", "answer": "1"}, {"prompt": "R?", "answer": "2"}])
+    path = write_as(kind, tmp_path / "a", [{"prompt": text, "answer": "1"} for text in ("Q?", "R?")])
     with pytest.raises(UserError, match=r"data.columns.answer=solution: no record .* it has answer, prompt"):
         load(tokenizer, source=kind, path=path, columns={"answer": "solution"})
 
@@ -95,7 +96,13 @@ def test_only_the_columns_that_are_looked_at_are_read_of_a_parquet_file(tokenize
     record, _, _ = SCHEMAS["deepmath"]
     path = write_as("parquet", tmp_path / "deepmath", [record])
     read, seen = pa.parquet.read_table, []
-    monkeypatch.setattr(pa.parquet, "read_table", lambda p, columns: seen.append(columns) or read(p, columns=columns))
+
+
+    def read_table(path, columns):
+        seen.append(columns)
+        return read(path, columns=columns)
+
+    monkeypatch.setattr(pa.parquet, "read_table", read_table)
     load(tokenizer, source="deepmath", path=path)
     assert seen == [["question", "final_answer"]]
 
@@ -108,8 +115,8 @@ def test_exact_copies_are_left_out_and_counted_unless_they_are_wanted(tokenizer,
     assert ([p.text for p in prompts.train], prompts.repeated) == (["Q?", "R?"], 2)
     assert "left out: 0 too long, 2 repeated" in str(prompts)
     assert load(tokenizer, source="dapo", path=path, repeats="keep").repeated == 0
-    answered = load(tokenizer, path=write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": 1}, {"prompt": "b"}]))
-    assert "1 of the training prompts have no reference answer" in str(answered)
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": 1}, {"prompt": "b"}])
+    assert "1 of the training prompts have no reference answer" in str(load(tokenizer, path=path))
 
 
 class Fetched(tfds.core.GeneratorBasedBuilder):
@@ -118,8 +125,9 @@ class Fetched(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = tfds.features.FeaturesDict({"question": tfds.features.Text(), "final_answer": tfds.features.Text()})
-        return tfds.core.DatasetInfo(builder=self, features=features)
+        text = tfds.features.Text()
+        features = {"question": text, "final_answer": text}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": iter([(0, {"question": "Q?", "final_answer": "7"})])}
@@ -140,12 +148,13 @@ def test_a_hugging_face_name_is_read_through_tfds(tokenizer, tmp_path, monkeypat
     prompts = load(tokenizer, source="tfds", path="huggingface:owner__math", columns=columns).train
     assert [(p.text, p.answer) for p in prompts] == [("Q?", "7")]
     assert asked and "math" in str(asked[0])
+    columns["answer"] = "solution"
     with pytest.raises(UserError, match=r"data.columns.answer=solution: no record"):
-        load(tokenizer, source="tfds", path="huggingface:owner__math", columns=columns | {"answer": "solution"})
+        load(tokenizer, source="tfds", path="huggingface:owner__math", columns=columns)
 
 
 def test_a_hugging_face_name_without_its_package_or_the_network_ends_in_one_line(tokenizer):
-    with pytest.raises(UserError, match=r"huggingface:nobody__nothing: TFDS cannot fetch it .*datasets") as caught:
+    with pytest.raises(UserError, match=r"nobody__nothing: TFDS cannot fetch it .*datasets") as caught:
         load(tokenizer, source="tfds", path="huggingface:nobody__nothing")
     assert "\n" not in str(caught.value)
 
@@ -159,7 +168,7 @@ def test_a_hugging_face_name_without_its_package_or_the_network_ends_in_one_line
         ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', None),
     ],
 )
-def test_a_file_in_another_encoding_is_refused_and_a_long_field_is_read(tokenizer, tmp_path, name, content, said):
+def test_another_encoding_is_refused_and_a_long_field_is_read(tokenizer, tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     if said is None:
         assert len(records.read(str(tmp_path / name), "data.path")[0]["prompt"]) == 200_000

@@ -66,7 +66,7 @@ def _read(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{key}={where} is no readable CSV ({error}); mend it, or give a .jsonl file") from error
+        raise UserError(f"{key}={where} is no readable CSV ({error}); mend it, or give JSONL") from error
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:

@@ -194,8 +194,8 @@ def _from_columns(
 
 def _absent(column: str, path: str, names: Iterable[str]) -> UserError:
     return UserError(
-        f"data.columns.answer={column}: no record of {path} has it; it has {', '.join(sorted(names))}; name one,"
-        " or leave it empty"
+        f"data.columns.answer={column}: no record of {path} has it; it has {', '.join(sorted(names))}; name"
+        " one, or leave it empty"
     )
 
 
@@ -231,8 +231,8 @@ def read_dataset(name: str, path: str) -> list[Conversation]:
             there = ", ".join(records.names(path, "data.path") if number == 1 else row)
             raise UserError(
                 f"data.source={name}: record {number} of data.path={path} lacks {' and '.join(missing)}; "
-                f"{known['title']} has {' and '.join(wanted)}, and it has {there}; give that data set's file, or "
-                "use data.source=jsonl with data.columns"
+                f"{known['title']} has {' and '.join(wanted)}, and it has {there}; give that data set's "
+                "file, or use data.source=jsonl with data.columns"
             )
     return _conversations(rows, path, Columns(*wanted))
 

@@ -24,6 +24,7 @@ from opd_jax import config
 from opd_jax.compare import read_lines
 from opd_jax.errors import UserError
 from opd_jax.estimates import seed_interval
+from opd_jax.outputs import make_folder
 from opd_jax.run_record import read_run
 from opd_jax.study import sorting
 
@@ -281,7 +282,7 @@ def main(_):
         raise UserError("--sorting= and --pair= leave nothing to report; give at least one sweep's folder")
     evaluated = {task: read_sweep(task, folder) for task, folder in sweeps.items()}
     logged = read_rollouts(sweeps["sorting"]) if "sorting" in sweeps else []
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for task, rows in evaluated.items():
         for quantity, label in SHOWN[task].items():
             print(f"\n{task}: {label}\n{markdown(table(rows, quantity), label)}")
