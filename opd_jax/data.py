@@ -65,7 +65,7 @@ class Prompts:
         n = self.counts
         said = f"{n['train']:,} training prompts, {n['heldout']:,} held out"
         said += f"; left out: {n['over_long']:,} too long, {n['repeated']:,} repeated"
-        return f"{said}; {n['unanswered']:,} of the training prompts have no reference answer"
+        return said + (f"; {n['unanswered']:,} training prompts have no answer" if n["unanswered"] else "")
 
 
 class PromptBatch(NamedTuple):

@@ -144,8 +144,10 @@ def run_config(workdir) -> ConfigDict:
     try:
         config.update(found)
     except (TypeError, ValueError) as error:
-        what = f"a field that does not fit configs/default.py ({error})"
-        raise UserError(f"--workdir={workdir}: config.json has {what}; restore it") from error
+        raise UserError(
+            f"--workdir={workdir}: config.json has a field that does not fit configs/default.py ({error}); "
+            "restore it"
+        ) from error
     return config
 
 

@@ -131,13 +131,37 @@ def test_every_response_is_counted_once_with_its_own_problem(job):
     result = benchmark_run.answer(job.exams[0], scripted(job, replies), {}, 2)
     assert [row["right"] for row in result["rows"]] == [[1, 0], [1, 1], [0, 0], [1, 0], [1, 0]]
     assert result["accuracy"] == 0.5
-    # One of two is right with certainty in all problems but the third.
+    # One of two is right with certainty in all problems but the third; no other k is reported.
+    assert [name for name in result if name.startswith("pass_")] == ["pass_2"]
     assert result["pass_2"] == pytest.approx(0.8)
     assert result["accuracy_low"] < 0.5 < result["accuracy_high"]
     assert (result["finished_share"], result["problems"], result["samples"]) == (0.9, 5, 2)
     lengths = [min(len(reply), 15) + 1 for reply in replies]
     assert result["response_length"] == pytest.approx(np.mean(lengths))
     assert result["rows"][3]["responses"] == ["6", "7"]
+
+
+def test_pass_at_k_is_reported_for_powers_of_two_and_for_all_samples(job):
+    exam = dataclasses.replace(job.exams[0], prompts=job.exams[0].prompts[:1])
+    exam = dataclasses.replace(exam, benchmark=Benchmark("one", exam.benchmark.problems[:1], 1))
+    result = benchmark_run.answer(exam, scripted(job, ["It is 1"] * 5 + ["It is 0"]), {}, 6)
+    assert {name: v for name, v in result.items() if name.startswith("pass_")} == {
+        "pass_2": pytest.approx(1 / 3),
+        "pass_4": pytest.approx(2 / 3),
+        "pass_6": 1.0,
+    }
+
+
+def test_the_held_out_prompts_with_answers_are_a_benchmark(job):
+    heldout = [dataclasses.replace(p, answer="So\n#### 4") for p in job.prompts.heldout[:2]]
+    unanswered = list(job.prompts.heldout[2:])
+    (exam,) = benchmark_run.prepare(
+        ["heldout"], job.tokenizer, job.config.data, heldout=[*heldout, *unanswered]
+    )
+    assert exam.prompts == heldout and exam.benchmark.name == "heldout"
+    assert [p.answer for p in exam.benchmark.problems] == ["4", "4"]
+    with pytest.raises(UserError, match="heldout needs held-out prompts with answers"):
+        benchmark_run.prepare(["heldout"], job.tokenizer, job.config.data, heldout=unanswered)
 
 
 def test_a_hostile_response_is_wrong_and_counted_as_ungraded(job):
@@ -269,6 +293,18 @@ def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
     benchmark_run.write_shared(tmp_path, shared)
     (line,) = (tmp_path / "shared_prompts.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt"] == "Be brief.\n4 + 4 ?"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no json\n", b'{"step": 1}\n', b"[1]\n", b"\xff\n", b'{"problem": 0, "right": 1, "text": ""}\n']
+)
+def test_what_is_no_file_of_results_is_refused_in_one_line(finished, tmp_path, capsys, content):
+    (tmp_path / "wrong.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(finished), str(tmp_path / "wrong.jsonl")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"error: {tmp_path / 'wrong.jsonl'} is no file of results")
 
 
 def test_a_run_compared_with_itself_is_not_told_apart(finished, capsys):

@@ -116,7 +116,7 @@ def test_exact_copies_are_left_out_and_counted_unless_they_are_wanted(tokenizer,
     assert "left out: 0 too long, 2 repeated" in str(prompts)
     assert load(tokenizer, source="dapo", path=path, repeats="keep").repeated == 0
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": 1}, {"prompt": "b"}])
-    assert "1 of the training prompts have no reference answer" in str(load(tokenizer, path=path))
+    assert "1 training prompts have no answer" in str(load(tokenizer, path=path))
 
 
 class Fetched(tfds.core.GeneratorBasedBuilder):
