@@ -296,7 +296,8 @@ def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no json\n", b'{"step": 1}\n', b"[1]\n", b"\xff\n", b'{"problem": 0, "right": 1, "text": ""}\n']
+    "content",
+    [b"", b"no json\n", b'{"step": 1}\n', b"[1]\n", b"\xff\n", b'{"problem": 0, "right": 1, "text": ""}\n'],
 )
 def test_what_is_no_file_of_results_is_refused_in_one_line(finished, tmp_path, capsys, content):
     (tmp_path / "wrong.jsonl").write_bytes(content)

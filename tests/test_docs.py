@@ -147,7 +147,7 @@ def test_runnable_blocks_of_a_page_run_one_after_another(desk, page):
             check=False,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, f"{page.name}:\n{block}\n{done.stderr[-2000:]}"
 
