@@ -116,7 +116,14 @@ def main():
         parser.add_argument(name, type=int)
     parser.add_argument("--teacher_layers", type=int, default=0, help="the student's if 0")
     parser.add_argument("--sample_only", action="store_true", help="time only generate()")
+    parser.add_argument("--autocast", action="store_true", help="products in bfloat16 (torch.autocast)")
     sizes = parser.parse_args()
+    with torch.autocast("cpu", torch.bfloat16, enabled=sizes.autocast):
+        measure(sizes)
+
+
+def measure(sizes):
+    """Times the phases and prints them."""
     b, p, t = sizes.batch, sizes.prompt, sizes.response
     torch.set_num_threads(os.cpu_count())
 
@@ -143,7 +150,7 @@ def main():
     rate = 2 * MATMUL**3 / best_seconds(torch.matmul, x, x, repeats=5)[0]
     print(
         f"cpu, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"float32, {torch.get_num_threads()} threads; "
+        f"float32{', autocast to bfloat16' if sizes.autocast else ''}, {torch.get_num_threads()} threads; "
         f"a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s"
     )
     print(" ".join(f"{name}={getattr(sizes, name)}" for name in NAMES))
