@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from opd_jax import data, distributed, estimates, sharding
 from opd_jax.answers import reference
@@ -96,6 +97,9 @@ def _held_out(heldout: Sequence[data.Prompt], key: str) -> Exam:
             f"{key}={HELD_OUT} needs held-out prompts with answers, and there are none; add `answer` to the"
             " run's data, or name a benchmark"
         )
+    if len(prompts) < len(heldout):
+        left = len(heldout) - len(prompts)
+        logging.warning("%s=%s: %d of %d held-out prompts have no answer", key, HELD_OUT, left, len(heldout))
     problems = (Problem(p.question, p.text, reference(p.answer)) for p in prompts)
     return Exam(Benchmark(HELD_OUT, tuple(problems), 1), prompts)
 
