@@ -51,10 +51,11 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     # Where prompts come from: demo (reasoning-gym's gsm_symbolic and everyday requests), jsonl, parquet,
-    # tfds, rg:TASK (a generator of reasoning-gym), or mixture. docs/data.md has the formats.
+    # deepmath, gsm8k, dapo (files of these data sets), tfds, rg:TASK (a generator of reasoning-gym), or
+    # mixture. docs/data.md has the formats.
     c.data.source = "demo"
-    # jsonl, parquet: the file, or several: deepmath-*.parquet. tfds: the data set's name or folder. Others:
-    # unused.
+    # jsonl, parquet, deepmath, gsm8k, dapo: the file, or several: deepmath-*.parquet. tfds: the data set's
+    # name or folder. Others: unused.
     c.data.path = ""
     # jsonl, parquet, tfds: columns of the prompt (text or messages) and of the reference answer, dotted where
     # nested (reward_model.ground_truth). "": messages, prompt, question or problem; and answer.
@@ -77,6 +78,8 @@ def get_config() -> ConfigDict:
     c.data.prompt_buckets = ()
     # What happens to a longer prompt: error, or drop (counted).
     c.data.over_long = "error"
+    # What happens to exact copies of a prompt within one source: drop (the first stays; counted), or keep.
+    c.data.repeats = "drop"
     # System message put before each prompt; "" leaves the chat template's own.
     c.data.system_prompt = ""
     # Text put after each prompt, after a blank line, such as where to put the final answer.
@@ -282,7 +285,7 @@ def get_config() -> ConfigDict:
     # training, the last after it. 0 never evaluates.
     c.eval.every = 10
     # Benchmarks answered and graded during training, by the same compiled sampler: ("gsm8k:FILE", "champ",
-    # "rg:chain_sum"); docs/evaluation.md has the names.
+    # "rg:chain_sum", "heldout"); docs/evaluation.md has the names.
     c.eval.benchmark = ()
     # Steps between these, beside the one after the last step.
     c.eval.benchmark_every = 50

@@ -2,20 +2,20 @@
 
 An ablation is a config file (configs/ablations/) whose get_config(recipe) returns what all arms start from,
 whose arms(config) returns {name: {dotted key: value}}, and whose SEEDS are the seeds of every arm. Arms are
-compared with the first one, or with what the file's against(name) returns, where it has that.
+compared with the first one, or with what the file's against(name) returns, where it has that. The mean over
+benchmarks is of those that the file's MEAN names, where it has that, else of all.
 """
 
 import copy
 import dataclasses
-import importlib.util
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax.config import get, nearest, validate
-from opd_jax.errors import UserError
+from opd_jax.config import get, load_module, validate
+from opd_jax.errors import UserError, nearest
 
 NAME = re.compile(r"[\w.=+-]+")
 
@@ -32,7 +32,10 @@ def grid(values: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any] | None = 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One run: its arm, the arm to compare it with, seed, overrides, workdir and whole, checked config."""
+    """One run: its arm, the arm to compare it with, seed, overrides, workdir and whole, checked config.
+
+    `mean` names the benchmarks that the table's mean is of; () is all.
+    """
 
     arm: str
     against: str
@@ -40,6 +43,7 @@ class Planned:
     overrides: Mapping[str, Any]
     workdir: Path
     config: Any
+    mean: tuple[str, ...] = ()
 
 
 def plan(
@@ -56,9 +60,7 @@ def plan(
     Raises:
       UserError: the file describes no ablation, an arm is unknown or has a value that is not allowed.
     """
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(path)
     if not hasattr(module, "arms") or not hasattr(module, "SEEDS"):
         raise UserError(
             f"--config={path} is no ablation, which needs arms(config) and SEEDS; see configs/ablations/"
@@ -69,6 +71,7 @@ def plan(
             raise UserError(f"--arms={name}: no such arm{nearest(name, arms)}; there are {', '.join(arms)}")
     first = next((name for name in arms if not only or name in only), None)
     against = getattr(module, "against", lambda name: first)
+    mean = tuple(getattr(module, "MEAN", ()))
     runs = []
     for name, overrides in arms.items():
         if not NAME.fullmatch(name):
@@ -85,5 +88,6 @@ def plan(
                 raise UserError(f"arm {name} of {path}: {what}") from error
             if not only or name in only:
                 workdir = Path(out) / name / f"seed-{seed}"
-                runs.append(Planned(name, against(name), seed, overrides, workdir, validate(changed)))
+                checked = validate(changed)
+                runs.append(Planned(name, against(name), seed, overrides, workdir, checked, mean))
     return runs

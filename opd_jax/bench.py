@@ -64,12 +64,30 @@ def random_prompts(key, batch: int, p: int, vocab: int):
     return jax.random.randint(key, (batch, p), 0, vocab), jnp.ones((batch, p), bool)
 
 
+def _check(sizes: dict[str, int], micro_batch: int):
+    """Refuses sizes that make no model or no batch."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name.upper()}={value} is out of range; it must be at least 1")
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise UserError(
+            f"HEADS={sizes['heads']} is no multiple of KV_HEADS={sizes['kv_heads']}; choose a divisor for the"
+            " latter"
+        )
+    if sizes["head_size"] % 2:
+        raise UserError(f"HEAD_SIZE={sizes['head_size']} is odd; rotary positions need an even one")
+    if not 0 < micro_batch <= sizes["batch"] or sizes["batch"] % micro_batch:
+        batch = sizes["batch"]
+        raise UserError(f"--micro_batch={micro_batch} does not divide BATCH={batch}; choose a divisor")
+
+
 def main(argv):
     try:
         sizes = dict(zip(NAMES, map(int, argv[1:]), strict=True))
     except ValueError:
         raise UserError(f"give ten whole numbers: {' '.join(NAMES)}") from None
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
+    _check(sizes, flags.FLAGS.micro_batch or b)
     usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     student = ModelConfig(
         family="llama",
@@ -240,7 +258,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
     flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")
-    flags.DEFINE_string("remat", "none", "none, dots or full.")
+    flags.DEFINE_enum("remat", "none", ["none", "dots", "full"], "As train.remat.")
     flags.DEFINE_enum(
         "dtype",
         "auto",

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from opd_jax import data, distributed, estimates, sharding
-from opd_jax.benchmarks import Benchmark
+from opd_jax.answers import reference
+from opd_jax.benchmarks import Benchmark, Problem
 from opd_jax.benchmarks import load as load_benchmark
 from opd_jax.errors import UserError
 from opd_jax.grading import Grader, Task, Verdict
@@ -21,6 +23,8 @@ from opd_jax.prompts.sources import Conversation
 KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
 # What a grader can say, as numbers that processes exchange.
 VERDICTS = (Verdict(False), Verdict(True), Verdict(False, "time"), Verdict(False, "crash"))
+HELD_OUT = "heldout"  # the benchmark of a run's own held-out prompts
+SHARED_FILE = "shared_prompts.jsonl"
 FOLDER = "benchmarks"  # in a workdir: NAME-STEP.jsonl and NAME-STEP.json
 
 
@@ -60,19 +64,44 @@ class Exam:
 
 
 def prepare(
-    specs: Sequence[str], tokenizer: Any, config: Any, key: str = "eval.benchmark"
+    specs: Sequence[str],
+    tokenizer: Any,
+    config: Any,
+    key: str = "eval.benchmark",
+    heldout: Sequence[data.Prompt] = (),
 ) -> tuple[Exam, ...]:
     """Reads benchmarks and renders them with the data section's system prompt, turns and template.
 
+    Args:
+      heldout: a run's held-out prompts; those with an answer are the benchmark "heldout".
+
     Raises:
-      UserError: as `benchmarks.load`, two have one name, or a problem is longer than data.prompt_tokens.
+      UserError: as `benchmarks.load`, two have one name, a problem is longer than data.prompt_tokens, or no
+        held-out prompt has an answer.
     """
-    exams = tuple(_prepare(spec, tokenizer, config, key) for spec in specs)
+    exams = tuple(
+        _held_out(heldout, key) if spec == HELD_OUT else _prepare(spec, tokenizer, config, key)
+        for spec in specs
+    )
     names = [exam.benchmark.name for exam in exams]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{key}: {name} is there more than once, and results go by name; drop one")
     return exams
+
+
+def _held_out(heldout: Sequence[data.Prompt], key: str) -> Exam:
+    prompts = [prompt for prompt in heldout if prompt.answer is not None]
+    if not prompts:
+        raise UserError(
+            f"{key}={HELD_OUT} needs held-out prompts with answers, and there are none; add `answer` to the"
+            " run's data, or name a benchmark"
+        )
+    if len(prompts) < len(heldout):
+        left = len(heldout) - len(prompts)
+        logging.warning("%s=%s: %d of %d held-out prompts have no answer", key, HELD_OUT, left, len(heldout))
+    problems = (Problem(p.question, p.text, reference(p.answer)) for p in prompts)
+    return Exam(Benchmark(HELD_OUT, tuple(problems), 1), prompts)
 
 
 def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
@@ -87,20 +116,40 @@ def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
     return Exam(benchmark, data.render(conversations, tokenizer, section, f"{key}={spec}: ")[0])
 
 
-def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> str | None:
-    """One line on the training prompts that evaluation asks too; None where there is none."""
-    asked = {"the held-out prompts": [prompt.text for prompt in prompts.heldout]}
-    asked |= {e.benchmark.name: [problem.question for problem in e.benchmark.problems] for e in exams}
-    train = [prompt.text for prompt in prompts.train]
-    found = {name: data.duplicates(train, texts) for name, texts in asked.items()}
-    counts = [f"{len({j for _, j in pairs})} in {name}" for name, pairs in found.items() if pairs]
-    if not counts:
-        return None
-    first = train[next(pairs[0][0] for pairs in found.values() if pairs)]
+def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> list[dict[str, Any]]:
+    """The training prompts whose last message evaluation asks too, but for case, spaces and punctuation.
+
+    Returns:
+      One record a pair: evaluation ("heldout" or a benchmark's name), problem (its number there), question,
+      train (the number among the training prompts), prompt (its text).
+    """
+    asked = {HELD_OUT: [prompt.question for prompt in prompts.heldout]}
+    named = [exam for exam in exams if exam.benchmark.name != HELD_OUT]
+    asked |= {e.benchmark.name: [problem.question for problem in e.benchmark.problems] for e in named}
+    train = [prompt.question for prompt in prompts.train]
+    return [
+        {"evaluation": name, "problem": j, "question": texts[j], "train": i, "prompt": prompts.train[i].text}
+        for name, texts in asked.items()
+        for i, j in data.duplicates(train, texts)
+    ]
+
+
+def say_shared(shared: Sequence[dict[str, Any]]) -> str:
+    """One line on what `shared_with_training` found."""
+    names = dict.fromkeys(record["evaluation"] for record in shared)
+    problems = {name: {r["problem"] for r in shared if r["evaluation"] == name} for name in names}
+    counts = (f"{len(numbers)} in {name}" for name, numbers in problems.items())
     return (
         f"training prompts are evaluated on too, but for case and punctuation: {', '.join(counts)}"
-        f" (such as {first[:60]!r}); remove them from the training data"
+        f" (such as {shared[0]['question'][:60]!r}); remove them from the training data"
     )
+
+
+def write_shared(folder: str | Path, shared: Sequence[dict[str, Any]]) -> None:
+    """Writes FOLDER/shared_prompts.jsonl, a line a pair; no file where there is none."""
+    if jax.process_index() == 0 and shared:
+        lines = "".join(json.dumps(record) + "\n" for record in shared)
+        (Path(folder) / SHARED_FILE).write_text(lines, encoding="utf-8")
 
 
 def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict:
@@ -108,7 +157,7 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
 
     Returns:
       accuracy (avg@samples) with accuracy_low and accuracy_high, its 95% bootstrap interval over problems;
-      pass_2, pass_4, ... up to samples; response_length, tokens; finished_share; ungraded, the number of
+      pass_2, pass_4, ... and pass_SAMPLES; response_length, tokens; finished_share; ungraded, the number of
       responses that could not be graded within the limits and count as wrong; problems, samples; seconds;
       and rows, one dict a problem.
     """
@@ -148,9 +197,10 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
     finished_NS = finished_B[valid_B].reshape(shape)
     right_N = right_NS.sum(axis=1)
     low, high = estimates.bootstrap_ratio(right_N, np.full(len(right_N), samples))
+    powers = {2**n for n in range(1, int(math.log2(samples)) + 1)}
     passes = {
-        f"pass_{2**n}": float(np.mean([estimates.pass_at_k(samples, int(c), 2**n) for c in right_N]))
-        for n in range(1, int(math.log2(samples)) + 1)
+        f"pass_{k}": float(np.mean([estimates.pass_at_k(samples, int(c), k) for c in right_N]))
+        for k in sorted(powers | ({samples} if samples > 1 else set()))
     }
     rows = [
         {

@@ -69,7 +69,7 @@ def load(spec: str, key: str = "eval.benchmark") -> Benchmark:
     if not NAME.fullmatch(name):
         raise UserError(f"{key}={spec}: {name!r} names files; use letters, digits and any of _ . + - alone")
     if not rest:
-        known = ", ".join([*(f"{n}:FILE" for n in definitions), "champ", "rg:TASK"])
+        known = ", ".join([*(f"{n}:FILE" for n in definitions), "champ", "rg:TASK", "heldout"])
         raise UserError(f"{key}={spec}: name the file of its problems; write one of {known}")
     definition = definitions.get(name, {"prompt": QUESTION_COLUMNS, "answer": ["answer"], "samples": 1})
     rows = records.read(rest, f"{key}={name}")

@@ -9,14 +9,13 @@ both have (its newest results) and, for two workdirs, the KL of the last held-ou
 import argparse
 import json
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, fail
 from opd_jax.estimates import Difference, paired
 
 LEVEL = 0.05
@@ -62,24 +61,57 @@ def compare(a: str | Path, b: str | Path) -> dict[str, tuple[float, float, int, 
     return result
 
 
-def measured(path: str | Path) -> dict[str, Measured]:
-    """What a workdir, a folder of results or a results file holds: name -> results; empty if none."""
+def measured(path: str | Path, step: int | None = None) -> dict[str, Measured]:
+    """What a workdir, a folder of results or a results file holds: name -> results; empty if none.
+
+    Args:
+      step: take what was measured after this step; the newest of each by default.
+
+    Raises:
+      UserError: a file is not what evaluate or a run writes.
+    """
     path = Path(path)
     if path.is_file():
-        return {_benchmark(path): accuracy(read_lines(path))}
+        return {_benchmark(path): _of(path, accuracy)}
     folder = path / "benchmarks" if (path / "benchmarks").is_dir() else path
     files = [file for file in folder.glob("*.jsonl") if RESULTS.fullmatch(file.stem)]
+    if step is not None:
+        files = [file for file in files if _step(file) == step]
     newest = {_benchmark(file): file for file in sorted(files, key=_step)}
-    found = {name: accuracy(read_lines(file)) for name, file in sorted(newest.items())}
-    evaluations = read_lines(path / "evaluations.jsonl")
-    if evaluations:
-        last = max(row["step"] for row in evaluations)
-        found["KL"] = kl([row for row in evaluations if row["step"] == last])
-    return found
+    found = {name: _of(file, accuracy) for name, file in sorted(newest.items())}
+    distances = _of(path / "evaluations.jsonl", lambda rows: _distance(rows, step))
+    return found | ({} if distances is None else {"KL": distances})
+
+
+def _of(path: Path, quantity: Callable[[list], Any]) -> Any:
+    """A quantity of the lines of a file.
+
+    Raises:
+      UserError: they are no results.
+    """
+    try:
+        return quantity(read_lines(path))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} is no file of results ({type(error).__name__}: {error}); give a workdir, or what"
+            " evaluate --out wrote"
+        ) from error
+
+
+def _distance(rows: Sequence[Mapping[str, Any]], step: int | None) -> Measured | None:
+    steps = {row["step"] for row in rows}
+    wanted = max(steps, default=None) if step is None else step
+    return kl([row for row in rows if row["step"] == wanted]) if wanted in steps else None
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> Measured:
-    """Right responses and responses of each problem."""
+    """Right responses and responses of each problem.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not rows:
+        raise ValueError("no line")
     rows = sorted(rows, key=lambda row: row["problem"])
     right = np.array([sum(row["right"]) for row in rows], float)
     return Measured(right, np.array([len(row["right"]) for row in rows], float), [r["text"] for r in rows])
@@ -133,8 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         found = compare(options.a, options.b)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     print(f"A: {options.a}\nB: {options.b}")
     for name, values in found.items():
         print(statement(name, *values))

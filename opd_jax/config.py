@@ -1,17 +1,19 @@
 """Checks a run's config before anything is loaded, and reads it from the command line."""
 
-import difflib
+import contextlib
 import importlib.util
 import itertools
 import os
 import pathlib
 import sys
+import traceback
+import types
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from opd_jax import layouts, objectives, release, rules
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, fail, nearest
 from opd_jax.segments import check_kind
 
 ALLOWED = {
@@ -22,6 +24,7 @@ ALLOWED = {
     "teacher.weights": ("float", "int8"),
     "attention.kernel": ("auto", "plain", "splash"),
     "data.over_long": ("error", "drop"),
+    "data.repeats": ("drop", "keep"),
     "rollout.cache_dtype": ("auto", "int8"),
     "scoring.student": ("sampler", "recompute"),
     "release.rule": rules.RULES,
@@ -39,6 +42,7 @@ ALLOWED = {
 
 # field: (least value, most value or None)
 RANGES = {
+    "seed": (0, 2**32 - 1),
     "teacher.end_id": (-1, None),
     "data.prompt_tokens": (1, None),
     "data.heldout": (0, None),
@@ -96,12 +100,6 @@ def get(config: ConfigDict, key: str):
     for part in key.split("."):
         config = config[part]
     return config
-
-
-def nearest(word: str, words) -> str:
-    """A parenthesis that names the nearest of `words`, or nothing where none is near."""
-    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def validate(config: ConfigDict, *, teacher: bool = True) -> ConfigDict:
@@ -182,33 +180,72 @@ def validate(config: ConfigDict, *, teacher: bool = True) -> ConfigDict:
     return config
 
 
-def load(path: str) -> ConfigDict:
-    """get_config() of a Python file."""
+def load(path: str, *arguments: str) -> ConfigDict:
+    """get_config(*arguments) of a Python file.
+
+    Raises:
+      UserError: as `load_module`, or the file has no get_config, or that fails.
+    """
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path} has no get_config(); see configs/demo.py")
+    with _running(path):
+        return module.get_config(*arguments)
+
+
+def load_module(path: str) -> types.ModuleType:
+    """A Python file of configs.
+
+    Raises:
+      UserError: there is no such file, or Python cannot run it.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={path}: no such file; give a file of configs/, such as configs/demo.py")
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    with _running(path):
+        spec.loader.exec_module(module)
+    return module
 
 
-def run(main, *, config: str | None = None):
+@contextlib.contextmanager
+def _running(path: str):
+    """What a user's file raises becomes one line that says where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else place[:2]
+        raise UserError(
+            f"--config={path} cannot be run ({type(error).__name__}: {error}, {file}:{line}); mend it"
+        ) from error
+
+
+def run(main, *, config: str | None = None, changed: str | None = None):
     """Parses the command line and runs main(argv); a user's mistake ends in one line and status 2.
 
     Args:
       main: called with the remaining arguments once flags are parsed.
       config: default of --config=FILE, whose fields --config.key=value replaces.
+      changed: the same where there is a --config.key=value alone.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
     config_flags.DEFINE_config_file("config", config, "A file of configs/.", lock_config=True)
 
     def parse(argv):
-        path = _config_path(argv) or config
-        if path is not None and not pathlib.Path(path).is_file():
-            fail(f"--config={path}: no such file; give a file of configs/, such as configs/demo.py")
+        given = _config_argument(argv)
+        if not given and changed and any(a.startswith("--config.") for a in argv):
+            given = changed
+            argv = [argv[0], f"--config={changed}", *argv[1:]]
+        path, *arguments = (given or config or "").split(":", 1)
         try:
+            if path:
+                known = _flat(load(path, *arguments))
+                _check_fields(argv, known)
             return flags.FLAGS(argv)
-        except (AttributeError, KeyError) as error:
-            fail(_unknown_field(argv, path) or error)
-        except (flags.Error, OSError, ValueError, TypeError) as error:
+        except (flags.Error, AttributeError, KeyError, OSError, ValueError, TypeError) as error:
             fail(error)
 
     def guarded(argv):
@@ -222,28 +259,20 @@ def run(main, *, config: str | None = None):
     app.run(guarded, flags_parser=parse)
 
 
-def fail(error):
-    """Prints one line and exits with status 2."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
-
-
-def _config_path(argv) -> str | None:
-    """The file that --config=FILE or --config FILE names, without the argument after its colon."""
+def _config_argument(argv) -> str | None:
+    """What --config=FILE[:ARGUMENT] or --config FILE[:ARGUMENT] names."""
     for argument, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
-            return (value if equals else following).split(":")[0]
+            return value if equals else following
     return None
 
 
-def _unknown_field(argv, path) -> str | None:
-    """One line for the first --config.KEY that the config of `path` has not; None where all exist."""
-    known = _flat(load(path)) if path else []
-    for key in (a.partition("=")[0].removeprefix("--config.") for a in argv if "--config." in a):
-        if key not in known:
-            return f"--config.{key}: no such field{nearest(key, known)}; see configs/default.py"
-    return None
+def _check_fields(argv, known: list[str]):
+    """Refuses the first --config.KEY that is not among the known keys."""
+    for key in (a.partition("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")):
+        if key.split("[")[0] not in known:
+            raise UserError(f"--config.{key}: no such field{nearest(key, known)}; see configs/default.py")
 
 
 def _flat(config: ConfigDict, prefix: str = "") -> list[str]:

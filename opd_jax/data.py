@@ -1,7 +1,8 @@
 """Prompts: read, render with the chat template, hold some out, and batch in a reproducible order.
 
-Sources (`data.source`): "demo" (built in), "jsonl" and "parquet" (files), "tfds" (any prepared or
-registered dataset), "rg:TASK" (a generator of reasoning-gym), and "mixture" of these. Batches come from
+Sources (`data.source`): "demo" (built in), "jsonl" and "parquet" (files), "deepmath", "gsm8k" and "dapo"
+(files whose columns are known), "tfds" (any prepared or registered dataset), "rg:TASK" (a generator of
+reasoning-gym), and "mixture" of these. Batches come from
 grain; an iterator's whole state is one step number, so a resumed run sees exactly the prompts that it would
 have seen.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opd_jax import tokenizers
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, nearest
 from opd_jax.prompts import sources
 
 
@@ -26,16 +27,19 @@ class Prompt:
       ids: token ids of the rendered conversation, ending where the response begins.
       text: what the user asks, without the template's markup.
       answer: the reference answer, or None.
+      question: the user's last message alone.
     """
 
     ids: tuple[int, ...]
     text: str
     answer: str | None
+    question: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The prompts of a run; no text is in both lists. `dropped` counts the over-long ones.
+    """The prompts of a run; no text is in both lists. `dropped` counts the over-long ones, `repeated` the
+    exact copies that were left out.
 
     `parts` are (prompts, weight) of a mixture's sources, in the order of `train`; one part has all of them.
     """
@@ -44,6 +48,24 @@ class Prompts:
     heldout: list[Prompt]
     dropped: int
     parts: tuple[tuple[int, float], ...] = ()
+    repeated: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are, were left out and have no answer, by name."""
+        return {
+            "train": len(self.train),
+            "heldout": len(self.heldout),
+            "over_long": self.dropped,
+            "repeated": self.repeated,
+            "unanswered": sum(prompt.answer is None for prompt in self.train),
+        }
+
+    def __str__(self) -> str:
+        n = self.counts
+        said = f"{n['train']:,} training prompts, {n['heldout']:,} held out"
+        said += f"; left out: {n['over_long']:,} too long, {n['repeated']:,} repeated"
+        return said + (f"; {n['unanswered']:,} training prompts have no answer" if n["unanswered"] else "")
 
 
 class PromptBatch(NamedTuple):
@@ -78,6 +100,7 @@ def load(config: Any, tokenizer: Any) -> Prompts:
         raise UserError(
             "the student's tokenizer has no chat template; name an instruct model in student.path"
         )
+    repeated = 0
     if config.source == "demo":
         train, heldout = sources.read_demo(config.get("cache"))
         prompts_train, dropped_train = render(train, tokenizer, config)
@@ -91,7 +114,12 @@ def load(config: Any, tokenizer: Any) -> Prompts:
         dropped = dropped_train + dropped_heldout
         parts = ((len(prompts_train), 1.0),)
     else:
-        rendered = [(part, *render(sources.read(part, config), tokenizer, config)) for part in _parts(config)]
+        rendered = []
+        for part in _parts(config):
+            read = sources.read(part, config)
+            distinct = without_copies(read) if config.repeats == "drop" else read
+            repeated += len(read) - len(distinct)
+            rendered.append((part, *render(distinct, tokenizer, config)))
         dropped = sum(over_long for _, _, over_long in rendered)
         everything = [prompt for _, prompts, _ in rendered for prompt in prompts]
         prompts_train, prompts_heldout = hold_out(everything, config.heldout)
@@ -110,7 +138,7 @@ def load(config: Any, tokenizer: Any) -> Prompts:
             f"data.source={config.source}: no training prompt is left ({dropped} were longer than"
             f" data.prompt_tokens={config.prompt_tokens}, {len(prompts_heldout)} are held out)"
         )
-    return Prompts(prompts_train, prompts_heldout, dropped, parts)
+    return Prompts(prompts_train, prompts_heldout, dropped, parts, repeated)
 
 
 def _parts(config: Any) -> list[sources.Part]:
@@ -121,10 +149,25 @@ def _parts(config: Any) -> list[sources.Part]:
     if config.source.startswith("rg:"):
         return [sources.Part("rg", config.source.removeprefix("rg:"), columns, 1.0)]
     if config.source not in sources.KINDS:
+        known = ("demo", *(kind for kind in sources.KINDS if kind != "rg"), "rg:TASK", "mixture")
         raise UserError(
-            f"data.source={config.source!r}: must be demo, jsonl, parquet, tfds, rg:TASK or mixture"
+            f"data.source={config.source!r} is not known{nearest(config.source, known)}; use one of"
+            f" {', '.join(known)}"
+        )
+    if config.source in sources.datasets() and any(columns):
+        raise UserError(
+            f"data.columns is not read by data.source={config.source}, whose columns are known; leave it"
+            " empty, or use data.source=jsonl"
         )
     return [sources.Part(config.source, config.path, columns, 1.0)]
+
+
+def without_copies(conversations: Sequence[sources.Conversation]) -> list[sources.Conversation]:
+    """The conversations without those whose messages have all been there; the first of each stays."""
+    first = {}
+    for conversation in conversations:
+        first.setdefault(tuple((m["role"], m["content"]) for m in conversation.messages), conversation)
+    return list(first.values())
 
 
 def duplicates(train: Sequence[str], evaluation: Sequence[str]) -> list[tuple[int, int]]:
@@ -345,7 +388,7 @@ def render(
             " data.over_long=drop"
         )
     prompts = [
-        Prompt(tuple(row), "\n".join(m["content"] for m in messages), answer)
+        Prompt(tuple(row), "\n".join(m["content"] for m in messages), answer, messages[-1]["content"])
         for row, (messages, answer) in zip(ids, conversations, strict=True)
         if len(row) <= limit
     ]

@@ -22,9 +22,20 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 def bootstrap_ratio(total_B, count_B) -> tuple[float, float]:
     """95% percentile interval of sum(total) / sum(count) over resampled rows, from a fixed seed."""
-    pick = np.random.default_rng(0).integers(0, len(total_B), (RESAMPLES, len(total_B)))
-    ratios = total_B[pick].sum(axis=1) / count_B[pick].sum(axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    return bootstrap_mean([(total_B, count_B)])
+
+
+def bootstrap_mean(parts) -> tuple[float, float]:
+    """95% percentile interval of the mean of sum(total) / sum(count) over several sets of problems.
+
+    Args:
+      parts: (total_B, count_B) of each set; rows are resampled within their set, from a fixed seed.
+    """
+    drawn = []
+    for seed, (total_B, count_B) in enumerate(parts):
+        pick = np.random.default_rng(seed).integers(0, len(total_B), (RESAMPLES, len(total_B)))
+        drawn.append(total_B[pick].sum(axis=1) / count_B[pick].sum(axis=1))
+    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -43,26 +54,45 @@ def paired(total_a_B, count_a_B, total_b_B, count_b_B) -> Difference:
     The interval resamples problems; the p-value swaps a and b within problems (a permutation test), which
     is exact where the two are exchangeable. Both from a fixed seed.
     """
-    a_2B, b_2B = np.array([total_a_B, count_a_B], float), np.array([total_b_B, count_b_B], float)
+    return paired_mean([(total_a_B, count_a_B)], [(total_b_B, count_b_B)])
+
+
+def paired_mean(a, b) -> Difference:
+    """As `paired`, of the mean of sum(total) / sum(count) over several sets of problems.
+
+    Args:
+      a, b: (total_B, count_B) of each set, the same sets in both; problems are resampled, and swapped,
+        within their set.
+    """
+    parts = [
+        _draws(np.array(x, float), np.array(y, float), seed)
+        for seed, (x, y) in enumerate(zip(a, b, strict=True))
+    ]
+    value, resampled, swapped = (np.mean(part, axis=0) for part in zip(*parts))
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    as_far = int((np.abs(swapped) >= abs(value) * (1 - 1e-9)).sum())
+    return Difference(float(value), float(low), float(high), (as_far + 1) / (PERMUTATIONS + 1))
+
+
+def _draws(a_2B, b_2B, seed: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """The difference of one set, and of its problems resampled [RESAMPLES] and swapped [PERMUTATIONS]."""
     rows = a_2B.shape[1]
 
     def difference(a_2N, b_2N):
         return b_2N[0] / b_2N[1] - a_2N[0] / a_2N[1]
 
-    value = difference(a_2B.sum(axis=1), b_2B.sum(axis=1))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     pick = rng.integers(0, rows, (RESAMPLES, rows))
     resampled = difference(a_2B[:, pick].sum(axis=-1), b_2B[:, pick].sum(axis=-1))
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    as_far, left = 0, PERMUTATIONS
+    swaps, left = [], PERMUTATIONS
     while left:
         count = min(left, max(1, BLOCK // rows))
         swapped = rng.random((count, rows)) < 0.5
         swap = np.where(swapped, b_2B[:, None], a_2B[:, None]).sum(axis=-1)
         stay = np.where(swapped, a_2B[:, None], b_2B[:, None]).sum(axis=-1)
-        as_far += int((np.abs(difference(swap, stay)) >= abs(value) * (1 - 1e-9)).sum())
+        swaps.append(difference(swap, stay))
         left -= count
-    return Difference(float(value), float(low), float(high), (as_far + 1) / (PERMUTATIONS + 1))
+    return difference(a_2B.sum(axis=1), b_2B.sum(axis=1)), resampled, np.concatenate(swaps)
 
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.

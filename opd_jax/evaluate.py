@@ -16,11 +16,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import default
 from opd_jax import data, distributed, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
+from opd_jax.run_record import read_config
 
 EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
 
@@ -130,14 +132,22 @@ def main(_):
 
 
 def run_config(workdir) -> ConfigDict:
-    """The config of the run in a workdir; fields that are newer than the run have their defaults."""
-    from configs import default
+    """The config of the run in a workdir; fields that are newer than the run have their defaults.
 
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    found = read_config(workdir)
+    if found is None:
         raise UserError(f"--workdir={workdir} holds no run (no config.json)")
     config = default.get_config()
-    config.update(json.loads(path.read_text()))
+    try:
+        config.update(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--workdir={workdir}: config.json has a field that does not fit configs/default.py ({error}); "
+            "restore it"
+        ) from error
     return config
 
 
@@ -167,4 +177,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Sampling temperature, 0 is greedy; the config's by default.")
     flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/benchmarks by default.")
     flags.DEFINE_string("step", "latest", "Which checkpoint of it: latest, best, or a number.")
-    run(main)
+    run(main, changed=str(Path(default.__file__)))

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+from absl import logging
 
+from configs import default
 from opd_jax import benchmark_run, compile_cache, programs, sharding, sizes, tokenizers
 from opd_jax.config import validate
 from opd_jax.errors import UserError
 from opd_jax.grading import shared as shared_grader
 from opd_jax.job import prepare
 from opd_jax.models import source
+from opd_jax.outputs import make_folder
 
 
 def main(arguments):
@@ -19,33 +21,42 @@ def main(arguments):
     Args:
       arguments: the flags workdir, model, config, step, benchmark, samples, temperature and out.
     """
-    from configs import default
     from opd_jax import evaluate
 
     if (arguments.workdir is None) == (arguments.model is None):
         raise UserError("--benchmark needs either --workdir=DIR of a run, or --model=FOLDER")
     if arguments.samples is not None and arguments.samples < 1:
         raise UserError(f"--samples={arguments.samples} is out of range; it must be at least 1")
+    if arguments.workdir is not None and arguments.config is not None:
+        raise UserError("--workdir has its own config; drop --config and --config.KEY=VALUE")
     if arguments.model is not None:
         if arguments.out is None:
             raise UserError("--model needs --out=FOLDER for the results")
         config = arguments.config or default.get_config()
         config.student.path = config.teacher.path = arguments.model
         _set_temperature(config, arguments.temperature)
-        responder, params, label = *of_model(config), "model"
+        responder, params, label, prompts = *of_model(config), "model", None
     else:
         config = evaluate.run_config(arguments.workdir)
         _set_temperature(config, arguments.temperature)
         config.eval.benchmark = ()
         job = prepare(config)
         params, label = evaluate.restore(job, arguments.workdir, arguments.step)
-        responder = job.responder(job.key(benchmark_run.KEY))
+        responder, prompts = job.responder(job.key(benchmark_run.KEY)), job.prompts
     greedy = config.rollout.temperature == 0
     if greedy and (arguments.samples or 1) > 1:
         raise UserError(f"--samples={arguments.samples}: greedy responses are all the same; drop it")
     # All are read before the first is answered.
-    exams = benchmark_run.prepare(arguments.benchmark, responder.tokenizer, config.data, "--benchmark")
+    heldout = prompts.heldout if prompts else ()
+    exams = benchmark_run.prepare(
+        arguments.benchmark, responder.tokenizer, config.data, "--benchmark", heldout
+    )
+    shared = benchmark_run.shared_with_training(prompts, exams) if prompts else []
+    if shared:
+        logging.warning("%s", benchmark_run.say_shared(shared))
     folder = Path(arguments.out or Path(arguments.workdir) / benchmark_run.FOLDER)
+    make_folder(folder)
+    benchmark_run.write_shared(folder, shared)
     for exam in exams:
         samples = arguments.samples or (1 if greedy else exam.benchmark.samples)
         result = benchmark_run.answer(exam, responder, params, samples)
@@ -56,7 +67,7 @@ def main(arguments):
 
 
 def of_model(config) -> tuple[benchmark_run.Responder, dict]:
-    """(Responder, parameters) of the whole model that `student.path` names."""
+    """(Responder, parameters) of the whole model that `student.path` names, in student.compute_dtype."""
     validate(config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
@@ -67,7 +78,7 @@ def of_model(config) -> tuple[benchmark_run.Responder, dict]:
     tokenizer = tokenizers.load(path, "--model")
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, config.rollout.end_ids))
     shardings = programs.param_shardings(mesh, model)
-    _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=jnp.float32)
+    _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=model.dtype)
     responder = benchmark_run.Responder(
         sample=programs.sample_program(mesh, model, programs.sampling(config)),
         batch=config.rollout.batch,

@@ -7,19 +7,17 @@ Needs the run's student.path (its config and tokenizer), not its teacher or prom
 it with the same --out on a shared disk.
 """
 
-import json
-from pathlib import Path
-
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from opd_jax import distributed, sharding, tokenizers
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
+from opd_jax.evaluate import run_config
 from opd_jax.models import hf, source, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.outputs import unwritable
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,10 +40,7 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not known; use one of {', '.join(DTYPES)}")
     hf.check_unused(out)
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"--workdir={workdir} holds no run (no config.json)")
-    config = ConfigDict(json.loads(path.read_text()))
+    config = run_config(workdir)
     model = source.config(config.student.path, "student.path")
     model = model.replace(layers=model.layers - len(set(config.student.drop_layers)))
     tokenizer = tokenizers.load(config.student.path, "student.path")
@@ -63,7 +58,7 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     try:
         hf.save(out, model, params, tokenizer, dtype=dtype, generation=generation)
     except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror}); choose another folder") from error
+        raise unwritable(out, error) from error
     return step, model
 
 

@@ -40,6 +40,7 @@ class Job(programs.Programs):
       tokenizer: the transformers tokenizer of both models.
       prompts: training and held-out prompts.
       exams: the benchmarks of eval.benchmark, rendered.
+      shared: the training prompts that are evaluated on too: `benchmark_run.shared_with_training`.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
       others: see `programs.Programs`.
     """
@@ -47,6 +48,7 @@ class Job(programs.Programs):
     tokenizer: Any
     prompts: data.Prompts
     exams: tuple[benchmark_run.Exam, ...]
+    shared: list[dict[str, Any]]
     table: segments.SegmentTable | nltk_segments.Cutter
 
     def start(self) -> steps.TrainState:
@@ -81,6 +83,11 @@ class Job(programs.Programs):
             tokenizer=self.tokenizer,
             grader=shared_grader(),
         )
+
+    def teacher_responder(self, key: jax.Array) -> benchmark_run.Responder:
+        """The teacher as it answers benchmarks: with the student's sampling, for `teacher_params`."""
+        sample = programs.sample_program(self.mesh, self.teacher, programs.sampling(self.config))
+        return dataclasses.replace(self.responder(key), sample=sample)
 
     def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
@@ -158,9 +165,13 @@ def prepare(config, workdir=None) -> Job:
             f"reward.weight={config.reward.weight} needs reference answers, and no training prompt has an "
             "`answer`; add that field to the data of data.path, or set reward.weight=0"
         )
-    exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data)
-    if shared := benchmark_run.shared_with_training(prompts, exams):
-        logging.warning("%s", shared)
+    unanswered = prompts.counts["unanswered"]
+    if config.reward.weight and unanswered:
+        logging.warning("%d training prompts have no answer, and their responses no reward", unanswered)
+    exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
+    shared = benchmark_run.shared_with_training(prompts, exams)
+    if shared:
+        logging.warning("%s", benchmark_run.say_shared(shared))
     return Job.of(
         config,
         mesh,
@@ -169,6 +180,7 @@ def prepare(config, workdir=None) -> Job:
         tokenizer=tokenizer,
         prompts=prompts,
         exams=exams,
+        shared=shared,
         table=_segment_table(config.segments, tokenizer, mesh),
     )
 
@@ -193,11 +205,13 @@ def start_state(config, mesh, optimizer, shardings: steps.TrainState) -> steps.T
 
 
 def check_workdir(workdir, config):
-    """Refuses a workdir that cannot be written or holds a run of another config.
+    """Refuses a workdir that cannot be written or holds a run of another config, and W&B where it is missing.
 
     Raises:
-      UserError: names the folder and the remedy.
+      UserError: names the folder, or metrics.wandb, and the remedy.
     """
+    if config.metrics.wandb:
+        metrics.import_wandb()
     try:
         above = (Path(workdir), *Path(workdir).absolute().parents)
         with tempfile.TemporaryFile(dir=next(path for path in above if path.exists())):
@@ -208,7 +222,7 @@ def check_workdir(workdir, config):
         ) from error
     conflict = metrics.config_conflict(workdir, config)
     if conflict:
-        raise UserError(conflict)
+        raise conflict
 
 
 def _segment_table(config, tokenizer, mesh):

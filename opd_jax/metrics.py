@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from opd_jax.errors import UserError
 from opd_jax.phase_clock import PhaseClock
+from opd_jax.run_record import read_config
 
 __all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
 
@@ -32,6 +33,7 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
+PROMPTS_FILE = "prompts.json"
 WANDB_FILE = "wandb_id.txt"
 RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 # Config keys that a resumed run may change: how long it goes on, what it shows and stores, and the devices.
@@ -283,13 +285,22 @@ def _write_whole(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | None) -> Any:
+def import_wandb() -> Any:
+    """The module wandb.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError as error:
         raise UserError(
             "metrics.wandb: the package wandb is missing; pip install wandb, or unset metrics.wandb"
         ) from error
+
+
+def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | None) -> Any:
+    wandb = import_wandb()
     workdir.mkdir(parents=True, exist_ok=True)
     id_file = workdir / WANDB_FILE
     run_id = id_file.read_text().strip() if resume_step is not None and id_file.exists() else None
@@ -299,8 +310,14 @@ def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | N
     return run
 
 
-def write_run_files(workdir: str | os.PathLike, config: Any) -> None:
-    """Writes config.json (the resolved config) and versions.json (what the run was made with)."""
+def write_run_files(
+    workdir: str | os.PathLike, config: Any, prompts: Mapping[str, int] | None = None
+) -> None:
+    """Writes config.json (the resolved config), versions.json (what the run was made with) and prompts.json.
+
+    Args:
+      prompts: how many prompts there are and were left out, by name; no file without them.
+    """
     if jax.process_index() != 0:
         return
     workdir = Path(workdir)
@@ -319,20 +336,22 @@ def write_run_files(workdir: str | os.PathLike, config: Any) -> None:
     }
     _write_whole(workdir / CONFIG_FILE, _config_json(config))
     _write_whole(workdir / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
+    if prompts is not None:
+        _write_whole(workdir / PROMPTS_FILE, json.dumps(prompts, indent=2) + "\n")
 
 
-def config_conflict(workdir: str | os.PathLike, config: Any) -> str | None:
-    """Whether `workdir` holds a run of another config: None, or the first difference in one line.
+def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None:
+    """Whether `workdir` holds a run of another config: None, or the first difference as an error to raise.
 
     Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them.
+
+    Raises:
+      UserError: the workdir's config.json is damaged.
     """
-    path = Path(workdir) / CONFIG_FILE
-    if not path.exists():
+    found = read_config(workdir)
+    if found is None:
         return None
-    try:
-        old = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        return f"{path} is not readable as JSON; start in another --workdir"
+    old = _flatten(found)
     new = _flatten(json.loads(_config_json(config)))
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
@@ -340,7 +359,7 @@ def config_conflict(workdir: str | os.PathLike, config: Any) -> str | None:
             there, here = (
                 json.dumps(part[key]) if key in part else "not set" for part in (old, new)
             )
-            return (
+            return UserError(
                 f"{workdir} holds a run with another config: {key} is {there} there and {here}"
                 " here; start in another --workdir, or give that run's value"
             )

@@ -6,13 +6,13 @@ Works on a finished run and on one that goes on, and imports no JAX.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opd_jax import report_page
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, fail
+from opd_jax.outputs import write_text
 from opd_jax.run_record import read_run, summary
 
 
@@ -34,19 +34,15 @@ def build(
       lead: HTML put before everything else.
 
     Raises:
-      UserError: a workdir holds no run.
+      UserError: a workdir holds no run, or `out` cannot be written.
     """
     titles = list(titles) if titles is not None else _default_titles(workdirs)
     runs = [read_run(folder, title) for folder, title in zip(workdirs, titles, strict=True)]
     rows = [summary(run) for run in runs]
     for row, extra in zip(rows, summary_rows or [{}] * len(rows), strict=True):
         row.update({key: str(value) for key, value in extra.items()})
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    page = report_page.render(runs, rows, answers or [], lead)
-    # Decoded model text may hold lone surrogates, which UTF-8 has no form for.
-    out.write_text(page, encoding="utf-8", errors="replace")
-    return out
+    write_text(out, report_page.render(runs, rows, answers or [], lead))
+    return Path(out)
 
 
 def _default_titles(workdirs: Sequence[str | Path]) -> list[str]:
@@ -67,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         page = build(options.workdir, options.out or Path(options.workdir[0]) / "report.html")
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     print(page)
 
 

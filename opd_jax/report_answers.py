@@ -11,13 +11,13 @@ TITLE = "Right and wrong answers"
 LINES = {"right": "-", "wrong": "--"}
 PROFILES = (
     ("Teacher margin M", "mean margin M, nats", profiles.margin, profiles.mean),
-    ("Segment score S", "mean S = log(1 + M)", profiles.score, profiles.mean),
+    ("Segment score S", "mean S = log(1 + M / nat), log scale", profiles.score, profiles.mean),
     ("Advantage A, mean", "mean advantage A, nats", profiles.advantage, profiles.mean),
     ("Advantage A, spread", "standard deviation of A, nats", profiles.advantage, profiles.spread),
 )
 SHARES = (
     ("Releases accepted", "share of rollouts with an accepted release", profiles.accepted_share),
-    ("BIC gain", "mean BIC gain of accepted releases", profiles.gain),
+    ("BIC gain", "mean BIC gain of accepted releases, BIC units", profiles.gain),
     ("Release position", "mean share of the response kept, accepted releases", profiles.release_position),
 )
 

@@ -7,16 +7,16 @@ draws one recorded rollout, sentence by sentence.
 
 import argparse
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from opd_jax import report_figures as figures
 from opd_jax import report_page
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, fail
+from opd_jax.outputs import write_text
 from opd_jax.report_html import SIGNS
+from opd_jax.report_rollouts import supervised
 from opd_jax.run_record import Run, column, phase_seconds, read_run
 
 KEY_HEIGHT = 18  # points, of the line that names the runs
@@ -100,7 +100,7 @@ def transcript(rollouts: Iterable[Mapping[str, Any]]) -> str:
         kept = f"{rollout['kept_tokens']} of {rollout['tokens']} tokens kept"
         lines += ["", f"PROMPT {' '.join(rollout['prompt'].split())}", f"({kept})"]
         lines += [
-            f"{'kept' if s['kept'] else 'released':<8}  M {_nats(s['contrast'], 5)}"
+            f"{supervised(s):<8}  M {_nats(s['contrast'], 5)}"
             f"  A {_nats(s['advantage'], 6)}  {' '.join(s['text'].split())}"
             for s in rollout["sentences"]
         ]
@@ -132,10 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         rollout = clearest(read_run(options.workdir).rollouts)
+        write_text(options.out, sentences(rollout))
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    Path(options.out).write_text(sentences(rollout), encoding="utf-8")
+        fail(error)
     print(transcript([rollout]))
 
 

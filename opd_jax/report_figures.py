@@ -2,7 +2,8 @@
 
 Colours are drawn as placeholders and then replaced by CSS variables: `--run-0`, `--run-1`, ... (one
 a run, the same in every plot), `--ink`, `--muted` and `--grid`. A function returns None where the
-runs hold nothing to draw.
+runs hold nothing to draw. A run's colour goes with a mark of its own: colours repeat after 8 runs, marks
+after 7. Every axis is labelled, with its unit.
 """
 
 import io
@@ -22,7 +23,10 @@ Series = tuple[Sequence[int], Sequence[float]]  # steps, values
 
 RUN_COLOURS = 8
 INK, MUTED, GRID = "#111101", "#111102", "#111103"
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX"  # 7, so that colour and mark together repeat after 56 runs
+STEP = "training step"
+POSITION = "relative position in the response, share of its tokens"
+SAMPLED = {"markerfacecolor": "none"}  # hollow marks: held-out points have filled ones
 MOST_POINTS = 400  # a line, so that a long run does not make a heavy page
 STYLE = {
     "svg.fonttype": "none",
@@ -113,10 +117,15 @@ def _marks(run: int, points: int) -> dict[str, Any]:
     return {"marker": MARKERS[run % len(MARKERS)], "markersize": 4.5, "markevery": (start, every)}
 
 
+def _mark(run: int) -> dict[str, str]:
+    """The run's mark and colour, of a single value."""
+    return {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run)}
+
+
 def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if x == "step":
+    if x == STEP:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -145,7 +154,7 @@ def curves(
             axes.set_ylim(-0.03, 1.03)
         if len(kinds) > 1:
             _kinds(axes, [(label, {"linestyle": style}) for label, style, _ in kinds])
-        _label(axes, "step", unit)
+        _label(axes, STEP, unit)
 
     return _svg(name, draw)
 
@@ -161,7 +170,7 @@ def kl(
     def draw(axes: Axes) -> None:
         for run, (series, lines) in enumerate(zip(sampled, measured, strict=True)):
             if series[0]:
-                _line(axes, series, run, marker="")
+                _line(axes, series, run, **SAMPLED)
             if lines:
                 value = np.array([line["kl"] for line in lines])
                 low, high = (
@@ -172,20 +181,21 @@ def kl(
                     [line["step"] for line in lines],
                     value,
                     yerr=np.maximum([value - low, high - value], 0.0),
-                    color=colour(run),
-                    fmt=MARKERS[run % len(MARKERS)],
                     markersize=5.5,
                     capsize=3,
                     elinewidth=1.2,
                     zorder=3,
+                    **_mark(run),
                 )
         if axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0)
-        kinds = [("sampled in training", {})] if any(steps for steps, _ in sampled) else []
+        kinds = []
+        if any(steps for steps, _ in sampled):
+            kinds.append(("sampled in training", SAMPLED | {"marker": "o"}))
         if any(measured):
             kinds.append(("held out, 95% interval", {"linestyle": "", "marker": "o"}))
         _kinds(axes, kinds)
-        _label(axes, "step", "KL(student ‖ teacher), nats/token")
+        _label(axes, STEP, "KL(student ‖ teacher), nats/token")
 
     return _svg("KL over the steps", draw, height=3.4)
 
@@ -228,7 +238,7 @@ def position(
         axes.set_xlim(0, 1)
         shown = {window for profile in profiles for window in profile}
         _kinds(axes, [(window, {"linestyle": style}) for window, style in styles.items() if window in shown])
-        _label(axes, "relative position in the response", unit)
+        _label(axes, POSITION, unit)
 
     return _svg(name, draw)
 
@@ -249,7 +259,7 @@ def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
                 axes.plot((edges[:-1] + edges[1:]) / 2, share, **marks)
         axes.set_xlim(0, 1)
         axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
-        _label(axes, "relative position of the cut in the response", "share of accepted releases")
+        _label(axes, POSITION, "share of accepted releases")
 
     return _svg("Where supervision is released", draw)
 
@@ -283,7 +293,7 @@ def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
         entries.append(Line2D([], [], color=INK, linestyle=":", label="cut"))
         axes.set_xlim(0, edges[-1])
         _legend(axes, entries)
-        _label(axes, "token position in the response", "teacher margin M, nats")
+        _label(axes, "position in the response, tokens", "teacher margin M, nats")
 
     return _svg("Teacher margin, sentence by sentence", draw)
 
@@ -309,7 +319,7 @@ def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) ->
         axes.margins(x=0.12)
         axes.grid(axis="y", visible=False)
         _legend(axes, [Patch(color=INK, alpha=alphas[name], label=name) for name in names])
-        axes.set_xlabel("seconds a step (median)")
+        _label(axes, "seconds a step (median)", "run")
 
     return _svg("Time of a step by phase", draw, height=1.3 + 0.4 * len(titles))
 
@@ -318,19 +328,19 @@ def intervals(
     unit: str,
     labels: Sequence[str],
     estimates: Sequence[tuple[float, float, float]],
-    runs: Sequence[int],
+    runs: Sequence[int | None],
 ) -> str:
-    """(value, low, high) of several runs below one another; `runs` are the numbers of their colours."""
+    """(value, low, high) of several runs below one another, by their numbers; None is drawn in ink."""
 
     def draw(axes: Axes) -> None:
         for row, (run, (value, low, high)) in enumerate(zip(runs, estimates, strict=True)):
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            style = {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run), "capsize": 3}
-            axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, **style)
+            style = {"fmt": "d", "color": INK} if run is None else _mark(run)
+            axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, capsize=3, **style)
         axes.set_yticks(range(len(labels)), labels, parse_math=False)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"{unit}, 95% interval")
+        _label(axes, f"{unit}, 95% interval", "arm")
 
     return _svg(unit, draw, height=1.0 + 0.3 * len(labels))
 
@@ -349,8 +359,7 @@ def groups(
                     continue
                 value, low, high = estimate
                 right = group == "right"
-                style = {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run), "capsize": 3}
-                style |= {} if right else {"markerfacecolor": "none"}
+                style = _mark(run) | {"capsize": 3} | ({} if right else {"markerfacecolor": "none"})
                 error = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 row = run + (-0.15 if right else 0.15)
                 axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, **style)
@@ -359,6 +368,6 @@ def groups(
         axes.grid(axis="y", visible=False)
         looks = {"right": {}, "wrong": {"markerfacecolor": "none"}}
         _kinds(axes, [(group, {"linestyle": "", "marker": "o"} | look) for group, look in looks.items()])
-        axes.set_xlabel(unit)
+        _label(axes, unit, "run")
 
     return _svg(name, draw, height=1.3 + 0.4 * len(titles))

@@ -37,7 +37,7 @@ def section(runs: Sequence[Run]) -> str:
                 html.curve(
                     runs,
                     "Gradient norm by tokens",
-                    "gradient norm",
+                    "gradient norm, nats/token per unit of weight",
                     *(f"gradient_norm_{part}" for part in PARTS),
                     labels=LABELS,
                 ),
@@ -50,7 +50,7 @@ def section(runs: Sequence[Run]) -> str:
                 html.curve(
                     runs,
                     "Signal-to-noise ratio of the gradient by tokens",
-                    "signal power / noise power",
+                    "signal power / noise power, ratio",
                     *(f"gradient_snr_{part}" for part in PARTS),
                     labels=LABELS,
                 ),

@@ -7,7 +7,7 @@ from typing import Any
 from opd_jax import report_figures as figures
 from opd_jax.run_record import Run, column
 
-SIGNS = "●■◆▲▼✚✖★"  # as figures.MARKERS draws them
+SIGNS = "●■◆▲▼✚✖"  # as figures.MARKERS draws them
 
 
 def section(title: str, *body: str) -> str:

@@ -18,6 +18,7 @@ from opd_jax import report_html as html
 from opd_jax.run_record import Run, column, differences, phase_seconds
 
 STYLE_FILE = Path(__file__).with_name("report.css")
+GRADIENT = "gradient norm, nats/token per unit of weight"
 BINS = ("tokens", "contrast_sum", "advantage_sum", "advantage_sq_sum", "kept_tokens")
 
 
@@ -127,7 +128,7 @@ def _teachability(runs: Sequence[Run]) -> str:
                 "Segment score S",
                 figures.position(
                     "Segment score S",
-                    "mean S = log(1 + M of the sentence)",
+                    "mean S = log(1 + M / nat), log scale",
                     [{"recorded rollouts, 95% interval": score} for score in scores],
                 ),
                 "What the rule looks for a drop in; each token with its sentence's S. Of the recorded"
@@ -211,7 +212,7 @@ def _release(runs: Sequence[Run]) -> str:
                 html.curve(
                     runs,
                     "Shares over the steps",
-                    "share",
+                    "share of tokens (kept), of rollouts (accepted)",
                     "kept_share",
                     "accepted_share",
                     share=True,
@@ -233,9 +234,16 @@ def _release_words(run: Run, count: np.ndarray) -> str:
     # The median's place inside its bin, by linear interpolation.
     edges = np.linspace(0, 1, len(count) + 1)
     median = np.interp(0.5 * total, np.concatenate([[0], np.cumsum(count)]), edges)
-    accepted, gain = (column(run.train, key)[1] for key in ("accepted_share", "gain"))
+    accepted = column(run.train, "accepted_share")[1]
     share = f" ({np.mean(accepted):.0%} of rollouts)" if accepted else ""
-    mean_gain = f", mean BIC gain {np.mean(gain):.1f}" if gain else ""
+    # A step's gain is the mean of its accepted rollouts, so it weighs as many as there were.
+    weighed = [
+        (line["gain"], sum(line["release_histogram"]))
+        for line in run.train
+        if line.get("gain") is not None and line.get("release_histogram")
+    ]
+    gains, releases = np.array(weighed, float).reshape(-1, 2).T
+    mean_gain = f", mean BIC gain {gains @ releases / releases.sum():.1f}" if releases.sum() else ""
     return (
         f"rule “{escape(run.rule)}”, {total:,.0f} accepted releases{share}, median position"
         f" {median:.0%} of the response{mean_gain}."
@@ -249,13 +257,15 @@ def _health(runs: Sequence[Run]) -> str:
             runs,
             html.panel(
                 "Gradient norm",
-                html.curve(runs, "Gradient norm over the steps", "gradient norm", "grad_norm"),
+                html.curve(runs, "Gradient norm over the steps", GRADIENT, "grad_norm"),
                 "Global norm before clipping.",
                 "No gradient norm was recorded.",
             ),
             html.panel(
                 "Response length",
-                html.curve(runs, "Response length over the steps", "tokens", "response_length"),
+                html.curve(
+                    runs, "Response length over the steps", "mean response length, tokens", "response_length"
+                ),
                 "Mean length of a rollout.",
                 "No response length was recorded.",
             ),
@@ -273,7 +283,7 @@ def _health(runs: Sequence[Run]) -> str:
                 html.curve(
                     runs,
                     "Probability of an end token over the steps",
-                    "probability a token",
+                    "probability of an end token at a position",
                     "stop_probability",
                     "teacher_stop_probability",
                 ),
@@ -286,7 +296,7 @@ def _health(runs: Sequence[Run]) -> str:
                 html.curve(
                     runs,
                     "Advantage spread over the steps",
-                    "standard deviation, nats",
+                    "standard deviation of A, nats",
                     "advantage_std",
                 ),
                 "Standard deviation of A over the response tokens of a step.",
@@ -310,6 +320,7 @@ def _time(runs: Sequence[Run]) -> str:
 def _rollouts(runs: Sequence[Run]) -> str:
     legend = (
         '<p class="key"><span><span class="kept">supervised sentence</span></span>'
+        '<span><span class="partly">partly supervised</span></span>'
         '<span><span class="released">released sentence</span></span>'
         "<span><sub>1.23</sub> its mean margin M, nats</span></p>"
         "<p>Bars above a text: a sentence each, as wide as its tokens and as high as its M.</p>"

@@ -7,6 +7,13 @@ from typing import Any
 SHOWN = {"latest": 4, "earliest": 2}  # of a run, from its last and its first recorded step
 
 
+def supervised(sentence: Mapping[str, Any]) -> str:
+    """What becomes of a sentence: "kept", "partly" (a cut inside it, or single tokens), or "released"."""
+    whole = sentence["tokens"]
+    kept = sentence.get("kept_tokens", whole if sentence["kept"] else 0)
+    return "kept" if kept == whole else "partly" if kept else "released"
+
+
 def articles(rollouts: Sequence[Mapping[str, Any]]) -> str:
     """Some of the rollouts, one article each; "" where there are none."""
     return "".join(_rollout(rollout) for rollout in _choose(rollouts))
@@ -33,7 +40,7 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
     top = max((s["contrast"] or 0.0 for s in sentences), default=0.0) or 1.0
     bars, text = [], []
     for before, sentence in zip([None, *sentences], sentences, strict=False):
-        kind = "kept" if sentence["kept"] else "released"
+        kind = supervised(sentence)
         margin, advantage = (
             "–" if sentence[key] is None else f"{sentence[key]:.2f}"
             for key in ("contrast", "advantage")
@@ -41,11 +48,13 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
         height = 8 + 92 * (sentence["contrast"] or 0.0) / top
         size = f"flex:{sentence['tokens']};height:{height:.0f}%"
         bars.append(f'<i class="{kind}" style="{size}"></i>')
-        if before is not None and before["kept"] and not sentence["kept"]:
+        if before is not None and supervised(before) != "released" and kind == "released":
             text.append('<b class="cut" title="supervision ends here"></b>')
         body = sentence["text"].rstrip()
         tail = sentence["text"][len(body) :]
         hint = f"M {margin}, A {advantage} nats/token, {sentence['tokens']} tokens"
+        if kind == "partly":
+            hint += f", {sentence['kept_tokens']} of them supervised"
         span = f'<span class="{kind}" title="{hint}">{escape(body)}</span>'
         text.append(f"{span}<sub>{margin}</sub>{tail or ' '}")
     return (

@@ -23,6 +23,7 @@ class Run:
     title: str
     config: Mapping[str, Any]
     versions: Mapping[str, Any]
+    prompts: Mapping[str, int]
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
     rollouts: list[dict[str, Any]]
@@ -49,12 +50,41 @@ def read_run(workdir: str | Path, title: str | None = None) -> Run:
         raise UserError(f"--workdir={workdir}: metrics.jsonl holds no step yet; try again later")
     return Run(
         title=title or workdir.resolve().name,
-        config=_read_object(workdir / "config.json"),
-        versions=_read_object(workdir / "versions.json"),
+        config=read_config(workdir) or {},
+        versions=read_object(workdir / "versions.json") or {},
+        prompts=read_object(workdir / "prompts.json") or {},
         train=train,
         evals=evals,
         rollouts=_read_lines(workdir / "rollouts.jsonl"),
     )
+
+
+def read_config(workdir: str | Path) -> dict[str, Any] | None:
+    """The config.json of a workdir; None where there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    return read_object(Path(workdir) / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file of a workdir; None where there is none.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError too
+        raise UserError(
+            f"{path} is not readable as JSON ({error}); restore it, or start in another --workdir"
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object; restore it, or start in another --workdir")
+    return found
 
 
 def summary(run: Run) -> dict[str, str]:
@@ -68,6 +98,7 @@ def summary(run: Run) -> dict[str, str]:
         "Run": run.title,
         "Rule": run.rule,
         "Steps": f"{max((line['step'] for line in run.train), default=0):,}",
+        "Prompts: train, held out; left out": _prompts(run.prompts),
         "Held-out KL, nats/token": _held_out(run.evals),
         "Sampled KL, nats/token": _first_and_last_tenth(column(run.train, "kl")[1]),
         "Supervised tokens": f"{supervised:,.0f} ({supervised / tokens:.0%})" if tokens else "–",
@@ -109,6 +140,13 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 
+def _prompts(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return "–"
+    left_out = f"{counts['over_long']:,} too long, {counts['repeated']:,} repeated"
+    return f"{counts['train']:,}, {counts['heldout']:,}; {left_out}"
+
+
 def _held_out(evals: Sequence[Mapping[str, Any]]) -> str:
     measured = [line for line in evals if line.get("kl") is not None]
     if not measured:
@@ -147,7 +185,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON ({error}); mend it") from error
     return records
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

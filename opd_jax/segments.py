@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import punkt, scans, sentences, tokenizers
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, nearest
 
 KINDS = ("punkt", "punkt_untrained", "newline", "fixed:N", "token", "nltk")
 
@@ -80,7 +80,8 @@ def check_kind(kind: str, parameters: str = ""):
         if not (size.isascii() and size.isdigit() and int(size) > 0):
             raise UserError(f"segments.kind={kind}: N of fixed:N is a number of tokens, 1 or more")
     elif kind not in KINDS or kind == "fixed:N":
-        raise UserError(f"segments.kind={kind!r} is unknown: use one of {', '.join(KINDS)}")
+        near = nearest(kind, KINDS)
+        raise UserError(f"segments.kind={kind!r} is unknown{near}: use one of {', '.join(KINDS)}")
     if parameters and kind not in ("punkt", "nltk"):
         raise UserError(f"segments.punkt={parameters} is not read by segments.kind={kind}; leave it empty")
 

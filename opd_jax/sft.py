@@ -68,7 +68,7 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
         raise UserError(f"data.path={config.data.path!r}: no such file; give a JSONL file of messages")
     options = tokenizers.template_options(config.data.template, tokenizer)
     prompts, responses = [], []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 messages = json.loads(line)["messages"]

@@ -1,12 +1,13 @@
-"""An ablation: every arm with every seed, one after another, then one table and one page.
+"""An ablation: every arm with every seed, one after another, the teacher once, then one table and one page.
 
     python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule
     python -m opd_jax.sweep --config=configs/ablations/rule.py:configs/mine.py --out=runs/rule --jobs=jobs
     python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule --table
 
-Started again with the same --out it skips what is done and goes on where it stopped. --jobs writes a shell
-file for each run that is not done, in place of running it; with --settings, a settings file of launch/tpu.sh
-and launch/gke.sh. --table makes the table of the runs that are done, and runs nothing.
+Started again with the same --out it skips what is done and goes on where it stopped. Where eval.benchmark is
+set, the teacher answers the benchmarks too, once; --teacher does that alone. --jobs writes a shell file for
+each run that is not done, in place of running it; with --settings, a settings file of launch/tpu.sh and
+launch/gke.sh. --table makes the table of the runs that are done, and runs nothing.
 """
 
 import json
@@ -21,15 +22,20 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import arms, distributed, sweep_table
+from opd_jax import arms, benchmark_run, distributed, sweep_table
 from opd_jax.arms import Planned
 from opd_jax.compare import read_lines
 from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.metrics import METRICS_FILE, config_conflict
+from opd_jax.outputs import make_folder
+from opd_jax.sweep_table import TEACHER
 
 # What the student's start depends on: runs that agree in these share one evaluation of it.
 START_SECTIONS = ("seed", "student", "teacher", "data", "rollout", "scoring", "mesh")
+# What the teacher's answers depend on.
+TEACHER_READS = ("seed", "teacher", "student", "data", "rollout", "eval")
+TEACHER_FILE = "settings.json"  # of the folder with its answers; written when they are all there
 
 
 def is_done(planned: Planned) -> bool:
@@ -60,7 +66,7 @@ def carry_out(runs: Sequence[Planned]) -> None:
     for planned in runs:
         conflict = config_conflict(planned.workdir, planned.config)
         if conflict:
-            raise UserError(conflict)
+            raise conflict
     # Looked at before anything runs, and by process 0 for all: the folders change while others look.
     done = [is_done(planned) for planned in runs]
     fresh = [not (planned.workdir / "checkpoints").is_dir() for planned in runs]
@@ -83,6 +89,33 @@ def carry_out(runs: Sequence[Planned]) -> None:
         train(job, planned.workdir, start)
 
 
+def examine_teacher(planned: Planned, out: Path) -> None:
+    """The teacher of a run answers the run's benchmarks as its student does, once; call it in every process.
+
+    Writes OUT/teacher/NAME-model.jsonl and .json; what is there of the same settings stays.
+    """
+    from opd_jax.job import prepare
+
+    config, folder = planned.config, out / TEACHER
+    if not config.eval.benchmark:
+        return
+    settings = config.to_dict()
+    wanted = json.dumps({name: settings[name] for name in TEACHER_READS}, sort_keys=True, indent=1)
+    there = folder / TEACHER_FILE
+    done = there.is_file() and there.read_text(encoding="utf-8") == wanted
+    if distributed.gathered([done])[0][0]:
+        return
+    if jax.process_index() == 0:
+        print(f"teacher: {config.teacher.path} answers {', '.join(config.eval.benchmark)}", flush=True)
+    job = prepare(config)
+    responder, params = job.teacher_responder(job.key(benchmark_run.KEY)), job.teacher_params()
+    for exam in job.exams:
+        result = benchmark_run.answer(exam, responder, params, config.eval.samples)
+        benchmark_run.write(folder, "model", result)
+    if jax.process_index() == 0:
+        there.write_text(wanted, encoding="utf-8")
+
+
 def write_jobs(
     runs: Sequence[Planned],
     folder: Path,
@@ -93,16 +126,17 @@ def write_jobs(
     """Writes FOLDER/ARM-seed-N.sh for each run that is not done; returns the files.
 
     Args:
-      config_argument, changes: --config=VALUE and the --config.KEY=VALUE of the command line.
+      config_argument, changes: --config=VALUE and the --config.KEY=VALUE of the command line, as `changes_of`
+        has them.
       settings: a settings file of launch/; each file is then a copy of it for its run, and says how to launch
-        it. Without, each file is the command.
+        it. Without, each file is the command of this interpreter in this folder.
 
     Raises:
       UserError: there is no such settings file.
     """
     if settings is not None and not settings.is_file():
         raise UserError(f"--settings={settings}: no such file; copy launch/settings.example.sh there")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--jobs")
     files = []
     for planned in runs:
         if is_done(planned):
@@ -112,9 +146,10 @@ def write_jobs(
         name = f"{planned.arm}-seed-{planned.seed}"
         file = folder / f"{name}.sh"
         if settings is None:
-            command = ["python", "-m", "opd_jax.train", f"--config={config_argument}"]
+            command = [sys.executable, "-m", "opd_jax.train", f"--config={config_argument}"]
             command += [*arguments, f"--workdir={planned.workdir}"]
-            file.write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n")
+            here = shlex.quote(str(Path.cwd()))
+            file.write_text(f"#!/bin/sh\ncd {here} || exit 2\nexec {shlex.join(command)}\n")
             file.chmod(0o755)
         else:
             slug = re.sub(r"[^a-z0-9]+", "-", name.lower())
@@ -141,12 +176,19 @@ def main(_):
         raise UserError(f"--seeds={','.join(options.seeds)}: give whole numbers, such as 0,1,2")
     seeds = [int(seed) for seed in options.seeds]
     runs = arms.plan(path, options.config, options.out, options.arms, seeds)
+    if not options.jobs:
+        make_folder(options.out)
     if options.jobs:
-        changes = [a for a in sys.argv[1:] if a.startswith("--config.")]
+        changes = changes_of(sys.argv[1:])
         settings = Path(options.settings) if options.settings else None
         for file in write_jobs(runs, Path(options.jobs), argument, changes, settings):
             print(file)
         print(f"run these; then, where {options.out} is seen, the same with --table in place of --jobs")
+        if runs[0].config.eval.benchmark:
+            print("the teacher's row: the same with --teacher in place of --jobs, on a machine that holds it")
+        return
+    if options.teacher:
+        examine_teacher(runs[0], Path(options.out))
         return
     if options.table:
         runs = [planned for planned in runs if is_done(planned)]
@@ -154,8 +196,20 @@ def main(_):
             raise UserError(f"--table: no run of {options.out} is done")
     else:
         carry_out(runs)
+        examine_teacher(runs[0], Path(options.out))
     if jax.process_index() == 0:
         print(sweep_table.write(runs, Path(options.out)))
+
+
+def changes_of(argv: Sequence[str]) -> list[str]:
+    """The changes of the config among a command's words, each as --config.KEY=VALUE."""
+    found = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        if argument.startswith("--config.") and "=" not in argument and not following.startswith("--"):
+            argument = f"{argument}={following}"
+        if argument.startswith(("--config.", "--noconfig.")):
+            found.append(argument)
+    return found
 
 
 def _config_arguments(argv: Sequence[str]):
@@ -173,5 +227,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("seeds", [], "These seeds in place of the file's.")
     flags.DEFINE_string("jobs", None, "Write a shell file a run into this folder instead of running.")
     flags.DEFINE_string("settings", None, "With --jobs: a settings file of launch/ to make one of each run.")
+    flags.DEFINE_bool("teacher", False, "Only the teacher's answers to the benchmarks.")
     flags.DEFINE_bool("table", False, "Only the table of the runs that are done.")
     run(main)

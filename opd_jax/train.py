@@ -39,7 +39,8 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
       distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c, mesh = job.config, job.mesh
-    metrics.write_run_files(workdir, c)
+    metrics.write_run_files(workdir, c, job.prompts.counts)
+    benchmark_run.write_shared(workdir, job.shared)
 
     # ---- State: the newest checkpoint, or the start.
     checkpoints = Checkpoints(workdir, c.checkpoint.keep)
@@ -71,6 +72,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         preemption = stack.enter_context(distributed.Preemption())
         clock = stack.enter_context(metrics.PhaseClock())
         writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done))
+        writer.say(str(job.prompts))
         # What is recorded of the step to go on from, as process 0 sees it.
         asked = [("eval", None), *(("benchmark", exam.benchmark.name) for exam in job.exams)]
         recorded = distributed.gathered([name in writer.recorded for name in asked])[0]

@@ -8,8 +8,7 @@ Parameters are named by the last key of their path, so a name is that weight in 
 import optax
 from flax import traverse_util
 
-from opd_jax.config import nearest
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, nearest
 
 
 def split(params: dict, frozen) -> tuple[dict, dict]:

@@ -30,6 +30,7 @@ def transcripts(
                     "text": tokenizer.decode(response_T[here_T]),
                     "tokens": int(here_T.sum()),
                     "kept": bool(release.mask_BT[b][here_T].all()),
+                    "kept_tokens": int(release.mask_BT[b][here_T].sum()),
                     "contrast": float(scores.contrast_BT[b][here_T].mean()),
                     "advantage": float(scores.advantage_BT[b][here_T].mean()),
                     "advantage_std": float(scores.advantage_BT[b][here_T].std()),

@@ -45,6 +45,22 @@ def test_every_phase_has_its_seconds_and_rate(printed):
     assert "5 train_steps with release.rule=paper, each less one with none and no sentences" in cost
 
 
+@pytest.mark.parametrize(
+    "shape, flag, said",
+    [
+        (SHAPE, "--micro_batch=3", "--micro_batch=3 does not divide BATCH=4"),
+        ((1, 32, 48, 4, 3, 8, 264, 4, 8, 8), "--chunk=8", "HEADS=4 is no multiple of KV_HEADS=3"),
+        ((0, *SHAPE[1:]), "--chunk=8", "LAYERS=0 is out of range"),
+        (SHAPE, "--remat=foo", "none|dots|full"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_line(shape, flag, said):
+    run = tiny.entry("opd_jax.bench", *shape, flag)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert said in run.stderr
+
+
 def test_a_shape_that_is_not_ten_numbers_is_refused_in_one_line():
     run = tiny.entry("opd_jax.bench", *SHAPE[:9])
     assert run.returncode == 2

@@ -7,6 +7,7 @@ import os
 import signal
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -130,13 +131,37 @@ def test_every_response_is_counted_once_with_its_own_problem(job):
     result = benchmark_run.answer(job.exams[0], scripted(job, replies), {}, 2)
     assert [row["right"] for row in result["rows"]] == [[1, 0], [1, 1], [0, 0], [1, 0], [1, 0]]
     assert result["accuracy"] == 0.5
-    # One of two is right with certainty in all problems but the third.
+    # One of two is right with certainty in all problems but the third; no other k is reported.
+    assert [name for name in result if name.startswith("pass_")] == ["pass_2"]
     assert result["pass_2"] == pytest.approx(0.8)
     assert result["accuracy_low"] < 0.5 < result["accuracy_high"]
     assert (result["finished_share"], result["problems"], result["samples"]) == (0.9, 5, 2)
     lengths = [min(len(reply), 15) + 1 for reply in replies]
     assert result["response_length"] == pytest.approx(np.mean(lengths))
     assert result["rows"][3]["responses"] == ["6", "7"]
+
+
+def test_pass_at_k_is_reported_for_powers_of_two_and_for_all_samples(job):
+    exam = dataclasses.replace(job.exams[0], prompts=job.exams[0].prompts[:1])
+    exam = dataclasses.replace(exam, benchmark=Benchmark("one", exam.benchmark.problems[:1], 1))
+    result = benchmark_run.answer(exam, scripted(job, ["It is 1"] * 5 + ["It is 0"]), {}, 6)
+    assert {name: v for name, v in result.items() if name.startswith("pass_")} == {
+        "pass_2": pytest.approx(1 / 3),
+        "pass_4": pytest.approx(2 / 3),
+        "pass_6": 1.0,
+    }
+
+
+def test_the_held_out_prompts_with_answers_are_a_benchmark(job):
+    heldout = [dataclasses.replace(p, answer="So\n#### 4") for p in job.prompts.heldout[:2]]
+    unanswered = list(job.prompts.heldout[2:])
+    (exam,) = benchmark_run.prepare(
+        ["heldout"], job.tokenizer, job.config.data, heldout=[*heldout, *unanswered]
+    )
+    assert exam.prompts == heldout and exam.benchmark.name == "heldout"
+    assert [p.answer for p in exam.benchmark.problems] == ["4", "4"]
+    with pytest.raises(UserError, match="heldout needs held-out prompts with answers"):
+        benchmark_run.prepare(["heldout"], job.tokenizer, job.config.data, heldout=unanswered)
 
 
 def test_a_hostile_response_is_wrong_and_counted_as_ungraded(job):
@@ -226,7 +251,7 @@ def test_the_entry_answers_as_training_did_or_a_folder_alone(finished, models, q
     assert same >= 4, "one device against eight may round a draw differently, but hardly more"
     shape = "--config.rollout.batch=8", "--config.rollout.max_tokens=12", "--config.data.prompt_tokens=128"
     arguments = f"--model={models / 'student'}", spec, "--temperature=0", f"--out={tmp_path}"
-    done = tiny.entry("opd_jax.evaluate", "--config=configs/default.py", *shape, *arguments)
+    done = tiny.entry("opd_jax.evaluate", *shape, "--config.student.compute_dtype=bfloat16", *arguments)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "ours-model-greedy.jsonl").read_text().splitlines()) == 5
 
@@ -236,6 +261,7 @@ def test_the_entry_answers_as_training_did_or_a_folder_alone(finished, models, q
     [
         ({}, "--workdir=DIR"),
         ({"model": "/nowhere"}, "--out=FOLDER"),
+        ({"workdir": "/nowhere", "config": "given"}, "--workdir has its own config"),
         ({"model": "/nowhere", "out": "x"}, "--model: no folder /nowhere"),
     ],
 )
@@ -247,12 +273,39 @@ def test_mistakes_on_the_command_line_are_refused_in_one_line(given, said):
     assert "\n" not in str(caught.value)
 
 
-def test_problems_that_training_has_too_are_reported(job):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_alone_answers_in_the_dtype_of_the_config(models, dtype):
+    settings = tiny.config(models, **{"student.compute_dtype": dtype})
+    _, params = evaluate_benchmarks.of_model(settings)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+
+
+def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
     prompts = dataclasses.replace(job.prompts)
-    assert benchmark_run.shared_with_training(prompts, job.exams) is None
-    copied = dataclasses.replace(prompts.train[0], text="4 + 4 ?")
+    assert benchmark_run.shared_with_training(prompts, job.exams) == []
+    # Whatever stands before the last message, a system prompt of the record's own or earlier turns.
+    copied = dataclasses.replace(prompts.train[0], text="Be brief.\n4 + 4 ?", question="4 + 4 ?")
     prompts = dataclasses.replace(prompts, train=[*prompts.train, copied])
-    assert "1 in ours (such as '4 + 4 ?')" in benchmark_run.shared_with_training(prompts, job.exams)
+    shared = benchmark_run.shared_with_training(prompts, job.exams)
+    found = [(r["evaluation"], r["problem"], r["train"]) for r in shared]
+    assert found == [("ours", 4, len(prompts.train) - 1)]
+    assert "1 in ours (such as '4 + 4?')" in benchmark_run.say_shared(shared)
+    benchmark_run.write_shared(tmp_path, shared)
+    (line,) = (tmp_path / "shared_prompts.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "Be brief.\n4 + 4 ?"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no json\n", b'{"step": 1}\n', b"[1]\n", b"\xff\n", b'{"problem": 0, "right": 1, "text": ""}\n'],
+)
+def test_what_is_no_file_of_results_is_refused_in_one_line(finished, tmp_path, capsys, content):
+    (tmp_path / "wrong.jsonl").write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(finished), str(tmp_path / "wrong.jsonl")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"error: {tmp_path / 'wrong.jsonl'} is no file of results")
 
 
 def test_a_run_compared_with_itself_is_not_told_apart(finished, capsys):

@@ -1,7 +1,9 @@
 """Every mistake a user can make ends in one line that names the key, the value and the remedy."""
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -9,8 +11,9 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from opd_jax import config, job
+from opd_jax import config, export, job
 from opd_jax.errors import UserError
+from opd_jax.evaluate import run_config
 from opd_jax.models import transformer
 from tests import tiny
 
@@ -49,6 +52,10 @@ def refusal(settings, workdir=None) -> str:
 @pytest.mark.parametrize(
     "key, value, said",
     [
+        ("seed", -1, "between 0 and 4294967295"),
+        ("seed", 2**32, "between 0 and 4294967295"),
+        ("segments.kind", "punk", "did you mean punkt?"),
+        ("data.source", "jsnl", "did you mean jsonl?"),
         ("release.rule", "papr", "did you mean paper?"),
         ("release.rule", "iw-opd", "did you mean iw_opd?"),
         ("release.prefix_fraction", 0.0, "between"),
@@ -140,6 +147,37 @@ def test_what_acts_on_advantages_is_refused_for_an_objective_that_has_none(model
     assert "policy_gradient" in message
 
 
+def test_weights_and_biases_that_are_missing_are_refused_before_weights_load(models, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "wandb is missing" in refusal(tiny.config(models, **{"metrics.wandb": "p"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+WRONG_FILES = {
+    "def get_config(:\n": "SyntaxError",
+    "x = 1\n": "has no get_config()",
+    "def get_config():\n    return nothing\n": "NameError",
+    "import no_such_module\n": "ModuleNotFoundError",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FILES, ids=WRONG_FILES.get)
+def test_a_config_file_that_python_cannot_run_is_told_with_its_line(tmp_path, text):
+    (tmp_path / "c.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(WRONG_FILES[text])) as caught:
+        config.load(str(tmp_path / "c.py"))
+    assert "\n" not in str(caught.value) and str(tmp_path / "c.py") in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [run_config, lambda workdir: export.export(workdir, workdir / "out")])
+@pytest.mark.parametrize("content", ["{", "[]", '{"seed": "x"}'])
+def test_a_damaged_config_of_a_run_is_a_mistake_for_every_reader(tmp_path, read, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config.json") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_micro_batch_of_zero_is_the_whole_batch(models):
     settings = config.validate(tiny.config(models))
     assert settings.train.micro_batch == 8
@@ -213,6 +251,7 @@ def test_every_recipe_has_the_fields_of_the_default():
         ([DEMO, "--config.release.rul=none"], "did you mean release.rule?"),
         ([DEMO, "--config.release.rule=papr"], "did you mean paper?"),
         (["--config=configs/dem.py"], "configs/dem.py: no such file"),
+        (["--config=configs/ablations/rule.py:configs/none.py"], "--config=configs/none.py: no such file"),
         ([], "--config is not set"),
         ([DEMO, "--workdir="], "--workdir is not set"),
     ],

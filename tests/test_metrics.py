@@ -263,10 +263,10 @@ def test_first_other_key_is_named_with_both_values(tmp_path):
     changed = base_config()
     changed.rollout.batch = 4
     conflict = metrics.config_conflict(tmp_path, changed)
-    assert "rollout.batch is 8 there and 4 here" in conflict and "\n" not in conflict
+    assert "rollout.batch is 8 there and 4 here" in str(conflict) and "\n" not in str(conflict)
     added = base_config()
     added.train.steps_more = 1  # begins like a free key, and is none
-    assert "train.steps_more is not set there" in metrics.config_conflict(tmp_path, added)
+    assert "train.steps_more is not set there" in str(metrics.config_conflict(tmp_path, added))
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, with small parameters; the committed outputs are of a real run."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -9,6 +10,9 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+
+from opd_jax import notebooks
+from opd_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -75,7 +79,7 @@ def test_qwen3_notebook_runs_on_a_tiny_pair(models, tmp_path, monkeypatch):
         TOPOLOGY="",
         LOGIN=False,
     )
-    assert "20 prompts, 4 held out" in printed
+    assert "20 training prompts, 4 held out" in printed
     assert (tmp_path / "run" / "report.html").exists()
 
 
@@ -129,8 +133,90 @@ def test_notebook_is_plain(name):
     notebook = read(name)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert not [line for cell in code for line in cell.splitlines() if line.startswith(("def ", "class "))]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not logic(cell.source), cell.source
+
+
+LOGIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.While, ast.Try, ast.With)
+
+
+def logic(source: str) -> list[str]:
+    """What of a cell belongs into the library: definitions, branches and loops that do more than show.
+
+    A loop of prints is display; a branch of one call is a switch. The install cell runs before there is a
+    library, and is tested by itself.
+    """
+    if "git clone" in source:
+        return []
+    found = []
+    for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
+        plain = not isinstance(node, LOGIC)
+        if isinstance(node, ast.For):
+            plain = all(ast.unparse(line).startswith("print(") for line in node.body)
+        if isinstance(node, ast.If):
+            plain = not node.orelse and len(node.body) == 1 and isinstance(node.body[0], ast.Expr)
+        if not plain:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if a:\n    def f():\n        pass",
+        "for x in y:\n    total = total + x",
+        "if a:\n    b = 1\nelse:\n    b = 2",
+        "f = lambda x: x",
+        "with open(a) as f:\n    f.read()",
+    ],
+)
+def test_logic_in_a_cell_is_found_at_any_depth(source):
+    assert logic(source)
+
+
+def test_plain_cells_have_no_logic():
+    assert not logic("x = f(1)\nif LOGIN:\n    login()\nfor a, b in c:\n    print(a, b)")
+
+
+def test_preflight_compiles_the_notebooks_own_settings_and_its_refusal_ends_the_notebook(
+    models, monkeypatch, capsys
+):
+    changes = notebooks.settings(7, "", {"rollout.batch": 8, "train.frozen": ("embedding",)})
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, len(commands) - 1, stdout="the table")
+
+    monkeypatch.setattr(notebooks.subprocess, "run", run)
+    arguments = "configs/one_chip.py", "Qwen/Qwen3-0.6B", str(models / "teacher"), changes
+    notebooks.preflight(*arguments, "v5e:1x1")
+    assert "the table" in capsys.readouterr().out
+    assert set(commands[0][3:]) == {
+        "--config=configs/one_chip.py",
+        "--topology=v5e:1x1",
+        "--config.student.path=preset:Qwen3-0.6B",
+        f"--config.teacher.path={models / 'teacher'}",
+        "--config.data.source=demo",
+        "--config.data.path=",
+        "--config.data.over_long=drop",
+        "--config.train.steps=7",
+        "--config.rollout.batch=8",
+        "--config.train.frozen=('embedding',)",
+    }
+    with pytest.raises(UserError, match="preflight for v5e:1x1 ended with status 1"):
+        notebooks.preflight(*arguments, "v5e:1x1")
+    notebooks.preflight(*arguments, "")
+    assert len(commands) == 2
+
+
+def test_a_notebooks_overrides_that_are_no_fields_are_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert notebooks.config("configs/one_chip.py", {"train.steps": 3}).train.steps == 3
+    for wrong in ({"train.step": 3}, {"train.steps": "three"}):
+        with pytest.raises(UserError, match=r"train.step.*does not fit"):
+            notebooks.config("configs/one_chip.py", wrong)
 
 
 def test_demo_notebook_was_committed_with_the_outputs_of_one_run():

@@ -1,15 +1,18 @@
 """Prompts of many origins: columns, generators, mixtures, earlier turns, and what evaluation shares."""
 
+import csv
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tensorflow_datasets as tfds
 
 from configs import default
 from opd_jax import data
 from opd_jax.errors import UserError
+from opd_jax.prompts import records, sources
 from tests import tiny
 
 
@@ -48,17 +51,154 @@ SCHEMAS = {
 }
 
 
+def write_as(kind, path, records) -> str:
+    if kind == "jsonl":
+        return write(path.with_suffix(".jsonl"), records)
+    pa.parquet.write_table(pa.Table.from_pylist(records), path.with_suffix(".parquet"))
+    return str(path.with_suffix(".parquet"))
+
+
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_usual_data_sets_are_read_by_their_columns(tokenizer, tmp_path, name, kind):
+def test_usual_data_sets_are_read_by_their_name_or_by_their_columns(tokenizer, tmp_path, name, kind):
     record, columns, answer = SCHEMAS[name]
-    path = tmp_path / f"{name}.{kind}"
-    if kind == "jsonl":
-        write(path, [record, record])
-    else:
-        pa.parquet.write_table(pa.Table.from_pylist([record, record]), path)
-    prompts = load(tokenizer, source=kind, path=str(path), columns=columns).train
-    assert [(p.text, p.answer) for p in prompts] == [("Q?", answer)] * 2
+    path = write_as(kind, tmp_path / name, [record])
+    for source, named in ((kind, columns), (name, {})):
+        columns = {"prompt": "", "answer": ""} | named
+        prompts = load(tokenizer, source=source, path=path, columns=columns).train
+        assert [(p.text, p.answer) for p in prompts] == [("Q?", answer)]
+    mixed = load(tokenizer, source="mixture", mixture=(f"1 {name}:{path}",)).train
+    assert [(p.text, p.answer) for p in mixed] == [("Q?", answer)]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_data_set_of_another_schema_is_refused_by_the_columns_it_lacks(tokenizer, tmp_path, name, kind):
+    wanted = sources.datasets()[name]
+    path = write_as(kind, tmp_path / "other", [{"instruction": "Q?", "output": "7"}])
+    with pytest.raises(UserError) as caught:
+        load(tokenizer, source=name, path=path)
+    said = str(caught.value)
+    assert f"lacks {wanted['prompt']} and {wanted['answer']}; {wanted['title']} has" in said
+    assert "it has instruction, output" in said and "\n" not in said
+    with pytest.raises(UserError, match=f"data.columns is not read by data.source={name}"):
+        load(tokenizer, source=name, path=path, columns={"prompt": "instruction"})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_an_answer_column_that_no_record_has_is_refused(tokenizer, tmp_path, kind):
+    path = write_as(kind, tmp_path / "a", [{"prompt": text, "answer": "1"} for text in ("Q?", "R?")])
+    with pytest.raises(UserError, match=r"data.columns.answer=solution: no record .* it has answer, prompt"):
+        load(tokenizer, source=kind, path=path, columns={"answer": "solution"})
+
+
+def test_only_the_columns_that_are_looked_at_are_read_of_a_parquet_file(tokenizer, tmp_path, monkeypatch):
+    record, _, _ = SCHEMAS["deepmath"]
+    path = write_as("parquet", tmp_path / "deepmath", [record])
+    read, seen = pa.parquet.read_table, []
+
+
+    def read_table(path, columns):
+        seen.append(columns)
+        return read(path, columns=columns)
+
+    monkeypatch.setattr(pa.parquet, "read_table", read_table)
+    load(tokenizer, source="deepmath", path=path)
+    assert seen == [["question", "final_answer"]]
+
+
+def test_exact_copies_are_left_out_and_counted_unless_they_are_wanted(tokenizer, tmp_path):
+    record, _, _ = SCHEMAS["dapo"]
+    other = record | {"prompt": [{"role": "user", "content": "R?"}]}
+    path = write(tmp_path / "dapo.jsonl", [record, other, record, record])
+    prompts = load(tokenizer, source="dapo", path=path)
+    assert ([p.text for p in prompts.train], prompts.repeated) == (["Q?", "R?"], 2)
+    assert "left out: 0 too long, 2 repeated" in str(prompts)
+    assert load(tokenizer, source="dapo", path=path, repeats="keep").repeated == 0
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a", "answer": 1}, {"prompt": "b"}])
+    assert "1 training prompts have no answer" in str(load(tokenizer, path=path))
+
+
+class Fetched(tfds.core.GeneratorBasedBuilder):
+    """Stands for what TFDS makes of a Hugging Face data set: its columns, in a split named train."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        text = tfds.features.Text()
+        features = {"question": text, "final_answer": text}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": iter([(0, {"question": "Q?", "final_answer": "7"})])}
+
+    def _generate_examples(self):
+        yield from ()
+
+
+def test_a_hugging_face_name_is_read_through_tfds(tokenizer, tmp_path, monkeypatch):
+    asked = []
+
+    def builder(name, **options):
+        asked.append(name)
+        return Fetched(data_dir=str(tmp_path), file_format="array_record")
+
+    monkeypatch.setattr(tfds.core.dataset_builders.huggingface_dataset_builder, "builder", builder)
+    columns = {"prompt": "question", "answer": "final_answer"}
+    prompts = load(tokenizer, source="tfds", path="huggingface:owner__math", columns=columns).train
+    assert [(p.text, p.answer) for p in prompts] == [("Q?", "7")]
+    assert asked and "math" in str(asked[0])
+    columns["answer"] = "solution"
+    with pytest.raises(UserError, match=r"data.columns.answer=solution: no record"):
+        load(tokenizer, source="tfds", path="huggingface:owner__math", columns=columns)
+
+
+def test_a_hugging_face_name_without_its_package_or_the_network_ends_in_one_line(tokenizer):
+    with pytest.raises(UserError, match=r"nobody__nothing: TFDS cannot fetch it .*datasets") as caught:
+        load(tokenizer, source="tfds", path="huggingface:nobody__nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.jsonl", b'{"prompt": "caf\xe9"}\n', "is not UTF-8 text"),
+        ("a.json", b'[{"prompt": "caf\xe9"}]', "is not UTF-8 text"),
+        ("a.csv", b"prompt\ncaf\xe9\n", "is not UTF-8 text"),
+        ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', None),
+    ],
+)
+def test_another_encoding_is_refused_and_a_long_field_is_read(tokenizer, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    if said is None:
+        assert len(records.read(str(tmp_path / name), "data.path")[0]["prompt"]) == 200_000
+        return
+    with pytest.raises(UserError, match=said) as caught:
+        load(tokenizer, path=str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_csv_field_past_all_reason_ends_in_one_line(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt\n"' + "x" * 200 + '"\n')
+    before = csv.field_size_limit(100)
+    try:
+        with pytest.raises(UserError, match="is no readable CSV"):
+            records.read(str(tmp_path / "a.csv"), "data.path")
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_a_task_that_needs_settings_is_refused_in_one_line(tokenizer):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match="cannot generate 'composite'") as caught:
+        load(tokenizer, source="rg:composite")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source, near", [("jsnl", "jsonl"), ("deepmth", "deepmath"), ("mixtur", "mixture")])
+def test_a_misspelt_source_is_told_the_nearest(tokenizer, source, near):
+    with pytest.raises(UserError, match=f"did you mean {near}"):
+        load(tokenizer, source=source)
 
 
 def test_a_pattern_reads_all_its_files_in_order_and_one_that_fits_none_is_refused(tokenizer, tmp_path):

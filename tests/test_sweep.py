@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -28,13 +27,17 @@ def ablation(models, tmp_path_factory):
     """An ablation file of two arms and two seeds on the tiny pair."""
     questions = models / "sweep_questions.jsonl"
     questions.write_text('{"prompt": "1 + 1?", "answer": "2"}\n{"prompt": "2 + 2?", "answer": "4"}\n')
+    answered = models / "answered.jsonl"
+    lines = (models / "prompts.jsonl").read_text().splitlines()
+    answered.write_text("".join(json.dumps(json.loads(line) | {"answer": "7"}) + "\n" for line in lines))
     path = tmp_path_factory.mktemp("ablation") / "ablation.py"
     path.write_text(
         "from pathlib import Path\nfrom tests import tiny\n\nSEEDS = (0, 1)\n\n\n"
         "def get_config(arg=None):\n"
         f"    c = tiny.config(Path({str(models)!r}))\n"
         f"    c.train.steps = {STEPS}\n    c.checkpoint.every = 2\n    c.eval.every = 8\n"
-        f"    c.eval.benchmark = ('ours:{questions}',)\n    c.data.prompt_tokens = 128\n"
+        f"    c.eval.benchmark = ('ours:{questions}', 'heldout')\n    c.data.prompt_tokens = 128\n"
+        f"    c.data.path = {str(answered)!r}\n"
         "    return c\n\n\n"
         "def arms(config):\n"
         "    return {'full': {'release.rule': 'none'}, 'half': {'release.rule': 'prefix',"
@@ -61,9 +64,15 @@ def rows(out):
         ]
 
 
+def results(folder, name):
+    """Share of right responses in a benchmark's file, by hand."""
+    lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return np.mean([right for line in lines for right in line["right"]])
+
+
 def test_the_table_has_every_arm_with_the_means_of_its_runs(finished):
     out, said = finished
-    full, half = rows(out)
+    _, full, half, _ = rows(out)
     assert (full["arm"], half["arm"], full["seeds"]) == ("full", "half", "2")
     for row in (full, half):
         last = []
@@ -75,11 +84,43 @@ def test_the_table_has_every_arm_with_the_means_of_its_runs(finished):
     assert full["KL difference"] == ""
     assert float(half["KL difference"]) == pytest.approx(float(half["KL"]) - float(full["KL"]), abs=0.02)
     assert 0.4 < float(half["supervised share"]) < 0.65
-    assert "ours" in full
+    for name in ("ours", "heldout"):
+        right = [results(out / "half" / f"seed-{seed}" / "benchmarks", f"{name}-{STEPS}") for seed in (0, 1)]
+        assert float(half[name]) == pytest.approx(np.mean(right))
+    assert float(half["mean"]) == pytest.approx((float(half["ours"]) + float(half["heldout"])) / 2)
+    assert "mean difference" in half
     assert "| full |" in said
     page = (out / "report.html").read_text()
     assert page.count("95% interval") >= 3
     assert "Where the configs differ" in page
+
+
+def test_the_table_begins_with_the_start_and_ends_with_the_teacher(finished):
+    out, _ = finished
+    start, *_, teacher = rows(out)
+    assert (start["arm"], teacher["arm"]) == ("start", "teacher")
+    first = []
+    for seed in (0, 1):
+        lines = (out / "full" / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+        first.append(next(r["kl"] for r in map(json.loads, lines) if r["kind"] == "eval"))
+    assert float(start["KL"]) == pytest.approx(np.mean(first), rel=1e-5)
+    assert float(teacher["ours"]) == results(out / "teacher", "ours-model")
+    assert (start["supervised tokens"], teacher["KL"], teacher["seeds"]) == ("", "", "1")
+    # Its answers are the teacher's own, drawn as the student's.
+    said = [json.loads(line) for line in (out / "teacher" / "ours-model.jsonl").read_text().splitlines()]
+    students = (out / "full" / "seed-0" / "benchmarks" / "ours-0.jsonl").read_text().splitlines()
+    assert [r["text"] for r in said] == [json.loads(line)["text"] for line in students]
+    assert [r["responses"] for r in said] != [json.loads(line)["responses"] for line in students]
+
+
+def test_the_teacher_answers_once_and_again_where_its_settings_change(finished, ablation, tmp_path, capsys):
+    shutil.copytree(finished[0] / "teacher", tmp_path / "teacher")
+    (planned,) = runs(ablation, tmp_path, ["full"], [0])
+    sweep.examine_teacher(planned, tmp_path)
+    assert capsys.readouterr().out == ""
+    planned.config.eval.benchmark = ()
+    sweep.examine_teacher(planned, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 # Moments to be killed at, each in what the one before left, from the first record to the table.
@@ -135,8 +176,9 @@ def test_a_finished_sweep_started_again_runs_nothing_and_says_the_same(finished,
 def test_job_files_are_whole_commands_that_end_as_the_sweep_does(finished, ablation, tmp_path):
     planned = runs(ablation, tmp_path, ["half"], [1])
     (job,) = sweep.write_jobs(planned, tmp_path / "jobs", str(ablation), [])
-    command = shlex.split(job.read_text().splitlines()[1].removeprefix("exec python -m "))
-    done = tiny.entry(*command)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = tiny.entry(job, command=["sh"], cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     assert sweep.write_jobs(planned, tmp_path / "jobs", str(ablation), []) == []
     alone, whole = (out / "half" / "seed-1" / "metrics.jsonl" for out in (tmp_path, finished[0]))
@@ -145,6 +187,18 @@ def test_job_files_are_whole_commands_that_end_as_the_sweep_does(finished, ablat
         for path in (alone, whole)
     ]
     assert losses[0] == losses[1]
+
+
+def test_changes_of_the_command_line_reach_job_files_in_every_spelling():
+    words = ["x", "--config=a.py", "--config.train.steps", "7", "--config.seed=3"]
+    words += ["--config.metrics.tensorboard", "--noconfig.train.x", "--out=b", "--config.mesh.data", "-1"]
+    assert sweep.changes_of(words) == [
+        "--config.train.steps=7",
+        "--config.seed=3",
+        "--config.metrics.tensorboard",
+        "--noconfig.train.x",
+        "--config.mesh.data=-1",
+    ]
 
 
 def test_job_files_of_a_pod_launch_every_arm_of_the_papers_table(monkeypatch, tmp_path):
@@ -156,6 +210,7 @@ def test_job_files_of_a_pod_launch_every_arm_of_the_papers_table(monkeypatch, tm
     settings.write_text(settings.read_text().replace("PROJECT=", "PROJECT=mine", 1))
     files = sweep.write_jobs(planned, tmp_path / "jobs", f"{path}:/shared", [], settings)
     assert len(files) == len(planned) == 12
+    assert {run.mean for run in planned} == {("aime25", "hmmt25_feb", "hmmt25_nov", "math500", "minerva")}
     # Read as launch/tpu.sh and the worker read them.
     file = next(file for file in files if file.stem == "1.7B-prefix_2048-seed-0")
     assert file.read_text().startswith(f"# SETTINGS={file} launch/tpu.sh run\n")
@@ -215,7 +270,7 @@ def test_an_arm_that_was_never_evaluated_has_a_row_without_results(finished, abl
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if json.loads(line)["kind"] == "train"))
     assert "| half |" in sweep_table.write(runs(ablation, tmp_path), tmp_path)
-    full, half = rows(tmp_path)
+    _, full, half, _ = rows(tmp_path)
     assert full["KL"] and not half["KL"] and "KL difference" not in full
     assert float(half["supervised tokens"]) > 0
 
@@ -230,25 +285,37 @@ def test_every_rule_objective_and_rescale_has_an_arm(monkeypatch, tmp_path):
     assert values("rule", "release.rule") == set(rules.RULES)
     assert values("objective", "objective.name") == set(objectives.OBJECTIVES)
     assert values("rescale", "release.rescale") == set(release.RESCALES)
+    assert values("rescale", "release.rule") == set(rules.RULES)
+
+
+RECIPES = ("one_chip", "small_pod", "dense", "paper", "paper_4b", "paper_8b", "smollm2", "study/sorting")
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_every_ablation_runs_on_the_demos_pair_and_on_another_recipe(path, monkeypatch, tmp_path):
+def test_every_ablation_plans_on_the_demos_pair_and_tells_its_cost(path, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    base = config.load(str(path))
-    planned = arms.plan(str(path), base, tmp_path)  # every arm is checked
+    planned = arms.plan(str(path), config.load(str(path)), tmp_path)  # every arm is checked
     assert len({run.workdir for run in planned}) == len(planned)
     assert len({json.dumps(run.config.to_dict(), sort_keys=True) for run in planned}) == len(planned)
-    recipe = tmp_path / "mine.py"
-    recipe.write_text(
-        "from configs import demo\n\n\ndef get_config():\n    c = demo.get_config()\n"
-        "    c.rollout.max_tokens = 2048\n    return c\n"
-    )
-    module = {}
-    exec(path.read_text(), module)
-    larger = arms.plan(str(path), module["get_config"](str(recipe)), tmp_path)
-    assert len(larger) == len(planned)
-    assert {run.config.rollout.max_tokens for run in larger} >= {2048}
+    assert f"Cost: {len(planned)} runs of" in path.read_text()
+
+
+def test_the_papers_table_tells_its_cost():
+    planned = arms.plan(str(PAPER), config.load(str(PAPER)), "out")
+    a_step = {"1.7B": 1.93, "4B": 2.75, "8B": 3.50}
+    hours = sum(100 * a_step[run.arm.partition("-")[0]] for run in planned)
+    assert f"Cost: {len(planned)} runs of 100 steps" in PAPER.read_text()
+    assert f"{round(hours, -2):.0f}\nchip-hours" in PAPER.read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_ablation_plans_on_every_recipe_by_one_override(path, recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    file = f"configs/{recipe}.py"
+    planned = arms.plan(str(path), config.load(str(path), file), tmp_path)
+    assert {run.config.student.path for run in planned} == {config.load(file).student.path}
+    assert len({json.dumps(run.config.to_dict(), sort_keys=True) for run in planned}) == len(planned)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_the_prompt_is_shown_without_its_padding(records):
 def test_a_sentence_is_kept_where_the_mask_keeps_it(records):
     kept = [[s["kept"] for s in record["sentences"]] for record in records]
     assert kept == [[True, True, False], [True]]
+    assert [[s["kept_tokens"] for s in record["sentences"]] for record in records] == [[16, 16, 0], [6]]
 
 
 def test_each_sentence_has_the_means_of_its_own_tokens(records):

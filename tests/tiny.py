@@ -119,16 +119,18 @@ def config(folder, **overrides):
     return c
 
 
-def entry(module: str, *arguments, start=subprocess.run, env=None, **options):
-    """Runs `python -m module` from the repository's root on one CPU device; `start` may be Popen."""
+def entry(module, *arguments, start=subprocess.run, env=None, command=(sys.executable, "-m"), **options):
+    """Runs `python -m module`, or another command, from the repository's root on one CPU device.
+
+    `start` may be Popen.
+    """
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if start is subprocess.run:
         options |= {"capture_output": True, "text": True, "timeout": 600}
     return start(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
+        [*command, *map(str, (module, *arguments))],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick} | (env or {}),
-        **options,
+        **{"cwd": Path(__file__).parents[1]} | options,
     )
 
 

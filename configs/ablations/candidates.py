@@ -1,6 +1,8 @@
 """K, how many of the student's top tokens the teacher's margin is taken within; the paper's best is 4.
 
     python -m opd_jax.sweep --config=configs/ablations/candidates.py --out=runs/candidates
+
+Cost: 12 runs of about 3 minutes on two cores, on the demo's models (README.md).
 """
 
 from opd_jax.arms import grid

@@ -7,15 +7,20 @@ hmmt25_nov.jsonl, math500.jsonl, minerva.jsonl and gpqa.csv (columns: docs/evalu
     python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper \
       --jobs=runs/paper --settings=launch/settings.sh
     SETTINGS=runs/paper/1.7B-release-seed-0.sh launch/tpu.sh run        # and so on, one slice a run
+    python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper --teacher
     python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper --table
 
-The step-0 lines of metrics.jsonl are the column "base"; the teacher's is `python -m opd_jax.evaluate
---model=TEACHER` on the same benchmarks. The paper's means of its five in-domain benchmarks, per cent:
+The last but one is run on every worker of a slice: the teacher answers the benchmarks, once. The paper's
+columns are the table's rows: the start of each student ("base"), its arms, the teacher; "mean" is of the five
+in-domain benchmarks. The paper's, per cent:
 
               base   full   release   controls of 1.7B: best fixed prefix 39.4, shuffled 38.0,
     1.7B      24.9   36.8   40.1      std of the advantage 38.8
     4B        32.5   51.6   53.9
     8B        33.8   54.7   55.2      teacher 62.2
+
+Cost: 12 runs of 100 steps, 1.93, 2.75 or 3.50 v5p chip-hours a step (1.7B, 4B, 8B; docs/preflight.md): 2800
+chip-hours, predicted for responses of full length, without the evaluations.
 
 Not run by us. Sizes, the int8 teacher and the int8 cache are those of configs/paper.py, whose programs are
 compiled for v5p and v6e slices (docs/preflight.md; the larger students': paper_4b.py, paper_8b.py); for
@@ -34,6 +39,7 @@ from opd_jax.benchmarks import BOXED
 SEEDS = (0,)
 STUDENTS = ("1.7B", "4B", "8B")
 BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "math500", "minerva")
+MEAN = BENCHMARKS  # the paper's in-domain ones: GPQA is not among them
 
 
 def get_config(shared="/shared"):
@@ -41,10 +47,8 @@ def get_config(shared="/shared"):
     c = paper.get_config()
     c.student.path = f"{shared}/models/Qwen3-1.7B"
     c.teacher.path = f"{shared}/models/Qwen3-30B-A3B-Instruct-2507"
-    c.data.source = "parquet"
+    c.data.source = "deepmath"
     c.data.path = f"{shared}/data/deepmath-*.parquet"
-    c.data.columns.prompt = "question"
-    c.data.columns.answer = "final_answer"
     c.data.instruction = BOXED
     c.data.template = '{"enable_thinking": false}'
     c.data.over_long = "drop"

@@ -1,6 +1,8 @@
 """Optimizer updates on each rollout batch; more than one uses the clipped importance ratio.
 
     python -m opd_jax.sweep --config=configs/ablations/updates.py --out=runs/updates
+
+Cost: 9 runs of 3 to 8 minutes on two cores, on the demo's models (README.md).
 """
 
 from opd_jax.arms import grid

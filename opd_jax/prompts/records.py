@@ -1,48 +1,72 @@
 """Files of records (JSONL, JSON, CSV, parquet) as a list of objects, and fields by a dotted path."""
 
+import contextlib
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+csv.field_size_limit(1 << 27)  # the module's own, 128 KiB, is less than a long solution
 
 
-def read(path: str, key: str) -> list[dict[str, Any]]:
+def read(path: str, key: str, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The records of a file, by the ending of its name.
 
     Args:
       path: the file; or several, in the order of their names, where its name has a *.
       key: the config key or flag that names the file, for messages.
+      wanted: dotted paths of the fields that will be looked at. Of a parquet file nothing else is read,
+        unless it has none of them.
 
     Raises:
-      UserError: no such file, another ending, a line that is no object, or no record at all.
+      UserError: no such file, another ending, a line that is no object, text that is no UTF-8, or no record
+        at all.
     """
+    records = [record for file in _files(path, key) for record in _read(file, key, wanted)]
+    if not records:
+        raise UserError(f"{key}={path}: the file holds no records")
+    return records
+
+
+def names(path: str, key: str) -> list[str]:
+    """The columns of a file: those of its first record, or all of a parquet file's."""
+    first = _files(path, key)[0]
+    if first.suffix == ".parquet":
+        with _reading_parquet(first, key) as parquet:
+            return parquet.read_schema(first).names
+    return list(_read(first, key, ())[0])
+
+
+def _files(path: str, key: str) -> list[Path]:
     where = Path(path).expanduser()
     if "*" in where.name:
         found = sorted(where.parent.glob(where.name))
         if not found:
             raise UserError(f"{key}={path}: no file has such a name; check the folder and the pattern")
-        return [record for file in found for record in read(str(file), key)]
+        return [file for each in found for file in _files(str(each), key)]
     if not path or not where.is_file():
         raise UserError(f"{key}={path!r}: no such file; give one of {', '.join(ENDINGS)}")
     if where.suffix not in ENDINGS:
         raise UserError(f"{key}={path}: unknown kind of file; give one of {', '.join(ENDINGS)}")
+    return [where]
+
+
+def _read(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     if where.suffix == ".parquet":
-        records = _parquet(where, key)
-    elif where.suffix == ".csv":
-        with open(where, encoding="utf-8-sig", newline="") as file:
-            records = list(csv.DictReader(file))
-    elif where.suffix == ".json":
-        records = _json(where, key)
-    else:
-        records = list(_lines(where, key))
-    if not records:
-        raise UserError(f"{key}={path}: the file holds no records")
-    return records
+        return _parquet(where, key, wanted)
+    try:
+        if where.suffix == ".csv":
+            with open(where, encoding="utf-8-sig", newline="") as file:
+                return list(csv.DictReader(file))
+        return _json(where, key) if where.suffix == ".json" else list(_lines(where, key))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}={where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{key}={where} is no readable CSV ({error}); mend it, or give JSONL") from error
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:
@@ -81,8 +105,9 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _json(where: Path, key: str) -> list[dict[str, Any]]:
+    text = where.read_text(encoding="utf-8")
     try:
-        records = json.loads(where.read_text(encoding="utf-8"))
+        records = json.loads(text)
     except ValueError as error:
         raise UserError(f"{key}={where} is not JSON: {error}; mend it") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -90,13 +115,21 @@ def _json(where: Path, key: str) -> list[dict[str, Any]]:
     return records
 
 
-def _parquet(where: Path, key: str) -> list[dict[str, Any]]:
+def _parquet(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    with _reading_parquet(where, key) as parquet:
+        tops = {top for path in wanted for top in (path, path.split(".")[0])}
+        columns = [name for name in parquet.read_schema(where).names if name in tops]
+        return parquet.read_table(where, columns=columns or None).to_pylist()
+
+
+@contextlib.contextmanager
+def _reading_parquet(where: Path, key: str):
+    """pyarrow's parquet module, whose errors become the user's."""
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{key}={where}: the package pyarrow is missing; pip install pyarrow") from error
     try:
-        return pyarrow.parquet.read_table(where).to_pylist()
+        yield pyarrow.parquet
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{key}={where}: not a readable parquet file ({reason})") from error
+        raise UserError(f"{key}={where}: not a readable parquet file ({reason(error)})") from error

@@ -1,14 +1,21 @@
-"""Where prompts come from, as conversations: the demo, files, TFDS datasets, reasoning-gym's generators."""
+"""Where prompts come from, as conversations: the demo, files, TFDS datasets, reasoning-gym's generators.
 
+A data set of `datasets.json` is a file of which the columns are known: a file that lacks one is refused.
+"""
+
+import functools
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, nearest, reason
 from opd_jax.prompts import records
 
 QUESTION_COLUMNS = ("prompt", "question", "problem")
+PROMPT_COLUMNS = ("messages", *QUESTION_COLUMNS)
+DATASETS_FILE = Path(__file__).with_name("datasets.json")
 
 
 class Conversation(NamedTuple):
@@ -34,8 +41,14 @@ class Part(NamedTuple):
     weight: float
 
 
+@functools.cache
+def datasets() -> dict[str, dict[str, str]]:
+    """The data sets whose columns are known, by name: their title and the columns of prompt and answer."""
+    return json.loads(DATASETS_FILE.read_text(encoding="utf-8"))
+
+
 FILES = ("jsonl", "parquet")
-KINDS = (*FILES, "tfds", "rg")
+KINDS = (*FILES, *datasets(), "tfds", "rg")
 
 
 def parse_mixture(entries: Sequence[str]) -> list[Part]:
@@ -73,6 +86,8 @@ def read(part: Part, config: Any) -> list[Conversation]:
         return [Conversation([{"role": "user", "content": q}], answer or None) for q, answer in pairs]
     if part.kind == "tfds":
         return read_tfds(part.path, part.columns)
+    if part.kind in datasets():
+        return read_dataset(part.kind, part.path)
     return read_file(part.path, part.columns)
 
 
@@ -80,7 +95,7 @@ def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str
     """(question, answer) pairs of a reasoning-gym generator.
 
     Raises:
-      UserError: reasoning-gym is missing, or has no such task.
+      UserError: reasoning-gym is missing, or has no such task, or none that needs no settings.
     """
     try:
         import reasoning_gym
@@ -90,13 +105,18 @@ def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str
             f"{where}: the package reasoning-gym is missing; pip install reasoning-gym"
         ) from error
     if task not in DATASETS:
-        from opd_jax.config import nearest
-
         raise UserError(
             f"{where}: reasoning-gym has no task {task!r}{nearest(task, DATASETS)}; name one that it has"
         )
-    dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
-    return [(item["question"], str(item["answer"] or "")) for item in dataset]
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
+        return [(item["question"], str(item["answer"] or "")) for item in dataset]
+    # A generator raises what it likes: assertions where it needs settings, import errors.
+    except Exception as error:
+        raise UserError(
+            f"{where}: reasoning-gym cannot generate {task!r} from a size and a seed ({reason(error)}); name"
+            " another task"
+        ) from error
 
 
 def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]]:
@@ -133,9 +153,13 @@ def read_tfds(path: str, columns: Columns | None = None) -> list[Conversation]:
             source = tfds.data_source(path, split="train", builder_kwargs=array_record)
     # TFDS raises whatever its readers raise: an unknown name, a missing split, a tfrecord file.
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if path.startswith("huggingface:"):
+            raise UserError(
+                f"data.path={path}: TFDS cannot fetch it ({reason(error)}); it needs the package datasets and"
+                " the network once; or download the file and use data.source=parquet or jsonl"
+            ) from error
         raise UserError(
-            f"data.path={path}: TFDS cannot read a 'train' split from it ({reason}); name a TFDS"
+            f"data.path={path}: TFDS cannot read a 'train' split from it ({reason(error)}); name a TFDS"
             " dataset or folder in array_record or parquet files"
         ) from error
     return _from_columns(source, path, columns)
@@ -156,7 +180,9 @@ def _from_columns(
             f"data.path={path}: the dataset has none of the columns {', '.join(wanted)}; it has"
             f" {', '.join(sorted(rows[0])) if rows else 'no rows'}; set data.columns.prompt"
         )
-    answers = (records.field(row, columns.answer or "answer") for row in rows)
+    answers = [records.field(row, columns.answer or "answer") for row in rows]
+    if columns.answer and all(answer is None for answer in answers):
+        raise _absent(columns.answer, path, rows[0])
     return [
         Conversation(
             [{"role": "user", "content": text(records.field(row, column))}],
@@ -166,6 +192,13 @@ def _from_columns(
     ]
 
 
+def _absent(column: str, path: str, names: Iterable[str]) -> UserError:
+    return UserError(
+        f"data.columns.answer={column}: no record of {path} has it; it has {', '.join(sorted(names))}; name"
+        " one, or leave it empty"
+    )
+
+
 def read_file(path: str, columns: Columns | None = None) -> list[Conversation]:
     """Reads a file of records, each a conversation.
 
@@ -173,11 +206,42 @@ def read_file(path: str, columns: Columns | None = None) -> list[Conversation]:
     "question" and "problem" (a string); "answer" is optional. A named column holds a string or messages.
 
     Raises:
-      UserError: the file or one of its records is not that.
+      UserError: the file or one of its records is not that, or no record has the named answer.
     """
     columns = columns or Columns()
+    prompts = (columns.prompt,) if columns.prompt else PROMPT_COLUMNS
+    rows = records.read(path, "data.path", (*prompts, columns.answer or "answer"))
+    if columns.answer and all(records.field(row, columns.answer) is None for row in rows):
+        raise _absent(columns.answer, path, records.names(path, "data.path"))
+    return _conversations(rows, path, columns)
+
+
+def read_dataset(name: str, path: str) -> list[Conversation]:
+    """Reads a file of one of `datasets()`.
+
+    Raises:
+      UserError: there is no such file, or a record lacks one of the data set's columns.
+    """
+    known = datasets()[name]
+    wanted = known["prompt"], known["answer"]
+    rows = records.read(path, "data.path", wanted)
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in wanted if records.field(row, column) in (None, "")]
+        if missing:
+            there = ", ".join(records.names(path, "data.path") if number == 1 else row)
+            raise UserError(
+                f"data.source={name}: record {number} of data.path={path} lacks {' and '.join(missing)}; "
+                f"{known['title']} has {' and '.join(wanted)}, and it has {there}; give that data set's "
+                "file, or use data.source=jsonl with data.columns"
+            )
+    return _conversations(rows, path, Columns(*wanted))
+
+
+def _conversations(
+    rows: Sequence[Mapping[str, Any]], path: str, columns: Columns
+) -> list[Conversation]:
     conversations = []
-    for number, record in enumerate(records.read(path, "data.path"), start=1):
+    for number, record in enumerate(rows, start=1):
         try:
             conversations.append(_conversation(record, columns))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -207,7 +271,7 @@ def read_turns(path: str) -> list[dict[str, str]]:
 
 
 def _conversation(record: Mapping[str, Any], columns: Columns) -> Conversation:
-    names = (columns.prompt,) if columns.prompt else ("messages", *QUESTION_COLUMNS)
+    names = (columns.prompt,) if columns.prompt else PROMPT_COLUMNS
     prompt = records.first_field(record, names)
     if prompt is None:
         raise KeyError(" or ".join(names))

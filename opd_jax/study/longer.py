@@ -24,6 +24,7 @@ from opd_jax.compare import read_lines
 from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
 from opd_jax.metrics import EVALUATIONS_FILE
+from opd_jax.outputs import make_folder
 from opd_jax.run_record import Run, column, read_run
 from opd_jax.study.report import draw
 
@@ -231,7 +232,7 @@ def main(_):
     trained = [read_run(path, arm) for arm, path in workdirs.items() if arm != REFERENCE_ARM]
     reference = read_run(workdirs[REFERENCE_ARM], REFERENCE_ARM)
     found = {run.title: evaluations(workdirs[run.title]) for run in trained}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     draw(out, "quality", (9, 5.4), lambda figure: draw_quality(figure, found, trained, reference))
     draw(out, "margin", (8, 3.6), lambda figure: draw_margins(figure, trained, reference))
     draw(out, "releases", (8, 3.6), lambda figure: draw_releases(figure, trained, reference))

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from opd_jax import config
 from opd_jax.errors import UserError
+from opd_jax.outputs import make_folder
 from opd_jax.study import releases, runs, tables
 
 GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
@@ -125,7 +126,7 @@ def main(_):
         for quantity, label in SHOWN["sorting"].items()
         if without
     }
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, rows in evaluated.items():
         _write_csv(out / f"{name}_runs.csv", rows)
         for quantity, label in SHOWN.get(name, {}).items():

@@ -1,0 +1,80 @@
+"""What colab/qwen3.ipynb needs beside a run: its config, preflight in a process of its own, fetching."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as configs
+from opd_jax.errors import UserError
+from opd_jax.models.presets import PREFIX
+
+DEMO_PROMPTS = {"data.source": "demo", "data.path": ""}
+
+
+def settings(steps: int, prompts: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The changes of a recipe that a notebook's parameters are: dotted key -> value.
+
+    Args:
+      steps: train.steps.
+      prompts: a JSONL file; "" takes the demo's prompts.
+      overrides: further fields, which win.
+    """
+    source = {"data.source": "jsonl", "data.path": prompts} if prompts else DEMO_PROMPTS
+    return source | {"data.over_long": "drop", "train.steps": steps} | overrides
+
+
+def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:
+    """A recipe with changes.
+
+    Raises:
+      UserError: one of them is no field, or of another type.
+    """
+    c = configs.load(recipe)
+    for key, value in changes.items():
+        try:
+            configs.get(c, key)
+            c.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{key}={value!r} does not fit configs/default.py ({error.args[0]})") from error
+    return c
+
+
+def preflight(recipe: str, student: str, teacher: str, changes: Mapping[str, Any], topology: str) -> None:
+    """Compiles the run for a slice in a process of its own, so that this one does not hold the chip yet.
+
+    Args:
+      student, teacher: folders, or names on the Hub, of which the sizes are known here (models/presets.py).
+      changes: as of `config`; the same run is compiled that will be trained.
+      topology: such as v5e:1x1; "" skips it.
+
+    Raises:
+      UserError: it does not fit, or cannot be compiled; what preflight printed says why.
+    """
+    if not topology:
+        return
+    changes = {"student.path": _sized(student), "teacher.path": _sized(teacher)} | dict(changes)
+    command = [sys.executable, "-m", "opd_jax.preflight", f"--config={recipe}", f"--topology={topology}"]
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    print(done.stdout)
+    if done.returncode:
+        raise UserError(
+            f"preflight for {topology} ended with status {done.returncode}, for the reason above; change the"
+            " notebook's OVERRIDES, or TOPOLOGY='' to skip it"
+        )
+
+
+def fetch(name: str) -> str:
+    """The folder of a model: itself, or where the Hub's cache holds what is now downloaded."""
+    from huggingface_hub import snapshot_download
+
+    return name if os.path.isdir(name) else snapshot_download(name)
+
+
+def _sized(name: str) -> str:
+    return name if os.path.isdir(name) else PREFIX + Path(name).name
