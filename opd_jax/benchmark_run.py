@@ -22,7 +22,7 @@ from opd_jax.prompts.sources import Conversation
 
 KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
 # What a grader can say, as numbers that processes exchange.
-VERDICTS = (Verdict(False), Verdict(True), Verdict(False, "time"), Verdict(False, "crash"))
+VERDICTS = (Verdict(True), *(Verdict(False, failed) for failed in ("", "time", "crash", "error")))
 HELD_OUT = "heldout"  # the benchmark of a run's own held-out prompts
 SHARED_FILE = "shared_prompts.jsonl"
 FOLDER = "benchmarks"  # in a workdir: NAME-STEP.jsonl and NAME-STEP.json

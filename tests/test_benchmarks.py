@@ -14,7 +14,7 @@ import pytest
 from opd_jax import benchmark_run, benchmarks, compare, distributed, evaluate_benchmarks
 from opd_jax.benchmarks import Benchmark, Problem
 from opd_jax.errors import UserError
-from opd_jax.grading import Grader
+from opd_jax.grading import Grader, Verdict
 from opd_jax.job import prepare
 from opd_jax.prompts.sources import Conversation
 from opd_jax.train import train
@@ -322,3 +322,9 @@ def test_prompts_of_a_benchmark_carry_no_training_instruction(job):
     assert exam.prompts == job.exams[0].prompts
     conversation = Conversation([{"role": "user", "content": exam.benchmark.problems[0].text}], "0")
     assert exam.prompts[0].text == conversation.messages[0]["content"]
+
+
+def test_every_reason_why_an_answer_was_not_graded_comes_through():
+    reasons = ["", "time", "crash", "error"]
+    grader = types.SimpleNamespace(grade=lambda tasks: [Verdict(False, task) for task in tasks])
+    assert [verdict.failed for verdict in benchmark_run._grade(grader, reasons)] == reasons
