@@ -14,12 +14,13 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
 
-# On Linux x86_64, where the TPU compiler exists, the tests need it.
+# On Linux x86_64, where the TPU compiler exists, the tests need it. It lies in a folder of its own: with it in
+# the environment every program on a machine without a TPU would start with alarming lines.
 ifeq ($(shell uname -sm),Linux x86_64)
-test: $(VENV)/.tpu
+test: $(VENV)/libtpu
 endif
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/libtpu) $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The tests that need torch, in an environment of their own.
 parity: $(TORCH)/.parity
@@ -71,6 +72,10 @@ preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x4x4 $(ARGS)
 
 # The compiler that jax's own tpu extra pins; it needs no TPU.
+$(VENV)/libtpu: $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --target $@ "$$($(BIN)/python -c \
+	  'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+
 $(VENV)/.tpu: $(VENV)/.installed
 	$(BIN)/pip install -q -e '.[test,tpu]'
 	touch $@
