@@ -134,8 +134,8 @@ def test_a_teacher_that_more_ids_end_is_refused_unless_the_config_says_which_cou
 
 
 def test_a_micro_batch_that_the_mesh_cannot_cut_is_refused(models):
-    message = refusal(tiny.config(models, **{"train.micro_batch": 4}))
-    assert "train.micro_batch=4" in message
+    message = refusal(tiny.config(models, **{"rollout.batch": 24, "train.micro_batch": 12}))
+    assert "train.micro_batch=12" in message
     assert "multiple of 8" in message
 
 

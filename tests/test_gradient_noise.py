@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import programs, segments, train_step
+from opd_jax import segments, sizes, train_step
 from opd_jax.errors import UserError
 from opd_jax.gradient_noise import PARTS, cut, group_count, make_gradient_noise
 from tests import tiny
@@ -143,4 +143,4 @@ def test_a_batch_too_small_for_two_groups_is_refused_before_anything_is_compiled
     c = settings(metrics__gradient_noise_every=1)
     mesh = SimpleNamespace(shape={"data": 8, "fsdp": 1, "tensor": 1})
     with pytest.raises(UserError, match=r"metrics\.gradient_noise_every=1 .* 8 prompts"):
-        programs.check_sizes(c, mesh, tiny.STUDENT, tiny.TEACHER)
+        sizes.check(c, mesh, tiny.STUDENT, tiny.TEACHER)
