@@ -22,7 +22,7 @@ SENTENCE_END = re.compile(r"[.!](?=\s|$)|,?\s+(?:because|since|so that|as)\s|;\s
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+|\n")
 TYPED_PI = re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])")
 UNIT_FRACTION = re.compile(r"\\frac\s*" + r"\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}" * 2)
-ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{\s*(?:st|nd|rd|th)\s*\}|\^?\s*(?:st|nd|rd|th)\b)")
+ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{\s*(?:st|nd|rd|th)\s*\}|\^?\s*(?:st|nd|rd|th))")
 SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹⁻]+")
 ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\d+))")
 HALF_DAY = re.compile(r"(?<=\d)\s*([ap])\.?m\b\.?")
@@ -184,8 +184,10 @@ def _clean(text: str) -> str:
     text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1,", text)
     text = re.sub(r"\\[()\[\]]", " ", text) if re.match(r"\\[(\[]", text) else text
     text = REPEATING.sub(_repeating, SPACING.sub(" ", text))
-    text = ORDINAL.sub("", MARKUP.sub(r" \1 ", text)).replace("$", "").replace("\\%", "%")
+    text = MARKUP.sub(r" \1 ", text).replace("$", "").replace("\\%", "%")
     text = re.sub(r"\s+", " ", text).strip()
+    if ordinal := ORDINAL.fullmatch(text):
+        return ordinal[1]
     return re.sub(r"(?:[.,;]|(?<=[a-z])!)$", "", text).rstrip()
 
 

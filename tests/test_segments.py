@@ -218,7 +218,7 @@ def test_fixed_segments_count_response_tokens_and_read_no_text(kind, expected):
 @pytest.mark.parametrize(
     "kind, folder, said",
     [
-        ("lines", "", r"segments\.kind='lines' is unknown: use one of punkt, .*nltk"),
+        ("lines", "", r"segments\.kind='lines' is unknown \(did you mean newline\?\): use one of"),
         ("fixed", "", "fixed:N"),
         ("fixed:N", "", "1 or more"),
         ("fixed:0", "", "1 or more"),
