@@ -37,8 +37,8 @@ class Chip:
 
 
 # Peaks: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and jax-ml.github.io/scaling-book/tpus (links);
-# network: the former's (v5e and v6e: a pod's over its 256 chips); v4 is taken to have v5p's, and tpu7x v6e's a
-# chip: neither was looked up.
+# network: the former's (v5e and v6e: a pod's over its 256 chips); v4 is taken to have v5p's, and
+# tpu7x v6e's a chip: neither was looked up.
 # Memory: what the compiler of libtpu 0.0.42 calls available.
 CHIPS = {
     "v4": Chip(275e12, int(30.75 * GIB), 1.2e12, 45e9, 6.25e9, 3),
