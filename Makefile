@@ -44,7 +44,7 @@ ablations: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/ablations \
 	  --arms=full,release,prefix --seeds=0 --config.train.steps=8 $(ARGS)
 
-# About two hours on two cores, most of it in the pair of language models; goes on where it stopped.
+# About an hour and a half on two cores, most of it in the pair of language models; goes on where it stopped.
 study: $(VENV)/.installed
 	test -f runs/sorting/prompts.jsonl || $(BIN)/python -m opd_jax.study.sorting --out=runs/sorting
 	$(BIN)/python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting

@@ -28,7 +28,6 @@ TEXTS = (
 GROUPS = 4
 KEPT = 12  # tokens
 KEY = jax.random.key(0)
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def settings(**overrides):
@@ -51,7 +50,7 @@ def case():
 def compiled(samples):
     """gradient_noise of four groups, for `samples` responses a prompt."""
     c = settings(rollout__samples_per_prompt=samples)
-    return jax.jit(make_gradient_noise(tiny.STUDENT, tiny.TEACHER, c, GROUPS), compiler_options=QUICK_COMPILE)
+    return jax.jit(make_gradient_noise(tiny.STUDENT, tiny.TEACHER, c, GROUPS))
 
 
 def run(case, rollouts, samples=1):
@@ -69,14 +68,14 @@ def row_gradients(case):
     """part -> [B, parameters] float64: each row's share of the batch's gradient, from whole logits."""
     student, teacher, rollouts, table = case
     supervise = functools.partial(train_step.supervise, tiny.STUDENT, tiny.TEACHER, settings())
-    scored = jax.jit(supervise, compiler_options=QUICK_COMPILE)
+    scored = jax.jit(supervise)
     _, released, lesson = scored(student, jnp.int32(0), teacher, rollouts, table, KEY)
     kept_BT = rollouts.mask_BT & (np.arange(WIDTH) < KEPT)
     np.testing.assert_array_equal(released.mask_BT, kept_BT)
     scale_B1 = rollouts.mask_BT.sum(axis=1, keepdims=True) / kept_BT.sum(axis=1, keepdims=True)
     weights = {"kept": kept_BT * scale_B1, "all": rollouts.mask_BT, "released": rollouts.mask_BT & ~kept_BT}
     naive = jax.grad(functools.partial(tiny.naive_loss, tiny.STUDENT))
-    gradient = jax.jit(naive, compiler_options=QUICK_COMPILE)
+    gradient = jax.jit(naive)
     found = {}
     for part, weight_BT in weights.items():
         weight_BT = np.asarray(weight_BT * lesson.advantage_BT, np.float32)

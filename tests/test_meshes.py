@@ -20,7 +20,6 @@ PAIRS = {
     "dense": (tiny.STUDENT, tiny.TEACHER),
     "experts": tuple(m.replace(normalise_experts=True, **SPARSE) for m in (tiny.STUDENT, tiny.TEACHER)),
 }
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 ONE = (1, 1, 1)
 
 
@@ -42,7 +41,7 @@ def run(pair: str, sizes: tuple[int, int, int], rollouts=None, tables=(DEFAULT, 
     key = sharding.key(mesh, 0, 0)
     prompts = np.random.default_rng(0).integers(33, 127, (8, 8)).astype(np.int32), np.ones((8, 8), bool)
     draw = params, *sharding.put_batch(mesh, prompts), key, np.int32(1)
-    sampled = p.sample_group.lower(*draw).compile(QUICK_COMPILE)(*draw)
+    sampled = p.sample_group.lower(*draw).compile()(*draw)
     if rollouts is None:
         rollouts = sampled
     table = segments.SegmentTable.from_tokenizer(tiny.tokenizer(), "fixed:2")
@@ -54,7 +53,7 @@ def run(pair: str, sizes: tuple[int, int, int], rollouts=None, tables=(DEFAULT, 
         jax.device_put(table, sharding.replicated(mesh)),
         key,
     )
-    state, measured, supervision = p.train_step.lower(state, *lesson).compile(QUICK_COMPILE)(state, *lesson)
+    state, measured, supervision = p.train_step.lower(state, *lesson).compile()(state, *lesson)
     moment = optax.tree.get(state.opt_state, "ScaleByAdamState").mu
     return jax.device_get((sampled, measured, moment, supervision))
 

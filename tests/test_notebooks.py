@@ -15,7 +15,6 @@ from opd_jax import notebooks
 from opd_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def read(name: str):
@@ -30,13 +29,11 @@ def parameters(notebook):
     return cell
 
 
-def executed(name: str, monkeypatch, **values) -> str:
+def executed(name: str, **values) -> str:
     """Runs the notebook with some parameters replaced, as a user would edit them; returns what it printed.
 
     A cell that raises fails the test.
     """
-    for key, value in {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "HF_HUB_OFFLINE": "1"}.items():
-        monkeypatch.setenv(key, value)
     notebook = read(name)
     cell = parameters(notebook)
     names = {line.partition(" = ")[0] for line in cell.source.splitlines()}
@@ -52,12 +49,13 @@ def executed(name: str, monkeypatch, **values) -> str:
 
 def test_demo_notebook_runs(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    printed = executed("demo.ipynb", monkeypatch, STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, OUT=str(out))
+    monkeypatch.setenv("XLA_FLAGS", "")  # a real model runs longer than LLVM takes to optimise its programs
+    printed = executed("demo.ipynb", STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, OUT=str(out))
     assert "held-out KL(student‖teacher)" in printed and "release.rule=paper" in printed
     assert (out / "report.html").stat().st_size > 50_000
 
 
-def test_qwen3_notebook_runs_on_a_tiny_pair(models, tmp_path, monkeypatch):
+def test_qwen3_notebook_runs_on_a_tiny_pair(models, tmp_path):
     sizes = {
         "data.prompt_tokens": 48,
         "data.heldout": 4,
@@ -69,7 +67,6 @@ def test_qwen3_notebook_runs_on_a_tiny_pair(models, tmp_path, monkeypatch):
     }
     printed = executed(
         "qwen3.ipynb",
-        monkeypatch,
         STUDENT=str(models / "student"),
         TEACHER=str(models / "teacher"),
         STEPS=2,

@@ -25,7 +25,6 @@ TIED = tiny.STUDENT.replace(
 )
 UNTIED = TIED.replace(tie_embeddings=False)
 CLIP = 0.2
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantage_BT, weight_BT):
@@ -46,11 +45,11 @@ def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantag
 
 
 value_and_grad = jax.jit(
-    _value_and_grad, static_argnums=(0, 1, 2, 3), compiler_options=QUICK_COMPILE
+    _value_and_grad, static_argnums=(0, 1, 2, 3)
 )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def direct_value_and_grad(config, clip_ratio, params, rollouts, advantage_BT, weight_BT):
     """The same objective written straight down: whole logits, log_softmax, automatic gradient."""
 

@@ -56,11 +56,7 @@ def start(models, sizes, tmp_path_factory):
         return subprocess.Popen(
             ["bash", "launch/local_pod.sh", "2", f"--config={recipe}", f"--workdir={workdir}", *arguments],
             cwd=ROOT,
-            env=os.environ
-            | {
-                "PYTHON": sys.executable,
-                "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-            },
+            env=os.environ | {"PYTHON": sys.executable},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -23,7 +23,6 @@ B, T, K = 8, 48, 4
 HIGH, LOW = np.expm1(2.0), np.expm1(1.0)  # means whose segment scores are 2 and 1
 BUILT_IN = tuple(rules.RULES)
 DRAWING = ("shuffled", "random")
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 EVERY_RULE = pytest.mark.parametrize("rule", BUILT_IN)
 FIELDS = {
     "prune_opd": {"prune_drop": 0.25, "prune_base": 0.0},
@@ -55,7 +54,7 @@ def jitted(rule, **fields):
             for rescale in rel.RESCALES
         }
 
-    return jax.jit(run, compiler_options=QUICK_COMPILE)
+    return jax.jit(run)
 
 
 def run(rule, batch, step=0, seed=0, **fields):
@@ -471,7 +470,7 @@ def test_eight_devices_release_what_one_does(rule):
     def one(scores, segment_BT, mask_BT, step, key):
         return rel.release(scores, segment_BT, mask_BT, config(rule), step=step, key=key)
 
-    executable = jax.jit(one).lower(*arrays, *rest).compile(QUICK_COMPILE)
+    executable = jax.jit(one).lower(*arrays, *rest).compile()
     compiled = executable.as_text()
     assert not host_calls(compiled)
     assert bool(collectives(compiled)) == (rule in DRAWING)  # only these look at other rollouts

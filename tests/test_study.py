@@ -275,7 +275,7 @@ def test_the_report_of_both_sorting_sweeps_shows_the_rescale_and_every_axis_has_
     assert done.returncode == 0, done.stderr
     assert "| release | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] | +0.000" in done.stdout
     labels = {
-        "sorting_shares": "with an accepted release, share of responses",
+        "sorting_shares": "share with an accepted release",
         "sorting_margin": "place, sentences after the first wrong one",
         "sorting_release": "first released sentence less first wrong one, sentences",
         "sorting_rescale": "difference of held-out KL, nats/token",

@@ -66,14 +66,13 @@ def settings(folder=Path("."), **overrides):
 
 KEY = jax.random.key(0)
 SGD, ADAM = optax.sgd(1.0), make_optimizer(settings())
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @functools.cache
 def compiled(optimizer, teacher=tiny.TEACHER, **overrides):
     """A jitted train_step on one device; the same arguments share one program."""
     step = make_train_step(tiny.STUDENT, teacher, settings(**overrides), optimizer)
-    return jax.jit(step, compiler_options=QUICK_COMPILE)
+    return jax.jit(step)
 
 
 def start(params, optimizer):
@@ -120,7 +119,6 @@ def test_the_gradient_is_that_of_the_loss_written_over_whole_logits(student, rol
     weight_BT = supervision.scores.advantage_BT * supervision.release.weight_BT
     naive = jax.jit(
         jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
-        compiler_options=QUICK_COMPILE,
     )
     loss, grads = naive(student, rollouts, weight_BT)
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
@@ -162,7 +160,6 @@ def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(
     assert (first != next_step).any() and (first != other_run).any()
     alone = jax.jit(
         functools.partial(releasing.release, config=settings(release__rule="random").release),
-        compiler_options=QUICK_COMPILE,
     )(decided[0].scores, decided[0].release.segment_BT, rollouts.mask_BT, key=jax.random.fold_in(KEY, 0))
     np.testing.assert_array_equal(first, alone.mask_BT)
 
@@ -212,7 +209,7 @@ def test_an_objective_in_micro_batches_is_its_weighted_sum_over_whole_logits(
         loss_BT = naive(logs_BTV, logt_BTV, supervision, rollouts)
         return (supervision.release.weight_BT * loss_BT).sum() / rollouts.mask_BT.sum()
 
-    loss, grads = jax.jit(jax.value_and_grad(mean), compiler_options=QUICK_COMPILE)(student)
+    loss, grads = jax.jit(jax.value_and_grad(mean))(student)
     assert measured["grad_norm"] > 1e-3
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
     assert_close(gradient(state), grads, 2e-6)
@@ -226,7 +223,6 @@ def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(
     state, measured, supervision = step(start(student, ADAM), teacher, theirs, table, KEY)
     loss, grads = jax.jit(
         jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
-        compiler_options=QUICK_COMPILE,
     )(student, theirs, jnp.ones((len(TEXTS), WIDTH)))
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
     assert_close(gradient(state), grads, 2e-6)
@@ -247,7 +243,6 @@ def test_a_reward_raises_the_likelihood_of_right_answers_and_lowers_that_of_wron
     assert (np.abs(supervision.scores.advantage_BT) > 0.5).any(), "the clip no longer acts"
     loss, grads = jax.jit(
         jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
-        compiler_options=QUICK_COMPILE,
     )(student, rollouts, advantage_BT.astype(np.float32))
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
     assert_close(gradient(state), grads, 2e-6)
@@ -343,7 +338,7 @@ def sharded(models, rollouts):
     job = prepare(settings(models, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
     state, teacher_params = job.start(), job.teacher_params()
     lowered = job.train_step.lower(state, teacher_params, rollouts, job.table, KEY)
-    return job, lowered.compile(QUICK_COMPILE), state, teacher_params
+    return job, lowered.compile(), state, teacher_params
 
 
 def test_a_mesh_of_eight_devices_computes_what_one_does(sharded, rollouts, plain):
@@ -372,7 +367,7 @@ def test_the_teachers_best_tokens_are_looked_for_only_by_a_rule_that_reads_their
 ):
     step = compiled(ADAM) if rule == "paper" else compiled(ADAM, release__rule=rule)
     lowered = step.lower(start(student, ADAM), teacher, rollouts, table, KEY)
-    assert ("/overlap/" in lowered.compile(QUICK_COMPILE).as_text()) == needed
+    assert ("/overlap/" in lowered.compile().as_text()) == needed
 
 
 def by_hand(accepted):

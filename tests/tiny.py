@@ -124,12 +124,11 @@ def entry(module, *arguments, start=subprocess.run, env=None, command=(sys.execu
 
     `start` may be Popen.
     """
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if start is subprocess.run:
         options |= {"capture_output": True, "text": True, "timeout": 600}
     return start(
         [*command, *map(str, (module, *arguments))],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick} | (env or {}),
+        env=os.environ | (env or {}),
         **{"cwd": Path(__file__).parents[1]} | options,
     )
 

@@ -98,7 +98,7 @@ def shares_figure(figure, found) -> None:
         axes.bar(at, share, width=0.5, color="#0072B2", label="all seeds" if at == 0 else None)
         axes.plot([at] * len(of_seed), of_seed, "o", color="black", label="each seed" if at == 0 else None)
     axes.set_xticks(range(len(found)), list(found))
-    axes.set(xlabel="responses", ylabel="with an accepted release, share of responses", ylim=(0, None))
+    axes.set(xlabel="responses", ylabel="share with an accepted release", ylim=(0, None))
     axes.grid(False, axis="x")
     axes.legend(frameon=False)
 

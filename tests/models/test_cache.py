@@ -53,12 +53,12 @@ def test_the_compiled_sampler_needs_less_than_two_thirds_of_the_memory_in_int8()
     b, p, t = 16, 64, 448
     bytes_of = {int8: _temporaries(b, p, t, int8) for int8 in (False, True)}
     cached = 4 * 2 * b * MODEL.kv_heads * MODEL.head_size * (p + t) * MODEL.layers
-    assert bytes_of[False] > cached
+    assert cached < bytes_of[False] < 1.3 * cached, "the loop writes into its cache, and copies none"
     assert bytes_of[True] < 0.65 * bytes_of[False]
 
 
-def test_the_decode_loops_cache_is_cut_by_row_and_key_head():
-    model, (b, p, t) = MODEL.replace(layers=4), (16, 8, 440)
+def test_the_decode_loops_cache_is_cut_by_row_and_key_head_and_written_in_place():
+    model, (b, p, t) = MODEL.replace(layers=4, kv_heads=4, max_positions=2048), (16, 8, 2040)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     compiled = (
@@ -77,6 +77,8 @@ def test_the_decode_loops_cache_is_cut_by_row_and_key_head():
     loops = [line.partition(" while(")[0] for line in compiled.as_text().splitlines() if " while(" in line]
     decode = max(loops, key=lambda loop: loop.count(keys))
     assert (decode.count(keys), decode.count(values)) == (model.layers, model.layers)
+    cached = 4 * 2 * (b // 4) * heads * c * slots * model.layers
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.3 * cached
     # No other array along the slots has as many numbers: nothing holds more rows or heads of the cache.
     held = re.findall(rf"f32\[([\d,]*\b{slots}\b[\d,]*)\]", compiled.as_text())
     assert max(math.prod(map(int, shape.split(","))) for shape in held) == b // 4 * heads * c * slots
