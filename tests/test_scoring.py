@@ -30,6 +30,7 @@ score = jax.jit(
         teacher, teacher_params, rollouts, chunk=chunk, micro_batches=micro_batches
     ),
     static_argnums=(0, 3, 4),
+    compiler_options=tiny.OPTIMISED,
 )
 kept = jax.jit(
     lambda teacher, teacher_params, rollouts, keep, micro_batches: scoring.score(
@@ -42,6 +43,7 @@ kept = jax.jit(
         top_k=TOP_K,
     ),
     static_argnums=(0, 3, 4),
+    compiler_options=tiny.OPTIMISED,
 )
 distance = jax.jit(
     lambda student, student_params, teacher, teacher_params, rollouts, chunk: scoring.distance(

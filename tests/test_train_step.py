@@ -243,6 +243,7 @@ def test_a_reward_raises_the_likelihood_of_right_answers_and_lowers_that_of_wron
     assert (np.abs(supervision.scores.advantage_BT) > 0.5).any(), "the clip no longer acts"
     loss, grads = jax.jit(
         jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
+        compiler_options=tiny.OPTIMISED,
     )(student, rollouts, advantage_BT.astype(np.float32))
     np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
     assert_close(gradient(state), grads, 2e-6)
