@@ -2,7 +2,7 @@
 
     python -m benchmarks.load_memory [--folder=DIR] [--only=dense|sparse]
 
-Writes a synthetic sharded checkpoint of 4.2 GB (dense) and one of 2.2 GB (64 experts a block), in bfloat16,
+Writes a synthetic sharded checkpoint of 4.2 GB (dense) and one of 2.4 GB (64 experts a block), in bfloat16,
 loads each in a fresh process, and deletes it. Linux. On a CPU the arrays themselves are host memory, so their
 bytes are taken off: what is left is what a host with accelerators would need. Memory is that which
 the process has of its own (RssAnon, looked at every 2 ms); pages of the mapped files, which the system

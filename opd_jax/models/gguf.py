@@ -106,7 +106,8 @@ def load(
 
 def read_rows(tensor: gguf.ReaderTensor, rows: slice) -> np.ndarray:
     """Some rows of a stored tensor, float32; nothing else of the file is read."""
-    return gguf.dequantize(tensor.data[rows], tensor.tensor_type)
+    # A copy, since what is stored as F32 comes back as the mapped file itself.
+    return np.array(gguf.dequantize(tensor.data[rows], tensor.tensor_type))
 
 
 def read_config(file, key: str = "student.path") -> ModelConfig:

@@ -240,11 +240,18 @@ def _programs(sharding, summed: tuple[int, ...]):
     def put(whole, block, layer, turn):
         def write(whole, block):
             layers, rows, *rest = whole.shape
+            # As bits: XLA's CPU compiler would turn all of `whole` to float32 to write a block in 16 bits.
+            bits = f"uint{8 * whole.dtype.itemsize}"
+            whole, block = (jax.lax.bitcast_convert_type(x, bits) for x in (whole, block))
             stretches = whole.reshape(layers, block.shape[0], rows // block.shape[0], *rest)
             at = layer, 0, turn, *(0 for _ in rest)
             return jax.lax.dynamic_update_slice(stretches, block[None, :, None], at).reshape(whole.shape)
 
-        return jax.tree.map(write, whole, int8.quantise(block, summed))
+        return jax.tree.map(
+            lambda whole, block: jax.lax.bitcast_convert_type(write(whole, block), whole.dtype),
+            whole,
+            int8.quantise(block, summed),
+        )
 
     zeros = jax.jit(zeros, static_argnums=(0, 1), out_shardings=sharding)
     return zeros, jax.jit(put, donate_argnums=0, out_shardings=sharding)
@@ -273,7 +280,7 @@ class _PartReader:
         numbers = {} if self.layer is None else {"layer": self.layer}
         name = getattr(self.stored, self.file_format)
         if "experts" not in ranges:
-            return self._matrix(name.format(**numbers), ranges).astype(self.like.dtype)
+            return self._matrix(name.format(**numbers), ranges).astype(self.like.dtype, copy=False)
         first, last = ranges.pop("experts")
         shape = (last - first, *(stop - start for start, stop in ranges.values()))
         out = np.empty(shape, self.like.dtype)

@@ -1,6 +1,7 @@
 """Model folders: round trips, both config spellings, sharded reads, one clear line a defect."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -346,3 +347,12 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         hf.save(tmp_path / "out", config, params, Broken())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_is_written_into_its_parameter_without_a_copy_of_it(dtype):
+    _, put = weights._programs(None, ())
+    whole, block = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((12, 64, 32), (64, 32)))
+    used = put.lower(whole, block, 0, 0).compile().memory_analysis()
+    assert used.alias_size_in_bytes == used.output_size_in_bytes
+    assert used.temp_size_in_bytes <= math.prod(block.shape) * whole.dtype.itemsize
