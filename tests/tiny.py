@@ -19,7 +19,7 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.rollout import Rollouts
 
 PAD, START, END = 256, 257, 258
-# For jax.jit(compiler_options=...): what a user's program gets, where tests/conftest.py's flags round otherwise.
+# For jax.jit(compiler_options=...): as a user's program; tests/conftest.py's flags round a little otherwise.
 OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role[0] }}:{{ m.content }}<|im_end|>{% endfor %}"
