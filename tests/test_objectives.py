@@ -44,9 +44,7 @@ def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantag
     return jax.value_and_grad(total)(params)
 
 
-value_and_grad = jax.jit(
-    _value_and_grad, static_argnums=(0, 1, 2, 3)
-)
+value_and_grad = jax.jit(_value_and_grad, static_argnums=(0, 1, 2, 3))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
