@@ -15,7 +15,7 @@ OBJECTIVES = ("policy_gradient", "reverse_kl")
 
 
 def get_config():
-    """The demo's models, prompts, batch and optimizer; ten minutes an objective on two idle cores."""
+    """The demo's models, prompts, batch and optimizer; about ten minutes an objective on two idle cores."""
     c = demo.get_config()
     c.student.drop_layers = (4, 9, 14, 20, 25)
     c.rollout.max_tokens = 160

@@ -22,7 +22,7 @@ import pytest
 # Programs here are small and run a few times: what compiles them fastest, not what makes them fast. Set
 # before XLA first reads it, for what tests start too.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if jax.__version_info__ < (0, 11):  # later ones have these emitters alone, and no such flag
+if jax.__version_info__ < (0, 11):  # jax 0.12 has no such flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 jax.config.update("jax_platforms", "cpu")

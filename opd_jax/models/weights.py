@@ -239,19 +239,16 @@ def _programs(sharding, summed: tuple[int, ...]):
 
     def put(whole, block, layer, turn):
         def write(whole, block):
-            layers, rows, *rest = whole.shape
             # As bits: XLA's CPU compiler would turn all of `whole` to float32 to write a block in 16 bits.
-            bits = f"uint{8 * whole.dtype.itemsize}"
-            whole, block = (jax.lax.bitcast_convert_type(x, bits) for x in (whole, block))
-            stretches = whole.reshape(layers, block.shape[0], rows // block.shape[0], *rest)
+            unsigned = f"uint{8 * whole.dtype.itemsize}"
+            bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=unsigned)
+            layers, rows, *rest = whole.shape
+            stretches = bits(whole).reshape(layers, block.shape[0], rows // block.shape[0], *rest)
             at = layer, 0, turn, *(0 for _ in rest)
-            return jax.lax.dynamic_update_slice(stretches, block[None, :, None], at).reshape(whole.shape)
+            written = jax.lax.dynamic_update_slice(stretches, bits(block)[None, :, None], at)
+            return jax.lax.bitcast_convert_type(written.reshape(whole.shape), whole.dtype)
 
-        return jax.tree.map(
-            lambda whole, block: jax.lax.bitcast_convert_type(write(whole, block), whole.dtype),
-            whole,
-            int8.quantise(block, summed),
-        )
+        return jax.tree.map(write, whole, int8.quantise(block, summed))
 
     zeros = jax.jit(zeros, static_argnums=(0, 1), out_shardings=sharding)
     return zeros, jax.jit(put, donate_argnums=0, out_shardings=sharding)
