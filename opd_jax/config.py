@@ -32,6 +32,7 @@ ALLOWED = {
     "objective.name": objectives.OBJECTIVES,
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "optimizer.mu_dtype": ("float32", "bfloat16"),
+    "optimizer.memory": ("device", "host"),
     "train.remat": ("none", "dots", "full"),
     "mesh.preset": layouts.MESHES,
     "sharding.student": layouts.WEIGHTS,

@@ -19,8 +19,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What only names or groups arrays.
 _NO_WORK = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
 _BYTES = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
-# Callbacks reach the host by custom calls or by send and recv; S(5) is the host's memory.
-_HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"|\{[^}]*S\(5\)')
+# Callbacks reach the host by custom calls or by send and recv.
+_CALLS_HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"')
+_HOST_MEMORY = 5
 
 # Collectives between slices go over the hosts' network, written as transfers that this runtime serves.
 _BETWEEN_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
@@ -146,12 +147,33 @@ class Program:
         return found
 
     def host_transfers(self) -> list[str]:
-        """Instructions that move data between device and host, or call it; not what slices exchange."""
+        """Instructions that call the host or feed data to or from it; not what slices exchange."""
         return [
             f"{i.opcode} {i.op}".strip()
             for i, _, _ in self
-            if (i.opcode in ("infeed", "outfeed") or _HOST.search(i.text)) and _BETWEEN_SLICES not in i.text
+            if (i.opcode in ("infeed", "outfeed") or _CALLS_HOST.search(i.text))
+            and _BETWEEN_SLICES not in i.text
         ]
+
+    def host_memory(self) -> tuple[int, int, list[str]]:
+        """What a program does with arrays in the host's memory.
+
+        Returns:
+          (bytes copied from it, bytes copied to it, instructions on it that are no such copy).
+        """
+        fetched = returned = 0
+        others = []
+        for i, times, _ in self:
+            if not any(array.space == _HOST_MEMORY for array in i.arrays):
+                continue
+            if i.opcode == "copy-start":
+                copy = i.arrays[0]  # the result stands before the source
+                size = times * copy.bytes
+                to_host = copy.space == _HOST_MEMORY
+                fetched, returned = fetched + size * (not to_host), returned + size * to_host
+            elif i.opcode not in (*_NO_WORK, "copy-done"):
+                others.append(f"{i.opcode} {i.op}".strip())
+        return fetched, returned, others
 
     def vocabulary_arrays(self, rows: int, vocabularies, widths=()) -> list[str]:
         """Arrays of the size of logits at `rows` positions or more, in any layout.

@@ -14,6 +14,7 @@ class Built:
 
     Attributes:
       arguments, temporaries, peak: as ProgramReport has them.
+      host: bytes of the arguments that lie in the host's memory; in none of the above.
       text: what hlo.Program reads.
       shortage: what the compiler said where it found no room, else "".
     """
@@ -21,6 +22,7 @@ class Built:
     arguments: int = 0
     temporaries: int = 0
     peak: int = 0
+    host: int = 0
     text: str = ""
     shortage: str = ""
 
@@ -41,10 +43,13 @@ def built(traced, name: str) -> Built:
             ) from error
         return Built(shortage=shortage(str(error)))
     memory = compiled.memory_analysis()
+    # The compiler's peak counts the host's memory too, whose results lie where the arguments did.
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     return Built(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        peak + memory.generated_code_size_in_bytes,
+        memory.host_argument_size_in_bytes,
         compiled.as_text(),
     )
 

@@ -18,6 +18,7 @@ ASSUMED = (
     "a program takes the longest of compute, HBM, links and network, each at its peak, and hides the others",
     "every response has full length; links carry a ring along one axis of the torus, in both directions",
     "no latency of kernels or collectives, no sorts and gathers, no host time, no padding to tiles",
+    "what lies in the hosts' memory is fetched and returned at the bus's speed while nothing else runs",
 )
 
 
@@ -28,6 +29,7 @@ class ProgramReport:
     Attributes:
       name: sample, train_step, evaluation, evaluation_sample or gradient_noise.
       arguments, temporaries, peak: bytes, as the compiler counts them; peak has the first two in it.
+      host: bytes of the arguments that lie in the host's memory, in none of those.
       resident: bytes of the run that lie in memory meanwhile and are not the program's arguments.
       capacity: bytes that a program may use.
       flops: of the model's matrix products and causal attention, a device.
@@ -35,6 +37,7 @@ class ProgramReport:
       bytes: HBM traffic, counted from shapes.
       compute_seconds, memory_seconds, link_seconds, network_seconds: each alone at its peak; the network is
         what joins slices.
+      host_seconds: of copies from and to the host's memory, at the bus's speed.
       collectives: kind -> [times, result bytes, bytes sent]; "between slices" those over the network.
       compile_seconds: wall time of tracing and compiling.
       release: (operations, bytes) of segments and the release rule, a device, an upper estimate.
@@ -47,6 +50,7 @@ class ProgramReport:
     arguments: int = 0
     temporaries: int = 0
     peak: int = 0
+    host: int = 0
     resident: int = 0
     capacity: int = 0
     flops: float = 0.0
@@ -56,6 +60,7 @@ class ProgramReport:
     memory_seconds: float = 0.0
     link_seconds: float = 0.0
     network_seconds: float = 0.0
+    host_seconds: float = 0.0
     collectives: dict = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
     release: tuple[int, int] = (0, 0)
@@ -69,8 +74,8 @@ class ProgramReport:
 
     @property
     def seconds(self) -> float:
-        """The slowest of the four, which the others may hide behind."""
-        return max(self._sides().values())
+        """The slowest of the four, which the others may hide behind, and the copies of the host's memory."""
+        return max(self._sides().values()) + self.host_seconds
 
     @property
     def bound(self) -> str:
@@ -267,7 +272,7 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) ->
 
 
 def held_bytes(plan: programs.Programs) -> dict:
-    """Bytes of one device that lie there for the whole run."""
+    """Bytes of one device that lie there for the whole run; moments in the host's memory are in none."""
     state = plan.abstract_state()
     return {
         "student parameters": device_bytes(state.params),
@@ -277,9 +282,9 @@ def held_bytes(plan: programs.Programs) -> dict:
 
 
 def device_bytes(tree) -> int:
-    """Bytes of one device's shards of abstract arrays."""
-    shards = jax.tree.map(lambda a: a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)), tree)
-    return sum(jax.tree.leaves(shards))
+    """Bytes of one device's shards of abstract arrays, of those that lie in its own memory."""
+    own = [a for a in jax.tree.leaves(tree) if a.sharding.memory_kind != "pinned_host"]
+    return sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in own)
 
 
 def _compile(
@@ -318,6 +323,7 @@ def _compile(
     if made.shortage:
         return report
     report.arguments, report.temporaries, report.peak = made.arguments, made.temporaries, made.peak
+    report.host = made.host
     report.resident = beside
     program = hlo.Program(made.text, loop)
     slices = sharding.slice_count(mesh.devices.flat)
@@ -333,7 +339,13 @@ def _compile(
     report.network_seconds = outside / chip.network_bandwidth
     report.release = program.scope("release")
     report.largest = [[array.bytes, str(array), op] for array, op in program.largest(5)]
-    report.faults += [f"reaches the host: {line}" for line in program.host_transfers()]
+    fetched, returned, others = program.host_memory()
+    report.host_seconds = (fetched + returned) / chip.host_bandwidth
+    report.faults += [f"reaches the host: {line}" for line in program.host_transfers() + others]
+    if max(fetched, returned) > made.host * c.train.updates_per_rollout:
+        report.faults.append(
+            f"copies {fetched} bytes from the host's memory and {returned} to it; it is given {made.host} there"
+        )
     report.faults += [
         f"holds logits of all positions: {line}"
         for line in program.vocabulary_arrays(

@@ -37,13 +37,14 @@ def read(folder) -> Built:
     text, buffers = (next(Path(folder).glob(name), None) for name in (OPTIMISED, BUFFERS))
     if text is None or buffers is None:
         raise UserError(f"--from_dump: {folder} holds no {BUFFERS[1:]}; write it with --stop_after=buffers")
-    arguments = temporaries = 0
+    arguments = temporaries = host = 0
     for size, kind in re.findall(r"^allocation \d+: size (\d+)(.*)$", buffers.read_text(), re.MULTILINE):
-        if re.search(r"color [1-9]", kind):  # memory on the chip
+        host += int(size) * ("parameter" in kind and "color 5" in kind)
+        if re.search(r"color [1-9]", kind):  # memory on the chip, or the host's
             continue
         arguments += int(size) * ("parameter" in kind)
         temporaries += int(size) * ("parameter" not in kind)
-    return Built(arguments, temporaries, arguments + temporaries, text.read_text())
+    return Built(arguments, temporaries, arguments + temporaries, host, text.read_text())
 
 
 def reader(folder):

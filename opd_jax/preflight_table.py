@@ -25,6 +25,9 @@ def step(report: check.StepReport, where: str) -> str:
     row("links, s", lambda r: "?" if r.shortage else f"{r.link_seconds:.3g}")
     if any(program.network_seconds for program in report.programs):
         row("network, s", lambda r: "?" if r.shortage else f"{r.network_seconds:.3g}")
+    if any(program.host for program in report.programs):
+        row("in the host's memory, GiB", lambda r: f"{r.host / GIB:.2f}")
+        row("copies of it, s", lambda r: "?" if r.shortage else f"{r.host_seconds:.3g}")
     row("bound by", lambda r: r.bound)
     for kind in sorted({kind for program in report.programs for kind in program.collectives}):
         row(f"{kind}, GB", lambda r, kind=kind: _collective(r.collectives.get(kind)))

@@ -65,7 +65,7 @@ class Programs:
             student=student,
             teacher=teacher,
             optimizer=optimizer,
-            state_shardings=state_shardings(mesh, student, optimizer, config.train.frozen),
+            state_shardings=state_shardings(config, mesh, student, optimizer),
             teacher_shardings=param_shardings(mesh, teacher),
             **more,
         )
@@ -337,15 +337,15 @@ def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:
     return "splash" if asked != "plain" and not refused else "plain"
 
 
-def state_shardings(mesh, model: ModelConfig, optimizer, frozen) -> steps.TrainState:
-    """Where the state of a model in training lives; `frozen` is train.frozen."""
+def state_shardings(config, mesh, model: ModelConfig, optimizer) -> steps.TrainState:
+    """Where the state of a model in training lives; reads train.frozen and optimizer.memory."""
     params = param_shardings(mesh, model)
-    trained, _ = trainable.split(params, frozen)
+    trained, _ = trainable.split(params, config.train.frozen)
     opt_state = abstract_state(model, optimizer).opt_state
     return steps.TrainState(
         step=sharding.replicated(mesh),
         params=params,
-        opt_state=sharding.like_params(mesh, opt_state, trained),
+        opt_state=sharding.like_params(mesh, opt_state, trained, config.optimizer.memory),
     )
 
 

@@ -209,7 +209,7 @@ def train(config, workdir) -> steps.TrainState:
     exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = steps.make_optimizer(c)
     trainable.check(transformer.abstract(model), c.train.frozen)
-    shardings = programs.state_shardings(mesh, model, optimizer, c.train.frozen)
+    shardings = programs.state_shardings(c, mesh, model, optimizer)
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     step_fn, heldout_fn = make_sft_step(model, c, optimizer)
     step_fn = jax.jit(

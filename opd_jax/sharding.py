@@ -149,9 +149,15 @@ def param_shardings(mesh: Mesh, abstract, axes, rules=DEFAULT.rules):
     )
 
 
-def like_params(mesh: Mesh, abstract_state, params_shardings):
-    """Shardings of an optimizer state: subtrees shaped like the parameters as those, the rest whole."""
+def like_params(mesh: Mesh, abstract_state, params_shardings, memory: str = "device"):
+    """Shardings of an optimizer state: subtrees shaped like the parameters as those, the rest whole.
+
+    Args:
+      memory: device, or host: those subtrees then lie in the memory of the devices' hosts.
+    """
     treedef = jax.tree.structure(params_shardings)
+    if memory == "host":
+        params_shardings = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), params_shardings)
 
     def is_params(node):
         return jax.tree.structure(node) == treedef

@@ -23,6 +23,7 @@ class Chip:
       hbm_bandwidth: bytes a second.
       link_bandwidth: bytes a second of one inter-chip link in one direction.
       network_bandwidth: bytes a second of its share of the hosts' network, which joins slices.
+      host_bandwidth: bytes a second between its memory and its host's, in one direction.
       dimensions: of the torus that the links form.
       devices: devices a chip.
     """
@@ -34,11 +35,12 @@ class Chip:
     network_bandwidth: float
     dimensions: int
     devices: int = 1
+    host_bandwidth: float = 15e9
 
 
 # Peaks: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and jax-ml.github.io/scaling-book/tpus (links);
-# network: the former's (v5e and v6e: a pod's over its 256 chips); v4 is taken to have v5p's, and
-# tpu7x v6e's a chip: neither was looked up.
+# network: the former's (v5e and v6e: a pod's over its 256 chips); v4 is taken to have v5p's. The bus to the
+# host: what the latter gives for v6e, taken for all.
 # Memory: what the compiler of libtpu 0.0.42 calls available.
 CHIPS = {
     "v4": Chip(275e12, int(30.75 * GIB), 1.2e12, 45e9, 6.25e9, 3),

@@ -62,6 +62,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
 
     Args:
       config: the whole config; reads optimizer.* and train.steps, train.updates_per_rollout, train.frozen.
+        With optimizer.memory = host the update brings the moments to the devices, and back.
     """
     o = config.optimizer
     if o.b1:
@@ -74,7 +75,32 @@ def make_optimizer(config) -> optax.GradientTransformation:
         optax.add_decayed_weights(o.weight_decay),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
+    adamw = from_host(adamw) if o.memory == "host" else adamw
     return trainable.alone(adamw, config.train.frozen)
+
+
+def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, of moments that lie in the hosts' memory: each update fetches them and returns them.
+
+    It does so in a branch that is always taken. A compiler that saw through it would fetch them early, to
+    hide the copies, and the moments would lie beside the activations after all.
+    """
+
+    def update(grads, state, params=None):
+        lies = jax.tree.map(lambda x: jax.typeof(x).memory_space, state)
+
+        def fetched(grads, state, params):
+            state = jax.device_put(state, jax.memory.Space.Device)
+            changes, state = optimizer.update(grads, state, params)
+            return changes, jax.tree.map(jax.device_put, state, lies)
+
+        def unchanged(grads, state, params):
+            return jax.tree.map(jnp.zeros_like, grads), state
+
+        count = next(x for x in jax.tree.leaves(state) if x.ndim == 0)
+        return jax.lax.cond(count >= 0, fetched, unchanged, grads, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def learning_rate(config) -> optax.Schedule:

@@ -403,6 +403,18 @@ def test_a_callback_that_only_the_compiled_text_shows_is_found():
     assert compiled(calls, jnp.float32(1)).host_transfers()
 
 
+def test_copies_of_the_hosts_memory_are_counted_and_all_else_done_there_is_named():
+    lines = (
+        "%p = f32[16,128]{1,0:S(5)} parameter(0)",
+        "%c = (f32[16,128]{1,0}, f32[16,128]{1,0:S(5)}, u32[]{:S(2)}) copy-start(%p)",
+        "%d = f32[16,128]{1,0} copy-done(%c)",
+        "%r = (bf16[16,128]{1,0:S(5)}, bf16[16,128]{1,0}, u32[]{:S(2)}) copy-start(%b)",
+        '%a = f32[16,128]{1,0:S(5)} add(%p, %p), metadata={op_name="jit(f)/add"}',
+    )
+    program = hlo.Program("ENTRY %main () -> f32[] {\n  " + "\n  ".join(lines) + "\n}")
+    assert program.host_memory() == (16 * 128 * 4, 16 * 128 * 2, ["add jit(f)/add"])
+
+
 def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
     line = '%s = (f32[16,8,128], u32[], token[]) send(%a, %b), channel_id=2, is_host_transfer=true'
     served = ', frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'

@@ -85,6 +85,28 @@ def test_a_small_step_compiles_for_a_tpu_without_host_transfers_or_whole_logits(
     assert "all-gather" in train["collectives"]
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_moments_in_the_hosts_memory_are_fetched_and_returned_once_an_update(models, updates):
+    chip, devices = topology.describe("v5e:2x2")
+    settings = {"mesh.tensor": 2, "train.updates_per_rollout": updates}
+    plans = [
+        preflight.plan(tiny.config(models, **settings, **{"optimizer.memory": memory}), devices)
+        for memory in ("device", "host")
+    ]
+    here, there = (preflight_check.train_step(plan, chip) for plan in plans)
+    assert not here.faults and not there.faults
+    assert here.host == here.host_seconds == 0
+    moments = [preflight_check.held_bytes(plan)["optimizer state"] for plan in plans]
+    moved = moments[0] - moments[1]
+    assert moved > 0.99 * moments[0]
+    assert there.host == here.arguments - there.arguments >= moved  # padded to tiles
+    assert there.host_seconds == 2 * updates * moved / chip.host_bandwidth
+    assert there.seconds == max(there.compute_seconds, there.memory_seconds, there.link_seconds) + (
+        there.host_seconds
+    )
+    assert there.peak < here.peak + 2**20
+
+
 def test_two_slices_exchange_a_few_copies_of_the_gradient_a_step_and_it_counts_as_network(models):
     chip, devices = topology.describe("2xv5e:2x2")
     plan = preflight.plan(tiny.config(models, **{"train.micro_batch": 8}), devices)

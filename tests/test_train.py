@@ -87,6 +87,20 @@ def test_the_final_checkpoint_is_the_final_state(finished, job):
     jax.tree.map(np.testing.assert_array_equal, saved, state)
 
 
+def test_moments_in_the_hosts_memory_change_nothing_and_the_run_goes_on_with_them_on_the_device(
+    finished, models, tmp_path
+):
+    def moments(state):
+        return [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+
+    settings = {"train.steps": 3, "optimizer.memory": "host"}
+    state = train(prepare(tiny.config(models, **settings)), tmp_path)
+    assert {x.sharding.memory_kind for x in moments(state)} == {"pinned_host"}
+    state = train(prepare(tiny.config(models, **{"train.steps": 5})), tmp_path)
+    assert {x.sharding.memory_kind for x in moments(state)} == {"device"}
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-6), state, finished[1])
+
+
 def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
     """To the device: on CPU JAX guards no transfer to the host, where float(loss) reads the same memory."""
     class Planted(Job):
