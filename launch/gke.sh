@@ -33,8 +33,9 @@ create() {
   call "${command[@]}"
 }
 
+# Only files that git tracks are sent: xpk makes an image of the whole folder that it is given.
 start() {
-  local job command
+  local job command sent=/tmp/opd-$NAME
   # exec, so that SIGTERM reaches Python and its exit status is the container's.
   job="exec python -m opd_jax.train $(quoted --config="$CONFIG" --workdir="$WORKDIR" "${CONFIG_ARGS[@]}")"
   command=(xpk workload create "${where[@]}" --workload="$NAME"
@@ -46,7 +47,12 @@ start() {
   if [[ -n $IMAGE ]]; then
     command+=(--docker-image="$IMAGE")
   else
-    command+=(--base-docker-image="$BASE_IMAGE" --script-dir="$here/..")
+    git -C "$here/.." ls-files -z >"$sent.list"
+    rm -rf "$sent"
+    call mkdir -p "$sent"
+    call tar -C "$here/.." --null -cf "$sent.tar" -T "$sent.list"
+    call tar -C "$sent" -xf "$sent.tar"
+    command+=(--base-docker-image="$BASE_IMAGE" --script-dir="$sent")
     job="pip install --quiet -e '.[tpu,demo]' && $job"
   fi
   call "${command[@]}" --command="$job"

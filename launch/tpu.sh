@@ -3,8 +3,9 @@
 #
 #   [SETTINGS=FILE] launch/tpu.sh [--dry-run] COMMAND
 #
-#   run       all of it: create, setup, start, then watch; a slice that is taken away is asked for again, and
-#             the job goes on from its newest checkpoint
+#   run       all of it: create, setup, start, then watch; a slice that is taken away is asked for again, what
+#             fails on the way is tried again, and the job goes on from its newest checkpoint. Where the job
+#             runs already, it is only watched
 #   create    ask for the slices (a queued resource) and wait until they are there
 #   setup     copy the project to every worker and install it there
 #   start     start the job on every worker; it outlives this connection
@@ -22,6 +23,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
+# What `run` calls may fail and be tried again, and bash then goes on after a failed command: so in what it
+# calls each command says what its failure does.
 settings=${SETTINGS:-$here/settings.sh}
 read_settings "$settings"
 need NAME PROJECT ZONE ACCELERATOR RUNTIME PROVISIONING SLICES CONFIG SHARED WORKDIR POLL MAX_RESTARTS
@@ -40,7 +43,7 @@ fi
 # on WORKERS NODE COMMAND: runs a command on workers of one slice. Its lines are kept in order of arrival. The
 # last word names what worker.sh does there, which a dry run shows below it.
 on() {
-  call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker="$1" --command="$3"
+  call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker="$1" --command="$3" || return
   if [[ -n $DRY_RUN ]]; then
     # shellcheck disable=SC2016  # the worker's own
     SETTINGS=$settings HOME='$HOME' bash "$here/worker.sh" --dry-run "${3##* }" | sed 's/^/  on the worker: /'
@@ -70,9 +73,26 @@ slice_state() {
     quoted "${command[@]}" >&3
     echo "${ASSUME:-ACTIVE}"
   else
-    found=$("${command[@]}") || fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
+    found=$("${command[@]}") || return 1
     echo "${found:-ABSENT}"
   fi
+}
+
+# look: puts slice_state into `now`. One look that fails is no news: the next is POLL seconds later. Where none
+# has ever gone well, or 30 have not, this is the end.
+now=
+seen=
+look() {
+  local tries
+  for ((tries = 0; tries < 30; tries++)); do
+    if now=$(slice_state); then
+      seen=1
+      return
+    fi
+    [[ -n $seen ]] || break
+    sleep "$POLL"
+  done
+  fail "gcloud cannot list the queued resources of $PROJECT in $ZONE"
 }
 
 request() {
@@ -96,17 +116,29 @@ request() {
   call "${command[@]}"
 }
 
-# create: until the slices are there; a request that has ended is deleted and made anew.
+# create: until the slices are there; a request that was suspended is deleted and made anew, and so is one that
+# failed where it had been granted before. Status 4: gcloud would not, this time.
+granted=
 create() {
-  local now before=
+  local before=
   while true; do
-    now=$(ASSUME=ABSENT slice_state)
+    ASSUME=ABSENT look
     if [[ $now != "$before" && -z $DRY_RUN ]]; then echo "$(date +%T) $NAME: $now" >&2; fi
     before=$now
     case $now in
-      ACTIVE) return ;;
-      ABSENT) request ;;
-      SUSPENDED | FAILED) delete ;;
+      ACTIVE)
+        granted=1
+        return
+        ;;
+      ABSENT) request || return 4 ;;
+      SUSPENDED | FAILED)
+        call gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format="yaml(state)" >&2 || true
+        if [[ $now == FAILED && -z $granted ]]; then
+          fail "the request for $NAME FAILED, as said above; mend the settings, then: launch/tpu.sh delete"
+        fi
+        delete || return 4
+        call sleep "$POLL"
+        ;;
       *) call sleep "$POLL" ;;
     esac
     if [[ -n $DRY_RUN ]]; then return; fi
@@ -117,39 +149,49 @@ create() {
 setup() {
   local node list
   list=$(mktemp)
-  git -C "$here/.." ls-files -z >"$list"
-  call tar -C "$here/.." --null -czf "$archive" -T "$list"
+  git -C "$here/.." ls-files -z >"$list" || return 4
+  call tar -C "$here/.." --null -czf "$archive" -T "$list" || return 4
   rm -f "$list"
   for node in "${nodes[@]}"; do
-    call gcloud compute tpus tpu-vm scp "$archive" "$settings" "$node:/tmp/" "${where[@]}" --worker=all
+    call gcloud compute tpus tpu-vm scp "$archive" "$settings" "$node:/tmp/" "${where[@]}" --worker=all || return 4
   done
   everywhere "mkdir -p opd_jax && tar -xzf $archive -C opd_jax && mv /tmp/$(basename "$settings") \
-opd_jax/launch/settings.sh && bash opd_jax/launch/worker.sh setup"
+opd_jax/launch/settings.sh && bash opd_jax/launch/worker.sh setup" || return 4
 }
 
-start() { everywhere "bash opd_jax/launch/worker.sh start"; }
+start() { everywhere "bash opd_jax/launch/worker.sh start" || return 4; }
 
 job_states() { everywhere "bash opd_jax/launch/worker.sh status"; }
 
-# watch: until the job ends. Status 0 done, 1 failed or stopped, 3 the slices are gone.
+# states_of LINES: the different states in what job_states printed, sorted, a space after each.
+states_of() { awk '$1 == "status" { sub(/:.*/, "", $3); print $3 }' <<<"$1" | sort -u | tr '\n' ' '; }
+
+# watch: until the job ends. Status 0 done, 1 failed or stopped, 3 the slices are gone, 4 a worker has lost its
+# job, as one does that was booted anew.
 watch() {
   local lines states
   while true; do
-    if [[ $(slice_state) != ACTIVE ]]; then return 3; fi
+    look
+    if [[ $now != ACTIVE ]]; then return 3; fi
     # Right after a preemption the workers cannot be reached while the slice still says ACTIVE.
     lines=$(job_states) || lines=
     if [[ -n $DRY_RUN ]]; then
       echo "$lines"
       return
     fi
-    states=$(grep -oE '^status [^ ]+ [a-z]+' <<<"$lines" | awk '{ print $3 }' | sort -u | tr '\n' ' ')
+    states=$(states_of "$lines")
     case $states in
-      *failed*)
-        errors >&2
-        return 1
-        ;;
       "done ") return ;;
       "absent ") fail "no job runs on $NAME; start it with: launch/tpu.sh start" ;;
+      *absent*)
+        echo "$(date +%T) $NAME: some workers have lost the job; launch/tpu.sh run starts it on all again" >&2
+        return 4
+        ;;
+      *failed*)
+        errors >&2 || true
+        return 1
+        ;;
+      "") echo "$(date +%T) $NAME: the workers cannot be reached" >&2 ;;
     esac
     sleep "$POLL"
   done
@@ -157,23 +199,38 @@ watch() {
 
 errors() { everywhere "bash opd_jax/launch/worker.sh errors"; }
 
+# once: the slices, the job on them, and its end. Files are sent only where the job does not run already.
+once() {
+  local lines
+  create || return
+  lines=$(job_states) || true # no worker has the scripts yet
+  if [[ -n $DRY_RUN ]]; then echo "$lines"; fi
+  case $(states_of "$lines") in
+    "running ") ;;
+    *running*) stop && setup && start || return 4 ;;
+    *) setup && start || return 4 ;;
+  esac
+  watch
+}
+
 run() {
   local status restarts=0
   while true; do
-    create
-    setup
-    start
     status=0
-    watch || status=$?
-    ((status == 3)) || return "$status"
-    ((++restarts <= MAX_RESTARTS)) || fail "$NAME was taken away $restarts times (MAX_RESTARTS=$MAX_RESTARTS)"
-    echo "$(date +%T) $NAME was taken away; asking for it again ($restarts of $MAX_RESTARTS)" >&2
+    once || status=$?
+    ((status == 3 || status == 4)) || return "$status"
+    ((++restarts <= MAX_RESTARTS)) || fail "$NAME was lost $restarts times (MAX_RESTARTS=$MAX_RESTARTS)"
+    if ((status == 3)); then
+      echo "$(date +%T) $NAME was taken away; asking for it again ($restarts of $MAX_RESTARTS)" >&2
+    else
+      echo "$(date +%T) $NAME: that did not work; trying again ($restarts of $MAX_RESTARTS)" >&2
+      sleep "$POLL"
+    fi
   done
 }
 
 status() {
-  local now
-  now=$(slice_state)
+  look
   if [[ -z $DRY_RUN ]]; then echo "$NAME: $now"; fi
   job_states
 }

@@ -13,6 +13,18 @@ from opd_jax.train_step import TrainState
 FOLDER = "checkpoints"
 
 
+class _Manager(ocp.CheckpointManager):
+    """Saves when it is told to, and asks nobody.
+
+    Orbax would ask JAX at every save whether the processes are to stop, by the step's number. JAX has them stop
+    at the number after the last that was asked of: `distributed` numbers its own questions, and would wait
+    for one of the step's size.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, under workdir/checkpoints; a context manager.
 
@@ -29,7 +41,7 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda m: m["kl"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             Path(workdir).absolute() / FOLDER,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([newest, best]),

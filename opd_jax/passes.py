@@ -41,7 +41,7 @@ def main(paths):
     devices = topology.describe(CHIP)[1]
     for path in paths:
         recipe = config.load(path)
-        recipe.mesh.preset = "one_chip"
+        recipe.mesh.preset, recipe.mesh.tensor = "one_chip", 0
         print(f"{path:<28} {ratio(preflight.plan(recipe, devices)):.3f}", flush=True)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 
+import jax
+
 from opd_jax import preflight_check as check
 from opd_jax import sharding
 from opd_jax.errors import UserError
@@ -10,7 +12,7 @@ from opd_jax.errors import UserError
 def search(config, devices, chip, planned, tell=lambda line: None) -> list:
     """Compiles all programs over mesh shapes and micro-batches.
 
-    On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not fit train_step.
+    On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not pass.
     mesh.data is the number of slices.
 
     Args:
@@ -43,7 +45,8 @@ def search(config, devices, chip, planned, tell=lambda line: None) -> list:
             found.append((dict(plan.mesh.shape), micro_batch, report))
             verdict = f"{report.seconds:.3g} s a step" if report.ok else "does not pass"
             tell(f"mesh.tensor={tensor}, train.micro_batch={micro_batch}: {verdict}")
-            if not report.programs[1].fits:
+            jax.clear_caches()  # else every compiled program is kept, half a gigabyte each
+            if not report.ok:
                 break
             micro_batch *= 2
     return sorted(found, key=lambda item: (not item[2].ok, item[2].seconds))

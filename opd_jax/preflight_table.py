@@ -55,13 +55,16 @@ def step(report: check.StepReport, where: str) -> str:
 
 
 def search(found) -> str:
-    """One line for each mesh and micro-batch, the best first."""
+    """One line for each mesh and micro-batch, the best first, and the best as flags."""
     rows = [("mesh", "micro-batch", "predicted s", "peak, GiB", "passes")]
     for mesh, micro_batch, report in found:
         sizes = " ".join(f"{axis}={n}" for axis, n in mesh.items())
         peaks = " / ".join(_peak(program) for program in report.programs)
         rows.append((sizes, str(micro_batch), f"{report.seconds:.3g}", peaks, "yes" if report.ok else "no"))
-    return "\n".join(_aligned(rows))
+    mesh, micro_batch, best = found[0]
+    sizes = "".join(f"--config.mesh.{axis}={n} " for axis, n in mesh.items())
+    named = f"best: {sizes}--config.train.micro_batch={micro_batch}" if best.ok else "none passes"
+    return "\n".join([*_aligned(rows), named])
 
 
 def _peak(r: check.ProgramReport) -> str:

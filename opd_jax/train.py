@@ -133,12 +133,12 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
             saving = due(c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
             if evaluating or examining or saving:
                 read.finish()
-            if examining:
-                examined(step, state, job.exams)
             kl = evaluated(step, state) if evaluating else None
             if saving:
                 writer.sync()
                 checkpoints.save(step, state, prompts.state(), kl)
+            if examining:  # the longest, and made when the run goes on if it ends here
+                examined(step, state, job.exams)
             if stopping:
                 writer.say(f"told to stop after step {step}; start again with the same --workdir to go on")
                 raise distributed.Preempted

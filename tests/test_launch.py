@@ -140,7 +140,7 @@ def test_setup_sends_tracked_files_and_settings_to_all_workers_and_nothing_else(
 
 def test_a_job_that_ends_well_ends_the_run_with_status_0(cloud):
     done = cloud.run(
-        LAUNCH / "tpu.sh", "run", answers=[*active(3), job("running"), job("done")]
+        LAUNCH / "tpu.sh", "run", answers=[*active(3), job("absent"), job("running"), job("done")]
     )
     assert done.returncode == 0, done.stderr
     assert not cloud.shown("queued-resources create")
@@ -154,8 +154,10 @@ def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_job_started_ther
         "run",
         answers=[
             *active(2),
+            job("absent"),
             ["worker.sh status", 255, ""],  # the workers are gone before the slice says so
             *gone,
+            job("absent"),
             ["queued-resources list", 0, ""],
             ["queued-resources list", 0, "WAITING_FOR_RESOURCES\n"],
             *active(2),
@@ -167,6 +169,71 @@ def test_a_slice_that_was_taken_away_is_asked_for_again_and_the_job_started_ther
     assert len(cloud.shown("queued-resources create first", "--spot")) == 1
     assert len(cloud.shown("worker.sh setup")) == 2
     assert len(cloud.shown("worker.sh start")) == 2
+
+
+def test_what_fails_on_the_way_is_tried_again(cloud):
+    """A look at the queue, a copy, a connection and a look at the job."""
+    done = cloud.run(
+        LAUNCH / "tpu.sh",
+        "run",
+        answers=[
+            ["queued-resources list", 0, "WAITING_FOR_RESOURCES\n"],
+            ["queued-resources list", 1, ""],
+            *active(),
+            ["tpu-vm scp", 255, ""],
+            *active(),
+            ["worker.sh setup", 255, ""],
+            *active(2),
+            ["queued-resources list", 1, ""],
+            *active(),
+            *[job("absent")] * 3,
+            job("done"),
+        ],
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.shown("tpu-vm scp")) == 3 and len(cloud.shown("worker.sh setup")) == 2
+    assert len(cloud.shown("worker.sh start")) == 1
+    assert not cloud.shown("queued-resources create") and not cloud.shown("delete")
+    assert "(2 of 100)" in done.stderr and "(3 of" not in done.stderr
+
+
+def test_a_queue_that_can_never_be_looked_at_is_said_at_once(cloud):
+    done = cloud.run(LAUNCH / "tpu.sh", "run", answers=[["queued-resources list", 1, ""]])
+    assert done.returncode == 2 and "cannot list the queued resources of mine" in done.stderr
+    assert len(cloud.calls) == 1
+
+
+def test_a_request_that_fails_is_shown_and_not_made_again(cloud):
+    answers = [["list", 0, ""], ["list", 0, "FAILED\n"], ["describe", 0, "no quota\n"]]
+    done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
+    assert done.returncode == 2
+    assert "no quota" in done.stderr and "mend the settings" in done.stderr
+    assert len(cloud.shown("queued-resources create")) == 1 and not cloud.shown("delete")
+
+
+def test_a_job_that_runs_already_is_watched_and_its_files_are_left_alone(cloud):
+    answers = [*active(2), job("running"), job("done")]
+    done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert not cloud.shown("scp") and not cloud.shown("worker.sh setup") and not cloud.shown("worker.sh start")
+
+
+def test_a_worker_that_was_booted_anew_is_started_again_with_all_others(cloud):
+    mixed = ["worker.sh status", 0, "status w0 failed:1\nstatus w1 absent\n"]
+    still = ["worker.sh status", 0, "status w0 running\nstatus w1 absent\n"]
+    answers = [*active(2), job("absent"), mixed, *active(2), still, job("done")]
+    done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.shown("worker.sh stop")) == 1
+    assert len(cloud.shown("worker.sh setup")) == len(cloud.shown("worker.sh start")) == 2
+    assert not cloud.shown("worker.sh errors")
+
+
+def test_watching_alone_outlives_a_lost_connection_and_a_lost_look(cloud):
+    answers = [*active(), ["worker.sh status", 255, ""], ["queued-resources list", 1, ""]]
+    done = cloud.run(LAUNCH / "tpu.sh", "watch", answers=[*answers, *active(), job("done")])
+    assert done.returncode == 0, done.stderr
+    assert "cannot be reached" in done.stderr
 
 
 def test_a_slice_taken_away_too_often_ends_the_run(tmp_path):
@@ -183,6 +250,7 @@ def test_the_error_of_any_worker_is_shown_and_ends_the_run(cloud):
         "run",
         answers=[
             *active(2),
+            job("absent"),
             ["worker.sh status", 0, "status w0 running\nstatus w3 failed:1\n"],
             ["worker.sh errors", 0, "[w3] ValueError: no\n"],
         ],
@@ -244,6 +312,16 @@ def test_gke_restarts_on_the_status_of_a_stopped_run_and_hands_the_signal_to_pyt
     assert expected <= set(call)
     (command,) = [word for word in call if word.startswith("--command=")]
     assert command.startswith("--command=exec python -m opd_jax.train --config=")
+
+
+def test_gke_is_sent_the_files_that_git_tracks_and_no_other(cloud):
+    done = cloud.run(LAUNCH / "gke.sh", "start")
+    assert done.returncode == 0, done.stderr
+    (word,) = [word for word in cloud.calls[0] if word.startswith("--script-dir=")]
+    sent = Path(word.partition("=")[2])
+    found = {str(path.relative_to(sent)) for path in sent.rglob("*") if path.is_file()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    assert found == set(tracked.stdout.splitlines())
 
 
 def test_gke_logs_come_from_the_first_pod_and_errors_from_every_failed_one(cloud):

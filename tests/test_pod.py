@@ -137,18 +137,24 @@ def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(st
         assert checkpoints.latest == last < 5000
 
 
+# What is saved has a step far from the number of looks that either run has taken.
 TOLD_BETWEEN = """
-import os, signal, time
-import jax
-from opd_jax import distributed
+import os, signal, sys, time
+import jax, numpy
+from opd_jax import distributed, sharding
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.train_step import TrainState
 
 distributed.initialize()
+one = jax.device_put(numpy.int32(1), sharding.replicated(sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})))
 for run in range(2):
     with distributed.Preemption() as preemption:
         stops = []
         for _ in range(3):
             stops.append(preemption.reached())
             distributed.gathered([0])
+        with Checkpoints(sys.argv[1], 1) as checkpoints:
+            checkpoints.save(1000 * (run + 1), TrainState(one, {"w": one}, {"m": one}), {"step": 0}, None)
     if run == 0 and jax.process_index() == 0:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3)  # the notice travels on a thread of its own
@@ -159,7 +165,7 @@ print(stops)
 def test_a_notice_between_two_runs_of_a_sweep_stops_the_second_at_its_first_step(tmp_path):
     (tmp_path / "told_between.py").write_text(TOLD_BETWEEN)
     done = subprocess.run(
-        ["bash", "launch/local_pod.sh", "2", "told_between"],
+        ["bash", "launch/local_pod.sh", "2", "told_between", str(tmp_path / "run")],
         cwd=ROOT,
         env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
         capture_output=True,

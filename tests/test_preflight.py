@@ -479,8 +479,11 @@ def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ra
     fitting = [(1, 2, 8, True), (2, 1, 4, True), (1, 2, 4, True), (2, 1, 2, True), (1, 2, 2, True)]
     assert tried == [*fitting, (1, 2, 1, True), (2, 1, 8, False)]
     assert sampled == [1, 2], "the sampler is compiled once for a mesh"
-    best = preflight_table.search(found).splitlines()[1]
-    assert best.split()[:4] == ["data=1", "fsdp=1", "tensor=2", "8"] and best.endswith("yes")
+    lines = preflight_table.search(found).splitlines()
+    assert lines[1].split()[:4] == ["data=1", "fsdp=1", "tensor=2", "8"] and lines[1].endswith("yes")
+    sizes = "--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.tensor=2"
+    assert lines[-1] == f"best: {sizes} --config.train.micro_batch=8"
+    assert preflight_table.search(found[-1:]).endswith("\nnone passes")
 
 
 def test_the_search_says_which_meshes_a_model_does_not_fit(models):
@@ -568,7 +571,7 @@ def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_nam
 
 def test_the_small_pods_step_needs_little_more_than_its_models_passes():
     config = small_pod.get_config()
-    config.mesh.preset = "one_chip"
+    config.mesh.preset, config.mesh.tensor = "one_chip", 0
     assert 1 < passes.ratio(preflight.plan(config, jax.devices()[:1])) < 1.25
 
 
