@@ -1,8 +1,8 @@
 """Qwen3-1.7B teaches Qwen3-0.6B on two slices of 4 v5e chips, 128 rollouts of 1024 tokens a step.
 
     python -m opd_jax.preflight --config=configs/two_slices.py --topology=2xv5e:2x2
-    python -m opd_jax.train --config=configs/two_slices.py --workdir=runs/two_slices \\
-      --config.student.path=~/models/Qwen3-0.6B --config.teacher.path=~/models/Qwen3-1.7B \\
+    python -m opd_jax.train --config=configs/two_slices.py --workdir=runs/two_slices \
+      --config.student.path=~/models/Qwen3-0.6B --config.teacher.path=~/models/Qwen3-1.7B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
 A slice holds a copy of both models, and the gradients of every micro-batch, in bfloat16 and block by block,

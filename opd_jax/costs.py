@@ -122,6 +122,7 @@ def train_bytes(
     mesh_shape,
     mu_bytes: int,
     recomputed: bool = False,
+    updates: int = 1,
 ) -> int:
     """HBM traffic of one device in score, gradient and update.
 
@@ -129,6 +130,7 @@ def train_bytes(
       rows: of one device in one micro-batch.
       pieces: micro-batches.
       recomputed: scoring runs the student too.
+      updates: on the same rollouts, scored once.
     """
     tensor = mesh_shape["tensor"]
     scored = score_bytes(student, teacher, rows, p, t, tensor, recomputed)
@@ -136,7 +138,7 @@ def train_bytes(
     own = _own(student, mesh_shape)
     accumulated = 8 * own  # float32 gradients, read and written
     update = own * (4 + 2 * 4 + 2 * mu_bytes + 2 * 4)  # gradient, parameters, both moments
-    return pieces * (scored + learnt + accumulated) + update
+    return pieces * scored + updates * (pieces * (learnt + accumulated) + update)
 
 
 def gradient_noise_bytes(

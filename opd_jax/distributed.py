@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import os
 import signal
+import sys
 from typing import Any, Self
 
 import jax
@@ -83,12 +84,13 @@ class Preemption:
     """Whether this run has been told to stop by SIGTERM; a context manager around the loop.
 
     In a run of several processes the notice of any reaches all, and all stop after the same step. There
-    the signal is caught from `initialize` on; a lone process catches it inside the context alone.
+    the signal is caught from `initialize` on; a lone process catches it inside the context alone, and the
+    first SIGINT (Ctrl-C, a notebook's stop button) with it: the second does what it always does.
     """
 
     def __init__(self):
         self._told = False
-        self._before = None
+        self._before = {}
 
     def reached(self) -> bool:
         """Whether to save and stop after this step; call it at every step, in every process."""
@@ -96,14 +98,18 @@ class Preemption:
             return multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return self._told
 
-    def _tell(self, *_):
+    def _tell(self, number, _):
         self._told = True
+        if number == signal.SIGINT:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            signal.signal(number, self._before[number])
 
     def __enter__(self) -> Self:
         if not jax.distributed.is_initialized():
-            self._before = signal.signal(signal.SIGTERM, self._tell)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._tell) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

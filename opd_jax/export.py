@@ -47,7 +47,7 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     chosen = config.rollout.get("end_ids", ())  # older runs have no such field
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, chosen))
 
-    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    mesh = sharding.make_mesh({"preset": "slices", "data": 0, "fsdp": 0, "tensor": 0})
     abstract = transformer.abstract(model)
     shardings = sharding.param_shardings(mesh, abstract, transformer.logical_axes(model))
     with Checkpoints.of_run(workdir, config.checkpoint.keep) as checkpoints:

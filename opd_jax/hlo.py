@@ -163,16 +163,19 @@ class Program:
         """
         fetched = returned = 0
         others = []
-        for i, times, _ in self:
-            if not any(array.space == _HOST_MEMORY for array in i.arrays):
-                continue
-            if i.opcode == "copy-start":
-                copy = i.arrays[0]  # the result stands before the source
-                size = times * copy.bytes
-                to_host = copy.space == _HOST_MEMORY
-                fetched, returned = fetched + size * (not to_host), returned + size * to_host
-            elif i.opcode not in (*_NO_WORK, "copy-done"):
-                others.append(f"{i.opcode} {i.op}".strip())
+        for name, instructions in self.computations.items():
+            there = {i.name for i in instructions if any(a.space == _HOST_MEMORY for a in i.arrays)}
+            for i in instructions:
+                reads = i.text.partition(f" {i.opcode}(")[2].partition(")")[0]
+                if i.name not in there and not there & set(re.findall(r"%([^\s,()]+)", reads)):
+                    continue
+                if i.opcode == "copy-start":
+                    copy = i.arrays[0]  # the result stands before the source
+                    size = self.times[name] * copy.bytes
+                    to_host = copy.space == _HOST_MEMORY
+                    fetched, returned = fetched + size * (not to_host), returned + size * to_host
+                elif i.opcode not in (*_NO_WORK, "copy-done"):
+                    others.append(f"{i.opcode} {i.op}".strip())
         return fetched, returned, others
 
     def vocabulary_arrays(self, rows: int, vocabularies, widths=()) -> list[str]:

@@ -65,6 +65,8 @@ def main(_):
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/small_pod.py")
     config = flags.FLAGS.config
+    if flags.FLAGS.search and (flags.FLAGS.stop_after or flags.FLAGS.from_dump or flags.FLAGS.only):
+        raise UserError("--search compiles whole programs; leave out --stop_after, --from_dump and --only")
     chip, devices = topology.describe(flags.FLAGS.topology)
     if flags.FLAGS.search:
         # Each takes minutes: what is known so far goes to standard error, the table alone to standard output.

@@ -60,4 +60,5 @@ def shortage(message: str) -> str:
     if found:
         return f"needs {found[1]} of {found[2]}"
     found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", message)
-    return f"needs {found[1]} of {found[2]}" if found else message.splitlines()[0]
+    line = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line)
+    return f"needs {found[1]} of {found[2]}" if found else line

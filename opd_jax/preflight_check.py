@@ -226,13 +226,14 @@ def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> Pro
     mu_bytes = {"float32": 4, "bfloat16": 2}[c.optimizer.mu_dtype] if c.optimizer.b1 else 0
     recomputed = steps.recomputes(c)
     moved = costs.train_bytes(
-        plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes, recomputed
+        *(plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes, recomputed),
+        updates=c.train.updates_per_rollout,
     )
     arguments = [plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()]
     arguments += [plan.abstract_table(), plan.abstract_key()]
     if c.reward.weight:
         arguments.append(plan.abstract_reward())
-    flops = flops["score"] + flops["update"] * (4 if recomputed else 3) / 3
+    flops = flops["score"] + flops["update"] * (3 * c.train.updates_per_rollout + recomputed) / 3
     return _compile(
         *(plan, chip, "train_step", plan.train_step, arguments),
         rows=rows,

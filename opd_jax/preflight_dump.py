@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from opd_jax.errors import UserError
-from opd_jax.preflight_build import Built
+from opd_jax.preflight_build import Built, shortage
 
 OPTIMISED, BUFFERS, LAST = (
     "*after_optimizations.txt",
@@ -91,10 +91,9 @@ def until_buffers(folder, arguments):
         if any(target.glob(LAST)):
             return read(target)
         said = (target / "log").read_text()
-        short = re.search(r"needs [\d.]+[KMGT] of [\d.]+[KMGT]", said)
-        if not short:
-            line = (said.strip().splitlines() or ["no word"])[-1]
-            raise UserError(f"{name} was not compiled ({line}); see {target / 'log'}")
-        return Built(shortage=short[0])
+        if "RESOURCE_EXHAUSTED" in said:
+            return Built(shortage=shortage(said))
+        line = (said.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"{name} was not compiled ({line}); see {target / 'log'}")
 
     return build

@@ -1,6 +1,8 @@
 """When a process looks for others, and what it says where it cannot find them."""
 
 import os
+import signal
+import time
 
 import jax
 import pytest
@@ -77,6 +79,19 @@ def test_others_that_cannot_be_found_are_a_line_with_a_remedy(joined, tpu_host, 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match="no metadata.*TPU_SKIP_MDS_QUERY=1"):
         distributed.initialize()
+
+
+def test_the_first_interrupt_of_a_lone_process_ends_it_after_a_step_and_the_second_at_once(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with distributed.Preemption() as preemption:
+        assert not preemption.reached()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.reached()
+        assert "stopping after this step" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.fixture

@@ -409,10 +409,12 @@ def test_copies_of_the_hosts_memory_are_counted_and_all_else_done_there_is_named
         "%c = (f32[16,128]{1,0}, f32[16,128]{1,0:S(5)}, u32[]{:S(2)}) copy-start(%p)",
         "%d = f32[16,128]{1,0} copy-done(%c)",
         "%r = (bf16[16,128]{1,0:S(5)}, bf16[16,128]{1,0}, u32[]{:S(2)}) copy-start(%b)",
-        '%a = f32[16,128]{1,0:S(5)} add(%p, %p), metadata={op_name="jit(f)/add"}',
+        '%a = f32[16,128]{1,0:S(5)} add(%d, %d), metadata={op_name="jit(f)/add"}',
+        '%n = f32[16,128]{1,0} negate(%p), metadata={op_name="jit(f)/neg"}',
+        "%o = f32[16,128]{1,0} negate(%d)",
     )
     program = hlo.Program("ENTRY %main () -> f32[] {\n  " + "\n  ".join(lines) + "\n}")
-    assert program.host_memory() == (16 * 128 * 4, 16 * 128 * 2, ["add jit(f)/add"])
+    assert program.host_memory() == (16 * 128 * 4, 16 * 128 * 2, ["add jit(f)/add", "negate jit(f)/neg"])
 
 
 def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
@@ -531,7 +533,9 @@ time.sleep(600)
     script.write_text(writes)
     made = build(None, "sample")
     assert (made.arguments, made.temporaries, made.peak) == (8, 32, 40)
-    script.write_text("print('FAILS: sample does not fit: needs 50.5G of 15.7G')")
+    refused = "jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error."
+    refused += " Ran out of memory in memory space hbm. Used 50.5G of 15.7G hbm. Exceeded hbm capacity by 34.8G."
+    script.write_text(f"raise SystemExit({refused!r})")
     assert build(None, "sample").shortage == "needs 50.5G of 15.7G"
     script.write_text("raise SystemExit('error: no such preset')")
     with pytest.raises(UserError, match=r"sample was not compiled \(error: no such preset\); see .*log"):
