@@ -1,6 +1,6 @@
-"""Qwen3-30B-A3B teaches Qwen3-8B on 32 v5p chips, 1024 rollouts of 16384 tokens a step.
+"""Qwen3-30B-A3B teaches Qwen3-8B on 16 v5p chips, 1024 rollouts of 16384 tokens a step.
 
-    python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x4x4
+    python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x2x4
     python -m opd_jax.train --config=configs/paper_8b.py --workdir=runs/paper_8b \
       --config.student.path=~/models/Qwen3-8B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
@@ -38,4 +38,5 @@ def get_config():
     """The paper's recipe with a larger student."""
     c = paper.get_config()
     c.student.path = "preset:Qwen3-8B"
+    c.checkpoint.every = 2
     return c

@@ -45,4 +45,5 @@ def get_config():
     c.mesh.tensor = 4  # a decode step reads a quarter of the weights
     c.scoring.chunk = 1024
     c.train.micro_batch = 16
+    c.checkpoint.every = 20
     return c
