@@ -66,13 +66,16 @@ def test_frozen_parameters_have_no_moments_in_a_checkpoint_and_come_back_with_it
     assert jax.tree.map(lambda x: x.sharding, restored) == other.state_shardings
 
 
-def test_a_save_holds_what_was_saved_though_the_arrays_are_donated_at_once(tmp_path):
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_a_save_holds_what_was_saved_though_the_arrays_are_donated_at_once(memory, tmp_path):
     """Large enough that writing is still going on while later steps reuse the buffers."""
-    state = TrainState(jnp.int32(1), {"w": jnp.ones(8_000_000)}, {"m": jnp.ones(8_000_000)})
+    moment = jax.device_put(jnp.ones(8_000_000), jnp.ones(1).sharding.with_memory_kind(memory))
+    state = TrainState(jnp.int32(1), {"w": jnp.ones(8_000_000)}, {"m": moment})
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=where)
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, state, {"step": 1}, None)
         for _ in range(20):
