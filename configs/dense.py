@@ -5,27 +5,28 @@
       --config.student.path=~/models/Qwen3-8B --config.teacher.path=~/models/Qwen3-32B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 156 chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu
-0.0.42.1; of train_step and evaluation read from the programs that the compiler had optimised and given their
-memory, before it generated code):
+Cost: at least 85.2 chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu
+0.0.42.1):
 
-                           sample          train_step      evaluation
-    arguments, GiB         0.48            2.40            1.43
-    temporaries, GiB       24.16           8.59            5.39
-    held beside, GiB       1.91            0.00            0.96
-    peak of capacity, GiB  25.94 of 95.74  10.99 of 95.74  7.78 of 95.74
-    model TFLOPs           1140            8163            5883
-    program TFLOPs         1264            9321            5928
-    HBM traffic, GB        1.87e+05        7749            4539
-    compute, s             2.75            20.3            12.9
-    HBM, s                 67.6            2.8             1.64
-    links, s               0.321           10              6.71
-    bound by               HBM             compute         compute
-    all-reduce, GB         29 (14614×)     916 (6116×)     613 (3725×)
-    all-to-all, GB         0.537 (7169×)   1.74 (24×)      1.21 (16×)
+                            sample          train_step      evaluation
+    arguments, GiB          0.48            2.40            1.43
+    temporaries, GiB        13.71           16.20           3.41
+    held beside, GiB        1.91            0.00            0.96
+    peak of capacity, GiB   15.25 of 95.74  15.18 of 95.74  5.70 of 95.74
+    model TFLOPs            1140            8163            5883
+    program TFLOPs          1173            9321            5928
+    HBM traffic, GB         7.622e+04       6177            3556
+    compute, s              2.56            20.3            12.9
+    HBM, s                  27.6            2.23            1.29
+    links, s                1.94            7.85            5.02
+    bound by                HBM             compute         compute
+    all-gather, GB          147 (7675×)     184 (7641×)     153 (5610×)
+    all-reduce, GB          157 (552011×)   737 (3068×)     503 (1787×)
+    all-to-all, GB          2.15 (7169×)    6.98 (24×)      4.83 (16×)
+    collective-permute, GB  –               129 (68376×)    –
+    compile, s              95              96              27
 
-Predicted step: 88 s at full length, 652 response tokens a second a chip. With attention.kernel=plain
-train_step takes 23.1 s, bound by HBM, at a peak of 20.97 GiB, the step 91 s; micro-batches of up to 128 fit.
+Predicted step: 47.9 s at full length, 1198 response tokens a second a chip.
 """
 
 from configs import default

@@ -5,29 +5,29 @@
       --config.student.path=~/models/Qwen3-1.7B --config.teacher.path=~/models/Qwen3-8B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 26 chip-hours for 100 steps, by the roofline below. Chunks are long, since every chunk of the
-loss sums the output matrix's gradient over the slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1; read
-from the programs that the compiler had optimised and given their memory, before it generated code):
+Cost: at least 16 chip-hours for 100 steps, by the roofline below. The mesh is the search's of
+docs/preflight.md. Chunks are long, since every chunk of the loss sums the output matrix's gradient over the
+slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
 
-                            sample           train_step      evaluation
-    arguments, GiB          0.40             2.17            1.36
-    temporaries, GiB        10.57            2.92            3.32
-    held beside, GiB        1.76             0.00            0.80
-    peak of capacity, GiB   12.73 of 15.75   5.08 of 15.75   5.48 of 15.75
-    model TFLOPs            251.2            1815            1312
-    program TFLOPs          275.3            2087            1341
-    HBM traffic, GB         3.944e+04        3337            1879
-    compute, s              1.4              10.6            6.81
-    HBM, s                  48.2             4.07            2.29
-    links, s                0.0681           6.34            2.81
-    bound by                HBM              compute         compute
-    all-gather, GB          6.26 (394×)      333 (10353×)    269 (7186×)
-    all-reduce, GB          0.00368 (7168×)  0.00391 (483×)  2.56e-06 (3×)
-    all-to-all, GB          0.268 (3585×)    1.07 (48×)      0.805 (32×)
-    collective-permute, GB  –                257 (105600×)   –
+                            sample          train_step     evaluation
+    arguments, GiB          0.40            2.17           1.36
+    temporaries, GiB        9.13            5.87           3.02
+    held beside, GiB        1.76            0.00           0.80
+    peak of capacity, GiB   10.30 of 15.75  6.35 of 15.75  4.81 of 15.75
+    model TFLOPs            251.2           1815           1312
+    program TFLOPs          257.6           2087           1341
+    HBM traffic, GB         2.135e+04       2613           1403
+    compute, s              1.31            10.6           6.81
+    HBM, s                  26.1            3.19           1.71
+    links, s                2.2             6.3            4.22
+    bound by                HBM             compute        compute
+    all-gather, GB          141 (3979×)     83.3 (10353×)  67.3 (7186×)
+    all-reduce, GB          61.2 (218683×)  309 (4228×)    218 (2275×)
+    all-to-all, GB          1.07 (3585×)    4.29 (48×)     3.22 (32×)
+    collective-permute, GB  –               37.3 (14208×)  –
+    compile, s              104             76             26
 
-Predicted step: 59 s at full length, 976 response tokens a second a chip. With attention.kernel=plain
-train_step takes 15.7 s, bound by HBM, at a peak of 6.11 GiB, the step 64 s; micro-batches of up to 64 fit.
+Predicted step: 36.7 s at full length, 1564 response tokens a second a chip; micro-batches of up to 64 fit.
 """
 
 from configs import default

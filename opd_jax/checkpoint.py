@@ -16,9 +16,9 @@ FOLDER = "checkpoints"
 class _Manager(ocp.CheckpointManager):
     """Saves when it is told to, and asks nobody.
 
-    Orbax would ask JAX at every save whether the processes are to stop, by the step's number. JAX has them stop
-    at the number after the last that was asked of: `distributed` numbers its own questions, and would wait
-    for one of the step's size.
+    Orbax would ask JAX at every save whether the processes are to stop, by the step's number. JAX has them
+    stop at the number after the last that was asked of: `distributed` numbers its own questions, and would
+    wait for one of the step's size.
     """
 
     def reached_preemption(self, step: int) -> bool:

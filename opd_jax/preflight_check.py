@@ -345,7 +345,7 @@ def _compile(
     report.faults += [f"reaches the host: {line}" for line in program.host_transfers() + others]
     if max(fetched, returned) > made.host * c.train.updates_per_rollout:
         report.faults.append(
-            f"copies {fetched} bytes from the host's memory and {returned} to it; it is given {made.host} there"
+            f"copies {fetched} bytes from the host's memory and {returned} to it; it has {made.host} there"
         )
     report.faults += [
         f"holds logits of all positions: {line}"

@@ -215,7 +215,7 @@ def test_a_job_that_runs_already_is_watched_and_its_files_are_left_alone(cloud):
     answers = [*active(2), job("running"), job("done")]
     done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
     assert done.returncode == 0, done.stderr
-    assert not cloud.shown("scp") and not cloud.shown("worker.sh setup") and not cloud.shown("worker.sh start")
+    assert not any(cloud.shown(word) for word in ("scp", "worker.sh setup", "worker.sh start"))
 
 
 def test_a_worker_that_was_booted_anew_is_started_again_with_all_others(cloud):

@@ -146,7 +146,8 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.train_step import TrainState
 
 distributed.initialize()
-one = jax.device_put(numpy.int32(1), sharding.replicated(sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})))
+mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+one = jax.device_put(numpy.int32(1), sharding.replicated(mesh))
 for run in range(2):
     with distributed.Preemption() as preemption:
         stops = []

@@ -118,7 +118,8 @@ def test_moments_in_the_hosts_memory_are_fetched_and_returned_once_an_update(mod
         for name, lines in program.computations.items()
         if any(line.opcode == "copy-start" and {a.space for a in line.arrays} > {5} for line in lines)
     }
-    branches = re.findall(r"(?:true|false)_computation=%?([^\s,})]+)|branch_computations=\{([^}]*)\}", texts[1])
+    pattern = r"(?:true|false)_computation=%?([^\s,})]+)|branch_computations=\{([^}]*)\}"
+    branches = re.findall(pattern, texts[1])
     named = {name.strip().lstrip("%") for pair in branches for part in pair for name in part.split(",")}
     assert copying and copying <= named
 
