@@ -6,47 +6,49 @@
       --config.student.path=~/models/Qwen3-1.7B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 1.93 (v5p) or 2.77 (v6e) chip-hours a step with responses of full length, by the
-roofline below; most of it is sampling, a read of the cache a token. Keys, values and the teacher are
-int8; rollout.cache_stages=4 would save an eighth of the sampler's time and compiles it twice as long.
+Cost: at least 1.59 (v5p) or 2.19 (v6e) chip-hours a step with responses of full length, by the
+roofline below; most of it is sampling, a read of the cache a token. Keys, values and the teacher are int8.
+Preflight's tables (jax 0.10.2, libtpu 0.0.42.1).
 
-Preflight's tables. Figures of jax 0.10.2 and libtpu 0.0.42.1, read from the programs that the compiler had
-optimised and given their memory, before it generated code.
+On v5p:4x4x4, a predicted step of 89.2 s, 2757 response tokens a second a chip:
 
-On v5p:4x4x4, a predicted step of 109 s, 2259 response tokens a second a chip:
+                            sample          train_step     evaluation
+    arguments, GiB          0.10            0.80           0.59
+    temporaries, GiB        19.86           11.64          7.35
+    held beside, GiB        0.69            0.00           0.20
+    peak of capacity, GiB   17.34 of 95.74  7.72 of 95.74  6.69 of 95.74
+    model TFLOPs            1384            8811           4658
+    program TFLOPs          1495            1.08e+04       4746
+    HBM traffic, GB         1.814e+05       1.295e+04      6572
+    compute, s              3.26            23.5           10.3
+    HBM, s                  65.6            4.68           2.38
+    links, s                1.54            7.85           3.84
+    bound by                HBM             compute        compute
+    all-gather, GB          302 (15755×)    629 (15729×)   263 (9298×)
+    all-reduce, GB          122 (937019×)   738 (7652×)    433 (2851×)
+    all-to-all, GB          2.15 (15361×)   8.59 (64×)     4.29 (32×)
+    collective-permute, GB  –               208 (212160×)  –
+    compile, s              100             145            33
 
-                           sample          train_step     evaluation
-    arguments, GiB         0.10            0.84           0.63
-    temporaries, GiB       18.26           5.89           4.81
-    held beside, GiB       0.73            0.00           0.20
-    peak of capacity, GiB  19.10 of 95.74  6.74 of 95.74  5.65 of 95.74
-    model TFLOPs           1384            8811           4658
-    program TFLOPs         1603            1.08e+04       4746
-    HBM traffic, GB        2.358e+05       1.372e+04      7116
-    compute, s             3.49            23.5           10.3
-    HBM, s                 85.3            4.96           2.57
-    links, s               0.0751          8.17           5.75
-    bound by               HBM             compute        compute
-    all-reduce, GB         6.33 (30773×)   745 (5844×)    525 (4309×)
-    all-to-all, GB         1.07 (15361×)   4.29 (64×)     2.15 (32×)
+On v6e:8x8, a predicted step of 123 s, 2006 response tokens a second a chip:
 
-On v6e:8x8, a predicted step of 156 s, 1578 response tokens a second a chip:
-
-                           sample          train_step     evaluation
-    arguments, GiB         0.10            0.84           0.63
-    temporaries, GiB       18.45           5.25           3.96
-    held beside, GiB       0.73            0.00           0.20
-    peak of capacity, GiB  19.29 of 31.25  6.09 of 31.25  4.79 of 31.25
-    model TFLOPs           1384            8811           4658
-    program TFLOPs         1603            1.08e+04       4746
-    HBM traffic, GB        2.358e+05       1.372e+04      7116
-    compute, s             1.75            11.8           5.17
-    HBM, s                 144             8.37           4.34
-    links, s               0.0485          5.04           3.03
-    bound by               HBM             compute        compute
-    all-gather, GB         4.85 (169×)     571 (6353×)    499 (3650×)
-    all-reduce, GB         1.48 (30755×)   174 (3523×)    26.2 (2003×)
-    all-to-all, GB         1.07 (15361×)   4.29 (64×)     2.15 (32×)
+                            sample          train_step     evaluation
+    arguments, GiB          0.10            0.80           0.59
+    temporaries, GiB        19.08           11.67          7.79
+    held beside, GiB        0.69            0.00           0.20
+    peak of capacity, GiB   17.41 of 31.25  7.71 of 31.25  6.68 of 31.25
+    model TFLOPs            1384            8811           4658
+    program TFLOPs          1495            1.08e+04       4746
+    HBM traffic, GB         1.814e+05       1.295e+04      6572
+    compute, s              1.63            11.8           5.17
+    HBM, s                  111             7.91           4.01
+    links, s                1.54            7.85           3.84
+    bound by                HBM             compute        compute
+    all-gather, GB          302 (15755×)    629 (15729×)   263 (9298×)
+    all-reduce, GB          122 (937019×)   738 (7652×)    433 (2851×)
+    all-to-all, GB          2.15 (15361×)   8.59 (64×)     4.29 (32×)
+    collective-permute, GB  –               208 (212160×)  –
+    compile, s              146             157            52
 """
 
 from configs import default

@@ -5,30 +5,29 @@
       --config.student.path=~/models/Qwen3-4B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 2.75 chip-hours a step with responses of full length, by the roofline below;
-most of it is sampling, a read of the cache a token.
+Cost: at least 2.22 chip-hours a step with responses of full length, by the roofline below; most of it is
+sampling, a read of the cache a token. The cache fills the memory: on v5p no smaller slice holds it
+(docs/preflight.md). Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
 
-Preflight's table. Figures of jax 0.10.2 and libtpu 0.0.42.1, read from the programs that the compiler had
-optimised and given their memory, before it generated code.
+                            sample            train_step         evaluation
+    arguments, GiB          0.94              4.66               2.77
+    temporaries, GiB        88.28             47.45              33.46
+    held beside, GiB        3.70              0.00               1.87
+    peak of capacity, GiB   84.04 of 95.74    41.05 of 95.74     26.98 of 95.74
+    model TFLOPs            1.345e+04         6.69e+04           2.655e+04
+    program TFLOPs          1.458e+04         8.679e+04          2.701e+04
+    HBM traffic, GB         8.592e+05         7.185e+04          2.912e+04
+    compute, s              31.8              189                58.8
+    HBM, s                  311               26                 10.5
+    links, s                7.76              29.7               12.8
+    bound by                HBM               compute            compute
+    all-gather, GB          1.2e+03 (31227×)  1.69e+03 (18417×)  298 (10198×)
+    all-reduce, GB          784 (1167435×)    3.98e+03 (8676×)   2.03e+03 (3104×)
+    all-to-all, GB          10.7 (15361×)     40.8 (64×)         19.3 (32×)
+    collective-permute, GB  –                 335 (70720×)       –
+    compile, s              132               169                58
 
-                            sample          train_step      evaluation
-    arguments, GiB          0.47            2.39            1.45
-    temporaries, GiB        46.11           13.38           7.22
-    held beside, GiB        1.91            0.00            0.94
-    peak of capacity, GiB   48.52 of 95.74  15.78 of 95.74  9.60 of 95.74
-    model TFLOPs            6726            3.345e+04       1.327e+04
-    program TFLOPs          7849            4.339e+04       1.35e+04
-    HBM traffic, GB         5.94e+05        3.762e+04       1.549e+04
-    compute, s              17.1            94.5            29.4
-    HBM, s                  215             13.6            5.6
-    links, s                0.0976          8.1             3.23
-    bound by                HBM             compute         compute
-    all-gather, GB          15.3 (506×)     833 (18289×)    596 (10194×)
-    all-reduce, GB          0.063 (30720×)  0.0062 (611×)   9.22e-06 (3×)
-    all-to-all, GB          2.68 (15361×)   10.2 (64×)      4.83 (32×)
-    collective-permute, GB  –               641 (270400×)   –
-
-Predicted step: 309 s at full length, 1589 response tokens a second a chip.
+Predicted step: 500 s at full length, 1967 response tokens a second a chip.
 """
 
 from configs import paper

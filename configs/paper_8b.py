@@ -5,30 +5,29 @@
       --config.student.path=~/models/Qwen3-8B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 3.5 chip-hours a step with responses of full length, by the roofline below;
-most of it is sampling, a read of the cache a token.
+Cost: at least 2.66 chip-hours a step with responses of full length, by the roofline below; most of it is
+sampling, a read of the cache a token. The cache fills the memory: on v5p no smaller slice holds it
+(docs/preflight.md). Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
 
-Preflight's table. Figures of jax 0.10.2 and libtpu 0.0.42.1, read from the programs that the compiler had
-optimised and given their memory, before it generated code.
+                            sample               train_step         evaluation
+    arguments, GiB          1.91                 7.57               3.74
+    temporaries, GiB        92.68                72.28              32.98
+    held beside, GiB        5.64                 0.00               3.82
+    peak of capacity, GiB   89.76 of 95.74       61.56 of 95.74     29.77 of 95.74
+    model TFLOPs            2.086e+04            9.652e+04          3.395e+04
+    program TFLOPs          2.199e+04            1.216e+05          3.444e+04
+    HBM traffic, GB         9.233e+05            8.532e+04          3.181e+04
+    compute, s              47.9                 265                75
+    HBM, s                  334                  30.9               11.5
+    links, s                10.4                 41.1               15.7
+    bound by                HBM                  compute            compute
+    all-gather, GB          1.21e+03 (31227×)    1.85e+03 (18417×)  352 (10198×)
+    all-reduce, GB          1.25e+03 (1167435×)  5.62e+03 (8804×)   2.5e+03 (3104×)
+    all-to-all, GB          17.2 (15361×)        60.1 (64×)         25.8 (32×)
+    collective-permute, GB  –                    575 (70720×)       –
+    compile, s              79                   122                36
 
-                            sample          train_step         evaluation
-    arguments, GiB          0.95            3.85               1.93
-    temporaries, GiB        52.51           18.97              7.84
-    held beside, GiB        2.88            0.00               1.91
-    peak of capacity, GiB   56.38 of 95.74  22.84 of 95.74     11.68 of 95.74
-    model TFLOPs            1.043e+04       4.826e+04          1.698e+04
-    program TFLOPs          1.155e+04       6.078e+04          1.722e+04
-    HBM traffic, GB         7.222e+05       4.536e+04          1.703e+04
-    compute, s              25.2            132                37.5
-    HBM, s                  261             16.4               6.16
-    links, s                0.18            12.4               3.82
-    bound by                HBM             compute            compute
-    all-gather, GB          29 (506×)       1.15e+03 (18289×)  703 (10194×)
-    all-reduce, GB          0.063 (30720×)  0.00975 (611×)     9.22e-06 (3×)
-    all-to-all, GB          4.29 (15361×)   15 (64×)           6.44 (32×)
-    collective-permute, GB  –               1.1e+03 (270400×)  –
-
-Predicted step: 394 s at full length, 1249 response tokens a second a chip.
+Predicted step: 599 s at full length, 1642 response tokens a second a chip.
 """
 
 from configs import paper
