@@ -23,8 +23,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 
-# What `run` calls may fail and be tried again, and bash then goes on after a failed command: so in what it
-# calls each command says what its failure does.
 settings=${SETTINGS:-$here/settings.sh}
 read_settings "$settings"
 need NAME PROJECT ZONE ACCELERATOR RUNTIME PROVISIONING SLICES CONFIG SHARED WORKDIR POLL MAX_RESTARTS
@@ -161,7 +159,11 @@ opd_jax/launch/settings.sh && bash opd_jax/launch/worker.sh setup" || return 4
 
 start() { everywhere "bash opd_jax/launch/worker.sh start" || return 4; }
 
-job_states() { everywhere "bash opd_jax/launch/worker.sh status"; }
+# job_states: a line of each worker that can be reached; one without the scripts yet has no job.
+job_states() {
+  # shellcheck disable=SC2016  # the worker's own
+  everywhere '[ ! -e opd_jax/launch/worker.sh ] && echo "status $(hostname) absent" || bash opd_jax/launch/worker.sh status'
+}
 
 # states_of LINES: the different states in what job_states printed, sorted, a space after each.
 states_of() { awk '$1 == "status" { sub(/:.*/, "", $3); print $3 }' <<<"$1" | sort -u | tr '\n' ' '; }
@@ -199,17 +201,26 @@ watch() {
 
 errors() { everywhere "bash opd_jax/launch/worker.sh errors"; }
 
-# once: the slices, the job on them, and its end. Files are sent only where the job does not run already.
+# once: the slices, the job on them, and its end. Files are sent only where the job does not run already. What
+# fails here is tried again, and bash goes on after a failed command in what is called for that: so each command
+# in there says what its failure does.
 once() {
-  local lines
+  local lines states
   create || return
-  lines=$(job_states) || true # no worker has the scripts yet
-  if [[ -n $DRY_RUN ]]; then echo "$lines"; fi
-  case $(states_of "$lines") in
-    "running ") ;;
-    *running*) stop && setup && start || return 4 ;;
-    *) setup && start || return 4 ;;
-  esac
+  lines=$(job_states) || true
+  if [[ -n $DRY_RUN ]]; then
+    echo "$lines"
+    lines="status a-worker absent"
+  fi
+  states=$(states_of "$lines")
+  if [[ -z $states ]]; then
+    echo "$(date +%T) $NAME: the workers cannot be reached" >&2
+    return 4
+  fi
+  if [[ $states != "running " ]]; then
+    if [[ $states == *running* ]]; then stop || true; fi # a worker without the job has nothing to stop
+    setup && start || return 4
+  fi
   watch
 }
 

@@ -212,7 +212,8 @@ def test_a_request_that_fails_is_shown_and_not_made_again(cloud):
 
 
 def test_a_job_that_runs_already_is_watched_and_its_files_are_left_alone(cloud):
-    answers = [*active(2), job("running"), job("done")]
+    unreached = [*active(), ["worker.sh status", 255, ""]]
+    answers = [*unreached, *active(2), job("running"), job("done")]
     done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
     assert done.returncode == 0, done.stderr
     assert not any(cloud.shown(word) for word in ("scp", "worker.sh setup", "worker.sh start"))
@@ -221,7 +222,8 @@ def test_a_job_that_runs_already_is_watched_and_its_files_are_left_alone(cloud):
 def test_a_worker_that_was_booted_anew_is_started_again_with_all_others(cloud):
     mixed = ["worker.sh status", 0, "status w0 failed:1\nstatus w1 absent\n"]
     still = ["worker.sh status", 0, "status w0 running\nstatus w1 absent\n"]
-    answers = [*active(2), job("absent"), mixed, *active(2), still, job("done")]
+    stopped = ["worker.sh stop", 5, ""]  # of systemctl: no such unit
+    answers = [*active(2), job("absent"), mixed, *active(2), still, stopped, job("done")]
     done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
     assert done.returncode == 0, done.stderr
     assert len(cloud.shown("worker.sh stop")) == 1
