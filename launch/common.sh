@@ -58,3 +58,11 @@ need() {
     [[ -n ${!name:-} ]] || fail "$name is not set in the settings file; see launch/settings.example.sh"
   done
 }
+
+# need_sent: refuses a CONFIG that would not be there: of this folder only files that git tracks are sent.
+need_sent() {
+  local folder
+  folder=$(dirname "${BASH_SOURCE[0]}")/..
+  [[ $CONFIG == /* ]] || git -C "$folder" ls-files --error-unmatch "$CONFIG" >/dev/null 2>&1 ||
+    fail "CONFIG=$CONFIG is no file that git tracks, so it would not be sent; git add it"
+}

@@ -47,6 +47,7 @@ start() {
   if [[ -n $IMAGE ]]; then
     command+=(--docker-image="$IMAGE")
   else
+    need_sent
     git -C "$here/.." ls-files -z >"$sent.list"
     rm -rf "$sent"
     call mkdir -p "$sent"

@@ -146,6 +146,7 @@ create() {
 # Only files that git tracks, and the settings, are sent.
 setup() {
   local node list
+  need_sent
   list=$(mktemp)
   git -C "$here/.." ls-files -z >"$list" || return 4
   call tar -C "$here/.." --null -czf "$archive" -T "$list" || return 4

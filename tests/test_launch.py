@@ -326,6 +326,16 @@ def test_gke_is_sent_the_files_that_git_tracks_and_no_other(cloud):
     assert found == set(tracked.stdout.splitlines())
 
 
+@pytest.mark.parametrize(("script", "command"), [("tpu.sh", "setup"), ("gke.sh", "start")])
+def test_a_config_that_would_not_be_sent_is_refused(tmp_path, script, command):
+    cloud = Cloud(tmp_path, CONFIG="configs/mine.py")
+    done = cloud.run(LAUNCH / script, command)
+    assert done.returncode == 2 and not cloud.calls
+    assert done.stderr == (
+        "error: CONFIG=configs/mine.py is no file that git tracks, so it would not be sent; git add it\n"
+    )
+
+
 def test_gke_logs_come_from_the_first_pod_and_errors_from_every_failed_one(cloud):
     cloud.run(LAUNCH / "gke.sh", "logs")
     assert cloud.shown("kubectl logs", "job-index=0", "job-completion-index=0")
