@@ -59,10 +59,11 @@ need() {
   done
 }
 
-# need_sent: refuses a CONFIG that would not be there: of this folder only files that git tracks are sent.
+# need_sent: refuses a CONFIG that would not be there: of this folder only files that git tracks are sent. What
+# follows a colon is an argument of that file.
 need_sent() {
   local folder
   folder=$(dirname "${BASH_SOURCE[0]}")/..
-  [[ $CONFIG == /* ]] || git -C "$folder" ls-files --error-unmatch "$CONFIG" >/dev/null 2>&1 ||
+  [[ $CONFIG == /* ]] || git -C "$folder" ls-files --error-unmatch "${CONFIG%%:*}" >/dev/null 2>&1 ||
     fail "CONFIG=$CONFIG is no file that git tracks, so it would not be sent; git add it"
 }
