@@ -49,7 +49,7 @@ start() {
   else
     need_sent
     git -C "$here/.." ls-files -z >"$sent.list"
-    rm -rf "$sent"
+    if [[ -z $DRY_RUN ]]; then rm -rf "$sent"; fi
     call mkdir -p "$sent"
     call tar -C "$here/.." --null -cf "$sent.tar" -T "$sent.list"
     call tar -C "$sent" -xf "$sent.tar"
