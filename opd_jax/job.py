@@ -29,7 +29,7 @@ from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
 from opd_jax.grading import shared as shared_grader
-from opd_jax.models import source, transformer
+from opd_jax.models import bf16_products, source, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Job(programs.Programs):
       exams: the benchmarks of eval.benchmark, rendered.
       shared: the training prompts that are evaluated on too: `benchmark_run.shared_with_training`.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
+      probe: what products of auto were settled by, or None.
       others: see `programs.Programs`.
     """
 
@@ -50,6 +51,7 @@ class Job(programs.Programs):
     exams: tuple[benchmark_run.Exam, ...]
     shared: list[dict[str, Any]]
     table: segments.SegmentTable | nltk_segments.Cutter
+    probe: bf16_products.Probe | None
 
     def start(self) -> steps.TrainState:
         """The state before the first step: the student's weights in float32, pruned, sharded."""
@@ -145,6 +147,7 @@ def prepare(config, workdir=None) -> Job:
         check_workdir(workdir, config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
+    probe = programs.settle_products(config, mesh, workdir)
     student, teacher = programs.models(config, mesh)
     tokenizer = tokenizers.load(config.student.path, "student.path")
     teachers = tokenizers.load(config.teacher.path, "teacher.path")
@@ -182,6 +185,7 @@ def prepare(config, workdir=None) -> Job:
         exams=exams,
         shared=shared,
         table=_segment_table(config.segments, tokenizer, mesh),
+        probe=probe,
     )
 
 

@@ -41,6 +41,8 @@ FREE_KEYS = (
     *("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile."),
     *("mesh.", "sharding.", "train.micro_batch", "optimizer.memory"),
 )
+# Where auto is settled by a probe of the machine, which a resumed run does not repeat.
+SETTLED_KEYS = ("student.products", "teacher.products")
 
 
 class MetricWriter:
@@ -311,12 +313,16 @@ def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | N
 
 
 def write_run_files(
-    workdir: str | os.PathLike, config: Any, prompts: Mapping[str, int] | None = None
+    workdir: str | os.PathLike,
+    config: Any,
+    prompts: Mapping[str, int] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json (the resolved config), versions.json (what the run was made with) and prompts.json.
 
     Args:
       prompts: how many prompts there are and were left out, by name; no file without them.
+      measured: what was measured of the machine, for versions.json.
     """
     if jax.process_index() != 0:
         return
@@ -333,6 +339,7 @@ def write_run_files(
         "processes": jax.process_count(),
         "git_commit": _git_commit(),
         "command": sys.argv,
+        **(measured or {}),
     }
     _write_whole(workdir / CONFIG_FILE, _config_json(config))
     _write_whole(workdir / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
@@ -343,7 +350,8 @@ def write_run_files(
 def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None:
     """Whether `workdir` holds a run of another config: None, or the first difference as an error to raise.
 
-    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them.
+    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them. Products of auto
+    are those that the run began with.
 
     Raises:
       UserError: the workdir's config.json is damaged.
@@ -355,6 +363,7 @@ def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None
     new = _flatten(json.loads(_config_json(config)))
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
+        free |= key in SETTLED_KEYS and new.get(key) == "auto"
         if not free and (key not in old or key not in new or old[key] != new[key]):
             there, here = (
                 json.dumps(part[key]) if key in part else "not set" for part in (old, new)

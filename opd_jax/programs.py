@@ -15,12 +15,13 @@ import optax
 from ml_collections import ConfigDict
 
 from opd_jax import gradient_noise as noises
-from opd_jax import objectives, rollout, scoring, segments, sharding, trainable
+from opd_jax import distributed, objectives, rollout, scoring, segments, sharding, trainable
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.layouts import Layout
-from opd_jax.models import source, splash, transformer
+from opd_jax.models import bf16_products, source, splash, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.run_record import read_config
 
 # Sections of the config that the training step reads; a run's seed and data are arguments of it.
 TRAIN_STEP_READS = (
@@ -301,6 +302,33 @@ def student_model(config, mesh) -> ModelConfig:
         layout=layout(config, "student"),
         attention=attention_kernel(config, mesh, "student.path", student),
     )
+
+
+def settle_products(config, mesh, workdir=None) -> bf16_products.Probe | None:
+    """Replaces student.products and teacher.products of auto by what this machine is to take, in place.
+
+    On a CPU that is what the run in `workdir` began with, or what a probe finds: one for all processes, number
+    0's. Elsewhere it is compute. Call it in every process.
+
+    Returns:
+      The probe; None where none was needed.
+
+    Raises:
+      UserError: the workdir's config.json is damaged.
+    """
+    models = [name for name in ("student", "teacher") if config[name].products == "auto"]
+    probe, taken = None, dict.fromkeys(models, "compute")
+    if models and mesh.devices.flat[0].platform == "cpu":
+        probe = bf16_products.probe()
+        begun = (read_config(workdir) if workdir is not None else None) or {}
+        found = [begun.get(name, {}).get("products", probe.choice) for name in models]
+        narrow = [name == "bfloat16" for name in found]
+        if jax.process_count() > 1:
+            narrow = distributed.gathered(narrow)[0]
+        taken = {name: "bfloat16" if on else "compute" for name, on in zip(models, narrow, strict=True)}
+    for name, choice in taken.items():
+        config[name].products = choice
+    return probe
 
 
 def layout(config, name: str) -> Layout:

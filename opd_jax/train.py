@@ -39,7 +39,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
       distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c, mesh = job.config, job.mesh
-    metrics.write_run_files(workdir, c, job.prompts.counts)
+    metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
     benchmark_run.write_shared(workdir, job.shared)
 
     # ---- State: the newest checkpoint, or the start.
