@@ -23,9 +23,9 @@ def get_config() -> ConfigDict:
     # Dtype of activations and matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32
     # on CPU). Master parameters and the optimizer's variance are always float32.
     c.student.compute_dtype = "auto"
-    # Operands of the blocks' matrix products: compute (the compute dtype); bfloat16 where that is float32, while
-    # sums, activations and the output matrix stay float32; or auto. On a CPU, auto times both at the start and
-    # takes bfloat16 if the CPU has the instructions and gains at least a fifth by them; elsewhere it is
+    # Operands of the blocks' matrix products: compute (the compute dtype), bfloat16 where that is float32
+    # (sums, activations and the output matrix stay float32), or auto. On a CPU, auto times both at the start
+    # and takes bfloat16 if the CPU has the instructions and gains at least a fifth by them; elsewhere it is
     # compute. A run keeps what it began with (docs/models.md).
     c.student.products = "auto"
 

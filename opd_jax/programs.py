@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax import gradient_noise as noises
 from opd_jax import distributed, objectives, rollout, scoring, segments, sharding, trainable
+from opd_jax import gradient_noise as noises
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.layouts import Layout
@@ -305,10 +305,10 @@ def student_model(config, mesh) -> ModelConfig:
 
 
 def settle_products(config, mesh, workdir=None) -> bf16_products.Probe | None:
-    """Replaces student.products and teacher.products of auto by what this machine is to take, in place.
+    """Replaces student.products and teacher.products of auto by what this machine takes, in place.
 
-    On a CPU that is what the run in `workdir` began with, or what a probe finds: one for all processes, number
-    0's. Elsewhere it is compute. Call it in every process.
+    On a CPU that is what the run in `workdir` began with, or what a probe finds; process 0 decides for all.
+    Elsewhere it is compute. Call it in every process.
 
     Returns:
       The probe; None where none was needed.

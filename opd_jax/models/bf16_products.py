@@ -1,7 +1,7 @@
 """Matrix products of float32 arrays, operands in bfloat16 and sums in float32, and gradients of that kind.
 
-A CPU with bfloat16 instructions (AVX512_BF16, AMX) may do them faster than in float32; `probe` finds out. Only
-operands are rounded: activations, residual stream, norms, attention and the output matrix stay float32.
+A CPU with bfloat16 instructions (AVX512_BF16, AMX) may do them faster than in float32; `probe` finds out.
+Only operands are rounded: activations, residual stream, norms, attention and the output matrix stay float32.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ def probe(repeats: int = 5) -> Probe:
 
 
 def has_instructions() -> bool | None:
-    """Whether the CPU lists bfloat16 instructions (x86: AVX512_BF16, AMX; Arm: BF16); None if it lists none."""
+    """Whether the CPU lists bfloat16 instructions (AVX512_BF16, AMX, Arm's BF16); None if unknown."""
     if not CPU_FILE.is_file():
         return None
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", CPU_FILE.read_text(encoding="utf-8"), re.MULTILINE)
