@@ -19,11 +19,11 @@ import numpy as np
 from absl import flags
 
 from configs import default
-from opd_jax import costs, hlo, release, rollout, scoring, segments, tokenizers
+from opd_jax import costs, cpu, hlo, release, rollout, scoring, segments, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.models import bf16_products, transformer
+from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 
 NAMES = (
@@ -68,7 +68,7 @@ def _products(asked: str) -> str:
     """ModelConfig.products, auto settled as in a run."""
     if asked != "auto":
         return asked
-    return bf16_products.probe().choice if jax.default_backend() == "cpu" else "compute"
+    return cpu.probe().choice if jax.default_backend() == "cpu" else "compute"
 
 
 def _check(sizes: dict[str, int], micro_batch: int):

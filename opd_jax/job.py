@@ -13,6 +13,7 @@ from absl import logging
 from opd_jax import (
     benchmark_run,
     compile_cache,
+    cpu,
     data,
     metrics,
     nltk_segments,
@@ -29,7 +30,7 @@ from opd_jax import train_step as steps
 from opd_jax.config import validate
 from opd_jax.errors import UserError
 from opd_jax.grading import shared as shared_grader
-from opd_jax.models import bf16_products, source, transformer
+from opd_jax.models import source, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Job(programs.Programs):
     exams: tuple[benchmark_run.Exam, ...]
     shared: list[dict[str, Any]]
     table: segments.SegmentTable | nltk_segments.Cutter
-    probe: bf16_products.Probe | None
+    probe: cpu.Probe | None
 
     def start(self) -> steps.TrainState:
         """The state before the first step: the student's weights in float32, pruned, sharded."""

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax import distributed, objectives, rollout, scoring, segments, sharding, trainable
+from opd_jax import cpu, distributed, objectives, rollout, scoring, segments, sharding, trainable
 from opd_jax import gradient_noise as noises
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.layouts import Layout
-from opd_jax.models import bf16_products, source, splash, transformer
+from opd_jax.models import source, splash, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.run_record import read_config
 
@@ -304,7 +304,7 @@ def student_model(config, mesh) -> ModelConfig:
     )
 
 
-def settle_products(config, mesh, workdir=None) -> bf16_products.Probe | None:
+def settle_products(config, mesh, workdir=None) -> cpu.Probe | None:
     """Replaces student.products and teacher.products of auto by what this machine takes, in place.
 
     On a CPU that is what the run in `workdir` began with, or what a probe finds; process 0 decides for all.
@@ -319,7 +319,7 @@ def settle_products(config, mesh, workdir=None) -> bf16_products.Probe | None:
     models = [name for name in ("student", "teacher") if config[name].products == "auto"]
     probe, taken = None, dict.fromkeys(models, "compute")
     if models and mesh.devices.flat[0].platform == "cpu":
-        probe = bf16_products.probe()
+        probe = cpu.probe()
         begun = (read_config(workdir) if workdir is not None else None) or {}
         found = [begun.get(name, {}).get("products", probe.choice) for name in models]
         narrow = [name == "bfloat16" for name in found]
