@@ -56,7 +56,8 @@ def probe(repeats: int = 5) -> Probe:
     cpu = jax.local_devices(backend="cpu")[0]
     x, weight = (jax.device_put(jnp.ones(shape), cpu) for shape in ((rows, inputs), (inputs, outputs)))
     kinds = {"float32": (jax.jit(jnp.matmul), weight)}
-    kinds["bfloat16"] = jax.jit(bf16_products.product), weight.astype(jnp.bfloat16)  # as the sampler holds its weights
+    # The sampler holds its weights rounded.
+    kinds["bfloat16"] = jax.jit(bf16_products.product), weight.astype(jnp.bfloat16)
     seconds = dict.fromkeys(kinds, float("inf"))
     for repeat in range(repeats + 1):  # the first compiles
         for kind, (multiply, operand) in kinds.items():

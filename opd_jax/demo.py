@@ -1,7 +1,11 @@
 """A real language model heals a smaller one: full supervision against the release rule, side by side.
 
     make demo
-    python -m opd_jax.demo --out=runs/demo --config.seed=1
+    make demo ARGS="--minutes=20 --config.seed=1"
+    python -m opd_jax.demo --out=runs/demo
+
+It measures the machine first, and does as much as fits into --minutes: held-out prompts, steps of training,
+and long answers in the end.
 """
 
 import copy
@@ -9,42 +13,84 @@ import json
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
-from opd_jax import report
+from opd_jax import cpu, demo_plan, report, report_long
 from opd_jax.config import run
+from opd_jax.errors import UserError
 from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
+from opd_jax.look import long_job, look
 from opd_jax.metrics import EVALUATIONS_FILE
+from opd_jax.outputs import write_text
 from opd_jax.run_record import Run, column, phase_seconds, read_run
 from opd_jax.train import train
 
 ARMS = {"full": "none", "release": "paper"}
+LONG_FILE = "long_answers.jsonl"
 
 INTRODUCTION = """
 Teacher: {teacher} ({teacher_layers} layers, {teacher_size:.0f}M parameters).
 Student: {student} without layers {dropped} ({student_size:.0f}M parameters).
 The student answers {batch} prompts a step; the teacher scores every token it wrote; the student learns.
-{steps} steps with full supervision, then {steps} with the release rule: same start, prompts and seeds.
+Twice from the same start, with the same prompts and seeds: with full supervision, then with the release rule.
 """
 
 
 def main(_):
-    started = time.perf_counter()
-    out = Path(flags.FLAGS.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    jobs = prepare_arms(flags.FLAGS.config, out)
-    print(introduction(jobs["full"]), flush=True)
-    runs = train_arms(jobs, out)
-    answers = before_and_after(out)
-    print("\n" + table(runs))
-    print(f"\nprompt   {answers['prompt']}")
-    for label, text in answers["answers"].items():
-        print(f"\n{label:<8} {' '.join(text.split())}")
+    options = flags.FLAGS
+    if options.minutes < 0:
+        raise UserError(f"--minutes={options.minutes:g} is out of range; give a time, or 0 for no limit")
+    budget = demo_plan.Budget(options.minutes)
+    out = Path(options.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
+    config = options.config
+
+    # ---- The sizes, by the rate of the machine's products.
+    job = next(iter(prepare_arms(config, out).values()))
+    probe = cpu.probe()
+    rate = probe.bfloat16 if job.student.narrow else probe.float32
+    sizes = demo_plan.choose_sizes(job.student, job.teacher, config, rate, budget.left)
+    sizes.apply(config)
+    job = next(iter(prepare_arms(config, out).values()))
+    print(f"\nMachine: {cpu.name()}; products of {rate / 1e9:.0f} GFLOP/s ({job.config.student.products}).")
+    print(introduction(job), flush=True)
+
+    # ---- The start, whose evaluation is the measurement.
+    teacher_params, start = job.teacher_params(), job.start()
+    evaluation = evaluate(job, start.params, teacher_params)
+    measured = measure(job, evaluation)
+    plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
+    print(announcement(plan, measured, sizes, budget), flush=True)
+    config.train.steps = plan.steps
+
+    # ---- Both arms.
+    states = train_arms(prepare_arms(config, out), out, evaluation, start, teacher_params)
+    runs = read_arms(out)
+
+    # ---- Long answers of the student that the rule has trained.
+    answers, tokens = demo_plan.choose_look(measured, budget.left - demo_plan.REPORT_SECONDS)
+    print(f"— {answers} long answers of up to {tokens} tokens", flush=True)
+    records = look(long_job(config, answers, tokens), states["release"].params, teacher_params)
+    write_text(out / LONG_FILE, "".join(json.dumps(record) + "\n" for record in records))
+
+    # ---- What came of it.
+    shown = before_and_after(out)
     page = report.build(
-        [out / arm for arm in ARMS], out / "report.html", titles=list(ARMS), answers=[answers]
+        [out / arm for arm in ARMS],
+        out / "report.html",
+        titles=list(ARMS),
+        answers=[shown],
+        lead=report_long.section(records),
     )
-    minutes = (time.perf_counter() - started) / 60
-    print(f"\nreport   {page}\n         {minutes:.1f} minutes in all")
+    print("\n" + table(runs))
+    print(f"\nprompt   {shown['prompt']}")
+    for label, text in shown["answers"].items():
+        print(f"\n{label:<8} {' '.join(text.split())}")
+    print(f"\nAsked for long answers: {report_long.summarise(records)}")
+    limit = f" of a budget of {budget.minutes:g}" if budget.minutes else ""
+    print(f"\nreport   {page}\n         {budget.spent / 60:.1f} minutes in all{limit}")
 
 
 def prepare_arms(config, out: Path) -> dict[str, Job]:
@@ -61,14 +107,63 @@ def prepare_arms(config, out: Path) -> dict[str, Job]:
     return jobs
 
 
-def train_arms(jobs: dict[str, Job], out: Path) -> dict[str, Run]:
-    """Evaluates the start that all arms share, trains each in its folder of `out`, and reads the records."""
+def train_arms(jobs: dict[str, Job], out: Path, evaluation=None, start=None, teacher_params=None) -> dict:
+    """Trains each arm in its folder of `out`, from one start; returns the final TrainState of each.
+
+    Args:
+      evaluation: what `evaluate` returned of the start; measured if not given.
+      start, teacher_params: the state before the first step and the teacher's weights; read if not given.
+    """
     first = next(iter(jobs.values()))
-    start = evaluate(first, first.start().params, first.teacher_params())
+    start = start or first.start()
+    teacher_params = teacher_params or first.teacher_params()
+    evaluation = evaluation or evaluate(first, start.params, teacher_params)
+    states = {}
     for arm, job in jobs.items():
         print(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", flush=True)
-        train(job, out / arm, start)
-    return {arm: read_run(out / arm, arm) for arm in jobs}
+        own = jax.tree.map(jnp.copy, start)  # training donates it
+        states[arm] = train(job, out / arm, evaluation, start=own, teacher_params=teacher_params)
+    return states
+
+
+def read_arms(out: Path) -> dict[str, Run]:
+    """The record of each arm."""
+    return {arm: read_run(out / arm, arm) for arm in ARMS}
+
+
+def measure(job: Job, evaluation: dict) -> demo_plan.Measured:
+    """What the evaluation of the start says of the machine."""
+    c = job.config
+    sample, compare = evaluation["seconds_sample"], evaluation["seconds_compare"]
+    batches = -(-c.data.heldout // c.rollout.batch)
+    compiling = max(evaluation["seconds"] - batches * (sample + compare), 0.0)
+    shape = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    return demo_plan.Measured(sample, compare, compiling, *shape)
+
+
+def announcement(plan, measured, sizes, budget) -> str:
+    """What will be done and how long it will take, and what is left out."""
+    seconds = budget.spent + sum(plan.seconds.values())
+    lines = [
+        f"{measured.batch} answers take {measured.sample:.1f} s to write and {measured.compare:.1f} s to"
+        f" compare with the teacher. {plan.steps} steps an arm, about {measured.step:.0f} s each, then a look"
+        f" at long answers: {seconds / 60:.0f} minutes in all."
+    ]
+    left_out = []
+    if plan.steps < plan.most:
+        left_out.append(f"{plan.most - plan.steps} of {plan.most} steps an arm")
+    if sizes != demo_plan.WHOLE:
+        whole = demo_plan.WHOLE
+        left_out.append(
+            f"prompts of more than {sizes.prompt_tokens} tokens, and {whole.heldout - sizes.heldout} of"
+            f" {whole.heldout} held-out prompts"
+        )
+    if left_out:
+        minutes = (seconds + plan.more_seconds) / 60
+        lines.append(
+            f"Left out for speed: {'; '.join(left_out)}. --minutes={minutes:.0f} has time for all steps."
+        )
+    return "\n".join(lines) + "\n"
 
 
 def introduction(job) -> str:
@@ -82,7 +177,6 @@ def introduction(job) -> str:
         dropped=", ".join(map(str, c.student.drop_layers)),
         student_size=job.student.parameter_count() / 1e6,
         batch=c.rollout.batch,
-        steps=c.train.steps,
     )
 
 
@@ -118,9 +212,7 @@ def table(runs) -> str:
     first = next(iter(runs.values()))
     columns = {"start": [*evaluated(first.evals[0]), "–", "–", "–", "–"]}
     columns |= {arm: evaluated(run.evals[-1]) + trained(run) for arm, run in runs.items()}
-    widths = [max(map(len, rows))] + [
-        max(len(name), *map(len, cells)) for name, cells in columns.items()
-    ]
+    widths = [max(map(len, rows))] + [max(len(name), *map(len, cells)) for name, cells in columns.items()]
     lines = [["", *columns], *zip(rows, *columns.values(), strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -158,4 +250,5 @@ def _evaluations(workdir: Path) -> dict[int, dict[int, dict]]:
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of both runs; runs/demo-DATE-TIME if not given.")
+    flags.DEFINE_float("minutes", 8.0, "Time for all of it; 0 sets no limit.")
     run(main, config="configs/demo.py")

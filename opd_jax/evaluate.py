@@ -37,13 +37,14 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
       student's own responses, with a 95% bootstrap interval over prompts; teacher_logp, the teacher's
       log-probability of those responses, nats a token; response_length, tokens;
-      finished_share; prompts, tokens; seconds; and rows, one dict a prompt: prompt (its number), text,
-      response, kl, tokens, finished.
+      finished_share; prompts, tokens; seconds; seconds_sample and seconds_compare, of one batch, the most of
+      all but the first, which may compile; and rows, one dict a prompt: prompt (its number), text, response,
+      kl, tokens, finished.
     """
     started = time.perf_counter()
     c = job.config
     key = job.key(EVALUATION_KEY)
-    out = []
+    out, seconds = [], []
     batches = data.heldout_batches(
         job.prompts.heldout,
         c.rollout.batch,
@@ -54,8 +55,13 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     for number, local in enumerate(batches):
         batch = sharding.put_batch(job.mesh, local)
         step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
+        clock = [time.perf_counter()]
         rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
-        sums = job.divergence(params, teacher_params, rollouts)
+        jax.block_until_ready(rollouts)
+        clock.append(time.perf_counter())
+        sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
+        clock.append(time.perf_counter())
+        seconds.append(np.diff(clock))
         index_B, valid_B, written = sharding.gather(
             job.mesh, (batch.index_B, batch.valid_B, rollouts)
         )
@@ -64,11 +70,12 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
             for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
         ]
         columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
-        out.append(jax.device_get(sums) | columns)
+        out.append(sums | columns)
     columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
     columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
     kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
     low, high = bootstrap_ratio(kl_B, tokens_B)
+    sample_seconds, compare_seconds = np.max(seconds[1:] or seconds, axis=0).tolist()
     return {
         "kl": float(kl_B.sum() / tokens_B.sum()),
         "kl_low": low,
@@ -79,6 +86,8 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         "prompts": len(tokens_B),
         "tokens": int(tokens_B.sum()),
         "seconds": time.perf_counter() - started,
+        "seconds_sample": sample_seconds,
+        "seconds_compare": compare_seconds,
         "rows": [
             {
                 "prompt": int(index),

@@ -1,12 +1,20 @@
 """A look at what a student writes and what its teacher makes of it, without learning anything."""
 
+import copy
+
 import jax
 import numpy as np
 
 from opd_jax import data, sharding
 from opd_jax import train_step as steps
+from opd_jax.job import Job, prepare
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
 from opd_jax.transcripts import transcripts
+
+# With the request for length: the demo's everyday requests pass, and none of its problems.
+LONG_PROMPT_TOKENS = 72
+# Asks for an answer of several hundred tokens, in sentences.
+AT_LENGTH = "Think it through at length, and explain every step in full sentences."
 
 
 def look(job, params: dict, teacher_params: dict) -> list[dict]:
@@ -45,3 +53,26 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
         params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
     )
     return transcripts(job.tokenizer, 0, *jax.device_get((rollouts, supervision)))
+
+
+def long_job(config, answers: int, answer_tokens: int) -> Job:
+    """The job of a run whose `look` shows long answers: the same models, asked for answers at length.
+
+    Args:
+      config: of a run, validated; the rule that cuts is the paper's.
+      answers: rollouts.
+      answer_tokens: the longest answer.
+    """
+    c = copy.deepcopy(config)
+    c.release.rule = "paper"
+    c.objective.name = "policy_gradient"  # scores without what an objective needs beside
+    c.data.instruction = AT_LENGTH
+    c.data.over_long = "drop"
+    c.data.prompt_tokens = LONG_PROMPT_TOKENS
+    c.data.heldout = 0
+    c.rollout.batch, c.rollout.samples_per_prompt = answers, 1
+    c.rollout.max_tokens = answer_tokens
+    c.train.micro_batch = min(answers, 4)
+    c.eval.every = 0
+    c.eval.benchmark = ()
+    return prepare(c)

@@ -20,17 +20,27 @@ from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
+from opd_jax.train_step import TrainState
 from opd_jax.transcripts import transcripts
 
 SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1, benchmarks 3
 
 
-def train(job: Job, workdir, start_evaluation: dict | None = None):
+def train(
+    job: Job,
+    workdir,
+    start_evaluation: dict | None = None,
+    *,
+    start: TrainState | None = None,
+    teacher_params: dict | None = None,
+):
     """Trains from the start, or from the newest checkpoint in workdir, to train.steps.
 
     Args:
       start_evaluation: what `evaluate` returned for this run's start, where several runs share one; it
         is measured if not given.
+      start: the state before the first step, read if not given; its arrays are donated.
+      teacher_params: the teacher's weights, read if not given.
 
     Returns:
       The final TrainState.
@@ -46,10 +56,11 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
     checkpoints = Checkpoints(workdir, c.checkpoint.keep)
     done, position = checkpoints.latest, None
     if done is None:
-        state = job.start()
+        state = start or job.start()
     else:
         state, position = checkpoints.restore(done, job.abstract_state())
-    teacher_params = job.teacher_params()
+    if teacher_params is None:
+        teacher_params = job.teacher_params()
 
     # ---- Prompts and draws.
     prompts = data.batches(
