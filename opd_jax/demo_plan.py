@@ -1,5 +1,6 @@
 """How much of the demo a machine does in a given time: sizes from a probe, steps from a measurement."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ COMPILES = 2.5  # the training steps of both arms, in that
 OTHER_SECONDS = 20.0  # reading weights and prompts again, checkpoints, the report
 REPORT_SECONDS = 5.0
 FEWEST_STEPS = 3
-FEWEST_FOR_WHOLE = 10  # steps an arm; with fewer, smaller sizes and more steps tell more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,15 @@ class Sizes:
     Attributes:
       heldout: prompts answered before and after training.
       prompt_tokens: the longest prompt.
+      batch: answers a step.
+      tokens: the longest answer.
       answers, answer_tokens: the long answers that time is kept for.
     """
 
     heldout: int
     prompt_tokens: int
+    batch: int
+    tokens: int
     answers: int
     answer_tokens: int
 
@@ -36,12 +40,19 @@ class Sizes:
         """Lowers what a config has of them, in place."""
         config.data.heldout = min(config.data.heldout, self.heldout)
         config.data.prompt_tokens = min(config.data.prompt_tokens, self.prompt_tokens)
+        config.rollout.batch = min(config.rollout.batch, self.batch)
+        config.rollout.max_tokens = min(config.rollout.max_tokens, self.tokens)
+        config.train.micro_batch = min(config.train.micro_batch, config.rollout.batch)
 
 
-WHOLE = Sizes(heldout=24, prompt_tokens=128, answers=8, answer_tokens=512)
-SHORT = Sizes(heldout=16, prompt_tokens=64, answers=8, answer_tokens=384)
+WHOLE = Sizes(heldout=24, prompt_tokens=128, batch=8, tokens=96, answers=8, answer_tokens=512)
+SHORT = Sizes(heldout=16, prompt_tokens=64, batch=8, tokens=96, answers=8, answer_tokens=384)
+SMALL = Sizes(heldout=8, prompt_tokens=64, batch=4, tokens=64, answers=4, answer_tokens=256)
+# From the whole ones on, each is left for the next where fewer steps an arm fit: fewer tokens and more steps
+# tell more.
+FEWEST_OF = {WHOLE: 10, SHORT: 5, SMALL: 0}
 # (answers, tokens) of a look at long answers, the best first.
-LOOKS = ((32, 640), (16, 640), (8, 640), (8, 512), (8, 384), (8, 256))
+LOOKS = ((32, 640), (16, 640), (8, 640), (8, 512), (8, 384), (8, 256), (4, 256))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +132,25 @@ class Budget:
 
 
 def choose_sizes(student, teacher, config, rate: float, left: float) -> Sizes:
-    """The whole sizes if enough steps of them fit, else the short ones.
+    """The largest sizes of which enough steps fit.
 
     Args:
       student, teacher: ModelConfigs.
-      config: read for the batch and its lengths.
+      config: its sizes are read where they are lower.
       rate: FLOP/s of a large matrix product.
       left: seconds.
     """
-    shape = config.rollout.batch, config.data.prompt_tokens, config.rollout.max_tokens
-    flops = costs.phase_flops(student, teacher, *shape)
-    seconds = {name: value / (OF_RATE * rate) for name, value in flops.items()}
-    expected = Measured(seconds["sample"], 2 * seconds["score"], FIRST_COMPILING, *shape)
-    start = FIRST_COMPILING + expected.evaluation(WHOLE.heldout)
-    return WHOLE if _room(expected, WHOLE, left - start) >= FEWEST_FOR_WHOLE else SHORT
+    for sizes, fewest in FEWEST_OF.items():
+        c = copy.deepcopy(config)
+        sizes.apply(c)
+        shape = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+        flops = costs.phase_flops(student, teacher, *shape)
+        seconds = {name: value / (OF_RATE * rate) for name, value in flops.items()}
+        expected = Measured(seconds["sample"], 2 * seconds["score"], FIRST_COMPILING, *shape)
+        start = FIRST_COMPILING + expected.evaluation(c.data.heldout)
+        if _room(expected, sizes, left - start) >= fewest:
+            return sizes
+    return SMALL
 
 
 def fit(measured: Measured, sizes: Sizes, most: int, left: float) -> Plan:

@@ -55,20 +55,21 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     return transcripts(job.tokenizer, 0, *jax.device_get((rollouts, supervision)))
 
 
-def long_job(config, answers: int, answer_tokens: int) -> Job:
+def long_job(config, answers: int, answer_tokens: int, prompt_tokens: int = LONG_PROMPT_TOKENS) -> Job:
     """The job of a run whose `look` shows long answers: the same models, asked for answers at length.
 
     Args:
       config: of a run, validated; the rule that cuts is the paper's.
       answers: rollouts.
       answer_tokens: the longest answer.
+      prompt_tokens: the longest prompt with the request for length; longer ones are left out.
     """
     c = copy.deepcopy(config)
     c.release.rule = "paper"
     c.objective.name = "policy_gradient"  # scores without what an objective needs beside
     c.data.instruction = AT_LENGTH
     c.data.over_long = "drop"
-    c.data.prompt_tokens = LONG_PROMPT_TOKENS
+    c.data.prompt_tokens = prompt_tokens
     c.data.heldout = 0
     c.rollout.batch, c.rollout.samples_per_prompt = answers, 1
     c.rollout.max_tokens = answer_tokens

@@ -38,11 +38,13 @@ class Summary:
     released: float
 
     def __str__(self) -> str:
-        margins = " ".join(f"{value:.2f}" for value in self.margin)
+        margins, advantages = (
+            " ".join(f"{value:.2f}" for value in values) for values in (self.margin, self.advantage)
+        )
         text = (
-            f"{self.answers} answers of {self.tokens:.0f} tokens and {self.sentences:.0f} sentences on average. "
-            f"The teacher's margin over the fifths of an answer: {margins} nats; the advantage: "
-            f"{' '.join(f'{value:.2f}' for value in self.advantage)} nats. "
+            f"{self.answers} answers, on average {self.tokens:.0f} tokens in {self.sentences:.0f} sentences."
+            f" Over the fifths of an answer, the teacher's margin is {margins} nats and the advantage"
+            f" {advantages} nats. "
         )
         if not self.accepted:
             return text + "No answer has an accepted release."
@@ -77,11 +79,9 @@ def section(records: Sequence[Record]) -> str:
     panels = (
         html.panel(
             "Teacher margin M",
-            figures.position(
-                "Margin in long answers", "mean margin M, nats", [{"long answers, 95% interval": margin}]
-            ),
-            "How far the teacher's best candidate is ahead of its second best, among the student's own. Each token"
-            " with its sentence's mean.",
+            figures.position("Margin in long answers", "mean margin M, nats", [{"95% interval": margin}]),
+            "How far the teacher's best candidate is ahead of its second best, among the student's own. Each"
+            " token with its sentence's mean.",
             "No margin was recorded.",
         ),
         html.panel(
