@@ -1,6 +1,7 @@
 """A look at what a student writes and what its teacher makes of it, without learning anything."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -11,10 +12,9 @@ from opd_jax.job import Job, prepare
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
 from opd_jax.transcripts import transcripts
 
-# With the request for length: the demo's everyday requests pass, and none of its problems.
-LONG_PROMPT_TOKENS = 72
-# Asks for an answer of several hundred tokens, in sentences.
+# Asks for an answer of several hundred tokens, in sentences; REQUEST_TOKENS is room for it in a prompt.
 AT_LENGTH = "Think it through at length, and explain every step in full sentences."
+REQUEST_TOKENS = 96
 
 
 def look(job, params: dict, teacher_params: dict) -> list[dict]:
@@ -55,25 +55,31 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     return transcripts(job.tokenizer, 0, *jax.device_get((rollouts, supervision)))
 
 
-def long_job(config, answers: int, answer_tokens: int, prompt_tokens: int = LONG_PROMPT_TOKENS) -> Job:
+def long_job(config, answers: int, answer_tokens: int) -> Job:
     """The job of a run whose `look` shows long answers: the same models, asked for answers at length.
+
+    Open questions are asked, prompts without a reference answer; where every prompt has one, all.
 
     Args:
       config: of a run, validated; the rule that cuts is the paper's.
       answers: rollouts.
       answer_tokens: the longest answer.
-      prompt_tokens: the longest prompt with the request for length; longer ones are left out.
     """
     c = copy.deepcopy(config)
     c.release.rule = "paper"
     c.objective.name = "policy_gradient"  # scores without what an objective needs beside
     c.data.instruction = AT_LENGTH
     c.data.over_long = "drop"
-    c.data.prompt_tokens = prompt_tokens
+    c.data.prompt_tokens += REQUEST_TOKENS
     c.data.heldout = 0
     c.rollout.batch, c.rollout.samples_per_prompt = answers, 1
     c.rollout.max_tokens = answer_tokens
     c.train.micro_batch = min(answers, 4)
     c.eval.every = 0
     c.eval.benchmark = ()
-    return prepare(c)
+    job = prepare(c)
+    asked = [p for p in job.prompts.train if p.answer is None] or job.prompts.train
+    c.data.prompt_tokens = max(len(prompt.ids) for prompt in asked)
+    return dataclasses.replace(
+        job, prompts=dataclasses.replace(job.prompts, train=asked, parts=((len(asked), 1.0),))
+    )

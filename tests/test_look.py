@@ -57,7 +57,7 @@ def test_look_shows_the_rollouts_of_the_first_step_and_learns_nothing(models, tm
 
 def test_a_look_at_long_answers_asks_for_length_and_cuts_by_the_papers_rule(models):
     config = tiny.config(models, **{"release.rule": "none", "eval.every": 2})
-    job = long_job(config, answers=8, answer_tokens=16, prompt_tokens=160)
+    job = long_job(config, answers=8, answer_tokens=16)
     assert config.release.rule == "none" and config.data.instruction == ""  # the run's own stays
     records = look(job, job.start().params, job.teacher_params())
     assert len(records) == 8
