@@ -2,8 +2,8 @@
 
     python -m benchmarks.kept_memory
 
-Each setting has a process of its own. With the demo's models, 8 answers are written, compared with the teacher
-and trained on, four times; the last is shown.
+Each setting has a process of its own. With the demo's models, 8 answers are written, compared with the
+teacher and trained on, four times; the last is shown.
 """
 
 import resource
@@ -58,7 +58,8 @@ def rounds(memory: str):
 
 
 if __name__ == "__main__":
-    print(f"{'memory':<12}{'program':<12}{'wall s':>14}{'user s':>14}{'system s':>14}{'page faults':>14}", flush=True)
+    columns = "".join(f"{name:>14}" for name in ("wall s", "user s", "system s", "page faults"))
+    print(f"{'memory':<12}{'program':<12}{columns}", flush=True)
     for memory, first in FIRST.items():
         code = f"{first} from benchmarks.kept_memory import rounds; rounds({memory!r})"
         subprocess.run([sys.executable, "-c", code], check=True)
