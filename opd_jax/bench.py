@@ -23,7 +23,7 @@ from opd_jax import costs, cpu, hlo, release, rollout, scoring, segments, tokeni
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
+from opd_jax.models import few_rows, transformer
 from opd_jax.models.config import ModelConfig
 
 NAMES = (
@@ -114,6 +114,7 @@ def main(argv):
         max_positions=p + t,
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
         products=_products(flags.FLAGS.products),
+        decoding=few_rows.decoding(jax.default_backend()),
     )
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights

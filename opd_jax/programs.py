@@ -19,7 +19,7 @@ from opd_jax import gradient_noise as noises
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.layouts import Layout
-from opd_jax.models import source, splash, transformer
+from opd_jax.models import few_rows, source, splash, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.run_record import read_config
 
@@ -338,9 +338,10 @@ def layout(config, name: str) -> Layout:
 
 def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
     """One model as it runs on the mesh; `key` names the path in messages, a dtype of auto is resolved."""
+    platform = mesh.devices.flat[0].platform
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return source.config(path, key).replace(compute_dtype=dtype)
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    return source.config(path, key).replace(compute_dtype=dtype, decoding=few_rows.decoding(platform))
 
 
 def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:
