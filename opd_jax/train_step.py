@@ -9,6 +9,7 @@ from opd_jax import objectives, scoring, segments, trainable
 from opd_jax import release as releasing
 from opd_jax.models import moe, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.repeats import repeated_tail
 from opd_jax.rollout import Rollouts
 
 POSITION_BINS = 20
@@ -362,6 +363,7 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         "gain": jnp.where(accepted_B, released.gain_B, 0).sum() * per_accepted,
         "response_length": length_B.mean(),
         "finished_share": rollouts.finished_B.mean(),
+        "repeated_share": repeated_tail(rollouts.response_BT, mask_BT, rollouts.finished_B).mean(),
         "position_tokens": by_position(mask_BT.astype(jnp.float32)),
         "position_kept_tokens": by_position(released.mask_BT.astype(jnp.float32)),
         "position_contrast_sum": by_position(scores.contrast_BT),
