@@ -1,0 +1,91 @@
+"""Alarms: plain rules over a run's records that say when its student unlearns to end a response.
+
+The rules read what `metrics.jsonl` has and touch no device. docs/metrics.md has them as a table.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+WINDOW = 8  # training steps over which a mean is taken
+STOP_RATIO = 0.2  # least stop probability of the student, as a share of the teacher's on the same text
+STOP_ENDS = 1.0  # ends that the teacher must expect in the window, or its probability says nothing
+FINISHED_RATIO = 0.5  # least finished share, as a share of the start's
+FINISHED_DROP = 0.15  # and it must have fallen by so much
+REPEATED_SHARE = 0.2  # most responses that may end in a loop
+
+TEXTS = {
+    "stop_probability": "the student no longer ends its responses: its probability of an end token is"
+    " {value:.0%} of the teacher's on the same text, over {WINDOW} steps",
+    "finished_share": "fewer responses end by themselves: {value:.0%}, from {start:.0%} at the start",
+    "repeated_share": "responses end in a loop of the same tokens: {value:.0%} of them",
+}
+PAGE = "docs/troubleshooting.md"
+
+
+class Alarms:
+    """Follows the records of one run and raises each alarm once.
+
+    Args:
+      records: those that are there already, in order, of a run that goes on: alarms among them are not
+        raised again.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()):
+        self._raised: set[str] = set()
+        self._steps: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
+        self._start: dict[str, float] = {}  # finished share by kind of record
+        for record in records:
+            if record["kind"] == "alarm":
+                self._raised.add(record["alarm"])
+            else:
+                self._found(record)
+
+    def read(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The alarms that a record raises, each a record of its own with kind "alarm"."""
+        found = {name: values for name, values in self._found(record) if name not in self._raised}
+        self._raised |= found.keys()
+        return [
+            {"kind": "alarm", "step": record["step"], "alarm": name, "of": record["kind"]} | values
+            for name, values in found.items()
+        ]
+
+    def _found(self, record: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+        """Every rule that holds after this record, raised before or not."""
+        shares = {}
+        found = []
+        if record["kind"] == "eval":
+            shares = record
+        elif record["kind"] == "train":
+            self._steps.append(record)
+            if len(self._steps) == WINDOW:
+                shares = {name: _mean(self._steps, name) for name in ("finished_share", "repeated_share")}
+                found += self._stopping()
+        finished, repeated = shares.get("finished_share"), shares.get("repeated_share")
+        if finished is not None:
+            start = self._start.setdefault(record["kind"], finished)
+            if finished < FINISHED_RATIO * start and finished <= start - FINISHED_DROP:
+                found.append(("finished_share", {"value": finished, "start": start}))
+        if repeated is not None and repeated > REPEATED_SHARE:
+            found.append(("repeated_share", {"value": repeated}))
+        return found
+
+    def _stopping(self) -> list[tuple[str, dict[str, float]]]:
+        student, teacher = (
+            _mean(self._steps, name) for name in ("stop_probability", "teacher_stop_probability")
+        )
+        tokens = _mean(self._steps, "response_tokens")
+        if student is None or teacher is None or tokens is None or teacher * tokens * WINDOW < STOP_ENDS:
+            return []
+        return [("stop_probability", {"value": student / teacher})] if student < STOP_RATIO * teacher else []
+
+
+def text(alarm: Mapping[str, Any]) -> str:
+    """What an alarm's record says, in one line."""
+    words = TEXTS.get(alarm["alarm"], alarm["alarm"]).format(WINDOW=WINDOW, **alarm)
+    return f"step {alarm['step']}: {words}; see {PAGE}"
+
+
+def _mean(records: Iterable[Mapping[str, Any]], name: str) -> float | None:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return sum(values) / len(values) if values else None
