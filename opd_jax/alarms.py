@@ -10,14 +10,15 @@ from typing import Any
 WINDOW = 8  # training steps over which a mean is taken
 STOP_RATIO = 0.2  # least stop probability of the student, as a share of the teacher's on the same text
 STOP_ENDS = 1.0  # ends that the teacher must expect in the window, or its probability says nothing
-FINISHED_RATIO = 0.5  # least finished share, as a share of the start's
-FINISHED_DROP = 0.15  # and it must have fallen by so much
+FINISHED_RATIO = 0.5  # least finished share, as a share of the teacher's own, or else of the start's
+FINISHED_DROP = 0.15  # and it must be lower by so much
+FINISHED_STOP_RATIO = 0.5  # the start's is no goal where the student's stop probability is above this
 REPEATED_SHARE = 0.2  # most responses that may end in a loop
 
 TEXTS = {
     "stop_probability": "the student no longer ends its responses: its probability of an end token is"
     " {value:.0%} of the teacher's on the same text, over {WINDOW} steps",
-    "finished_share": "fewer responses end by themselves: {value:.0%}, from {start:.0%} at the start",
+    "finished_share": "few responses end by themselves: {value:.0%}, where {reference}'s are {goal:.0%}",
     "repeated_share": "responses end in a loop of the same tokens: {value:.0%} of them",
 }
 PAGE = "docs/troubleshooting.md"
@@ -35,6 +36,7 @@ class Alarms:
         self._raised: set[str] = set()
         self._steps: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
         self._start: dict[str, float] = {}  # finished share by kind of record
+        self._teacher: float | None = None  # finished share of the teacher's own responses
         for record in records:
             if record["kind"] == "alarm":
                 self._raised.add(record["alarm"])
@@ -50,34 +52,46 @@ class Alarms:
             for name, values in found.items()
         ]
 
-    def _found(self, record: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    def _found(self, record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         """Every rule that holds after this record, raised before or not."""
-        shares = {}
         found = []
+        shares: Mapping[str, Any] = {}
         if record["kind"] == "eval":
             shares = record
+            self._teacher = record.get("teacher_finished_share", self._teacher)
         elif record["kind"] == "train":
             self._steps.append(record)
             if len(self._steps) == WINDOW:
                 shares = {name: _mean(self._steps, name) for name in ("finished_share", "repeated_share")}
-                found += self._stopping()
+                ratio = self._stop_ratio(STOP_ENDS)
+                if ratio is not None and ratio < STOP_RATIO:
+                    found.append(("stop_probability", {"value": ratio}))
         finished, repeated = shares.get("finished_share"), shares.get("repeated_share")
         if finished is not None:
-            start = self._start.setdefault(record["kind"], finished)
-            if finished < FINISHED_RATIO * start and finished <= start - FINISHED_DROP:
-                found.append(("finished_share", {"value": finished, "start": start}))
+            found += self._finishing(finished, self._start.setdefault(record["kind"], finished))
         if repeated is not None and repeated > REPEATED_SHARE:
             found.append(("repeated_share", {"value": repeated}))
         return found
 
-    def _stopping(self) -> list[tuple[str, dict[str, float]]]:
-        student, teacher = (
-            _mean(self._steps, name) for name in ("stop_probability", "teacher_stop_probability")
-        )
-        tokens = _mean(self._steps, "response_tokens")
-        if student is None or teacher is None or tokens is None or teacher * tokens * WINDOW < STOP_ENDS:
+    def _finishing(self, finished: float, start: float) -> list[tuple[str, dict[str, Any]]]:
+        """A start that ends too early may end less often; only the teacher's own share is a goal as such."""
+        reference, goal = ("the start", start) if self._teacher is None else ("the teacher", self._teacher)
+        ratio = self._stop_ratio()
+        if finished >= FINISHED_RATIO * goal or finished > goal - FINISHED_DROP:
             return []
-        return [("stop_probability", {"value": student / teacher})] if student < STOP_RATIO * teacher else []
+        if self._teacher is None and ratio is not None and ratio > FINISHED_STOP_RATIO:
+            return []
+        return [("finished_share", {"value": finished, "reference": reference, "goal": goal})]
+
+    def _stop_ratio(self, least_ends: float = 0.0) -> float | None:
+        """Student's over teacher's mean stop probability in the window; None where it says nothing."""
+        student, teacher, tokens = (
+            _mean(self._steps, name)
+            for name in ("stop_probability", "teacher_stop_probability", "response_tokens")
+        )
+        if student is None or not teacher or (tokens or 0) * teacher * len(self._steps) < least_ends:
+            return None
+        return student / teacher
 
 
 def text(alarm: Mapping[str, Any]) -> str:

@@ -247,7 +247,7 @@ def supervise(
         scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
     )
     ends = None
-    if config.objective.end_weight:
+    if config.objective.end_weight and student.eos_ids:  # a model without end tokens never ends
         weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
         ends = objectives.Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
     return scores, released, Lesson(

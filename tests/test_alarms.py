@@ -51,15 +51,30 @@ def test_a_student_that_does_not_stop_where_the_teacher_would_not_either_is_no_a
     assert raised([train(step, **quiet, response_tokens=5000) for step in range(1, 20)]) != []
 
 
-def test_a_finished_share_below_half_of_the_starts_is_an_alarm_of_the_evaluations():
-    assert raised([evaluation(0, 0.62), evaluation(8, 0.32), evaluation(16, 0.3), evaluation(24, 0.1)]) == [
-        ("finished_share", 16)
-    ]
+LOST = {"stop_probability": 0.004}  # a third of the teacher's
+
+
+def test_a_finished_share_below_half_of_the_starts_is_an_alarm_where_the_student_lost_its_ends():
+    shares = {0: 0.62, 8: 0.32, 16: 0.3, 24: 0.1}
+    records = [r for step, share in shares.items() for r in (train(step, **LOST), evaluation(step, share))]
+    assert raised(records) == [("finished_share", 16)]
     assert raised([evaluation(0, 0.2), evaluation(8, 0.06)]) == []  # too little to fall far
 
 
+def test_a_start_that_ended_too_early_may_end_less_often():
+    assert raised([evaluation(0, 0.62), train(1), evaluation(1, 0.2)]) == []
+
+
+def test_the_teachers_own_finished_share_is_the_goal_where_it_is_known():
+    start = evaluation(0, 0.62) | {"teacher_finished_share": 0.3}
+    assert raised([start, train(1), evaluation(1, 0.16)]) == []
+    watch = Alarms()
+    (alarm,) = [a for r in (start, train(1), evaluation(1, 0.04)) for a in watch.read(r)]
+    assert (alarm["value"], alarm["goal"], alarm["reference"]) == (0.04, 0.3, "the teacher")
+
+
 def test_a_finished_share_that_sinks_in_training_is_an_alarm_without_evaluations():
-    sinking = [train(step, finished_share=0.6 if step <= WINDOW else 0.1) for step in range(1, 40)]
+    sinking = [train(step, finished_share=0.6 if step <= WINDOW else 0.1, **LOST) for step in range(1, 40)]
     (alarm,) = raised(sinking)
     assert alarm[0] == "finished_share" and WINDOW < alarm[1] <= 2 * WINDOW
 
@@ -78,7 +93,7 @@ def test_records_without_the_numbers_raise_nothing():
 
 @pytest.mark.parametrize("name", alarms.TEXTS)
 def test_every_alarm_says_its_numbers_and_where_to_read_on(name):
-    line = alarms.text({"alarm": name, "step": 7, "value": 0.04, "start": 0.6})
+    line = alarms.text({"alarm": name, "step": 7, "value": 0.04, "goal": 0.6, "reference": "the start"})
     assert line.startswith("step 7: ") and "4%" in line and alarms.PAGE in line and "\n" not in line
 
 
@@ -91,8 +106,10 @@ def writer(workdir, stream, resume_step=None):
 def test_an_alarm_is_written_after_its_record_shown_once_and_not_raised_again_after_a_resume(tmp_path):
     shown = io.StringIO()
     with writer(tmp_path, shown) as out:
-        for record in (evaluation(0, 0.6), train(1), evaluation(1, 0.1), train(2), evaluation(2, 0.1)):
-            out.write(record)
+        out.write(evaluation(0, 0.6))
+        for step in (1, 2):
+            out.write(train(step, **LOST))
+            out.write(evaluation(step, 0.1))
     with writer(tmp_path, shown, resume_step=2) as out:
         out.write(evaluation(3, 0.05))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +117,7 @@ def test_an_alarm_is_written_after_its_record_shown_once_and_not_raised_again_af
         ("eval", 0), ("eval", 1), ("alarm", 1), ("eval", 2), ("eval", 3),
     ]  # fmt: skip
     (alarm,) = run_record.read_run(tmp_path).alarms
-    told = {"alarm": "finished_share", "of": "eval", "value": 0.1, "start": 0.6}
+    told = {"alarm": "finished_share", "of": "eval", "value": 0.1, "goal": 0.6, "reference": "the start"}
     assert alarm == {"kind": "alarm", "step": 1} | told
     said = [line for line in shown.getvalue().splitlines() if line.startswith("alarm: ")]
     assert said == [f"alarm: {alarms.text(alarm)}"]
@@ -109,7 +126,7 @@ def test_an_alarm_is_written_after_its_record_shown_once_and_not_raised_again_af
 def test_an_alarm_dropped_with_its_step_is_raised_again(tmp_path):
     shown = io.StringIO()
     with writer(tmp_path, shown) as out:
-        for record in (evaluation(0, 0.6), train(1), evaluation(2, 0.1)):
+        for record in (evaluation(0, 0.6), train(1, **LOST), evaluation(2, 0.1)):
             out.write(record)
     with writer(tmp_path, shown, resume_step=1) as out:
         out.write(evaluation(2, 0.1))

@@ -266,7 +266,7 @@ def test_an_alarm_in_the_last_step_stands_for_no_evaluation(finished, ablation, 
     (planned,) = runs(ablation, tmp_path, ["full"], [0])
     path = planned.workdir / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    alarm = {"kind": "alarm", "step": STEPS, "alarm": "finished_share", "of": "eval", "value": 0, "start": 1}
+    alarm = {"kind": "alarm", "step": STEPS, "alarm": "finished_share", "of": "eval", "value": 0}
 
     def done(*left_out):
         kept = [r for r in [*records, alarm] if (r["kind"], r["step"]) not in left_out]
