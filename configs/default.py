@@ -204,6 +204,10 @@ def get_config() -> ConfigDict:
     # Largest |A| of a token, nats, before any reward is mixed in; 0 does not clip. For objectives with A.
     c.objective.advantage_clip = 0.0
 
+    # Weight, 0 or more, of KL(T || S) of one question added at every response position, released ones too:
+    # does the response end here? 0 leaves it out. Costs one more pass over each chunk of logits.
+    c.objective.end_weight = 0.0
+
     c.reward = ConfigDict()
     # Nats of advantage a unit of task reward: adds weight x (reward - its mean over the batch) to A at every
     # token of a response. The reward is 1 for a right final answer and 0 for a wrong one; prompts without an

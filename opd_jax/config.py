@@ -72,6 +72,7 @@ RANGES = {
     "objective.top_k": (1, 64),
     "objective.entropy_threshold": (0, None),
     "objective.advantage_clip": (0, None),
+    "objective.end_weight": (0, None),
     "reward.weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_steps": (0, None),

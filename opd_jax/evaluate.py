@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import default
-from opd_jax import data, distributed, sharding
+from opd_jax import data, distributed, programs, repeats, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
@@ -36,27 +36,16 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     Returns:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
       student's own responses, with a 95% bootstrap interval over prompts; teacher_logp, the teacher's
-      log-probability of those responses, nats a token; response_length, tokens;
-      finished_share; prompts, tokens; seconds; seconds_sample and seconds_compare, of one batch, the most of
-      all but the first, which may compile; and rows, one dict a prompt: prompt (its number), text, response,
-      kl, tokens, finished.
+      log-probability of those responses, nats a token; response_length, tokens; finished_share;
+      repeated_share, of the responses that end in a loop (`repeats.repeated_tail`); prompts, tokens; seconds;
+      seconds_sample and seconds_compare, of one batch, the most of all but the first, which may compile; and
+      rows, one dict a prompt: prompt (its number), text, response, kl, tokens, finished.
     """
     started = time.perf_counter()
-    c = job.config
-    key = job.key(EVALUATION_KEY)
     out, seconds = [], []
-    batches = data.heldout_batches(
-        job.prompts.heldout,
-        c.rollout.batch,
-        c.data.prompt_tokens,
-        job.student.pad_id,
-        sharding.local_rows(job.mesh, c.rollout.batch),
-    )
-    for number, local in enumerate(batches):
-        batch = sharding.put_batch(job.mesh, local)
-        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
+    for batch, drawn in _draws(job):
         clock = [time.perf_counter()]
-        rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
+        rollouts = job.sample(params, *drawn)
         jax.block_until_ready(rollouts)
         clock.append(time.perf_counter())
         sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
@@ -83,6 +72,7 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         "teacher_logp": float(columns["teacher_logp_B"].astype(np.float64).sum() / tokens_B.sum()),
         "response_length": float(tokens_B.mean()),
         "finished_share": float(columns["finished_B"].mean()),
+        "repeated_share": float(columns["repeated_B"].mean()),
         "prompts": len(tokens_B),
         "tokens": int(tokens_B.sum()),
         "seconds": time.perf_counter() - started,
@@ -107,6 +97,53 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
             )
         ],
     }
+
+
+def evaluate_teacher(job, teacher_params: dict) -> dict:
+    """Has the teacher answer the held-out prompts in the student's place: same limit, same uniform draws.
+
+    What a student can be expected to reach: a response that the teacher would not end either is no fault.
+
+    Returns:
+      response_length, finished_share, repeated_share, prompts, tokens and seconds, as `evaluate`'s.
+    """
+    started = time.perf_counter()
+    sample = programs.sample_program(job.mesh, job.teacher, programs.sampling(job.config))
+    out = []
+    for batch, drawn in _draws(job):
+        valid_B, written = sharding.gather(job.mesh, (batch.valid_B, sample(teacher_params, *drawn)))
+        repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
+        columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
+        out.append([column[valid_B] for column in columns])
+    tokens_B, finished_B, repeated_B = (np.concatenate(column) for column in zip(*out, strict=True))
+    return {
+        "response_length": float(tokens_B.mean()),
+        "finished_share": float(finished_B.mean()),
+        "repeated_share": float(repeated_B.mean()),
+        "prompts": len(tokens_B),
+        "tokens": int(tokens_B.sum()),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _draws(job):
+    """The held-out prompts by batches, each with the arguments of a sampler after the parameters.
+
+    They are the same in every evaluation of a run.
+    """
+    c = job.config
+    key = job.key(EVALUATION_KEY)
+    batches = data.heldout_batches(
+        job.prompts.heldout,
+        c.rollout.batch,
+        c.data.prompt_tokens,
+        job.student.pad_id,
+        sharding.local_rows(job.mesh, c.rollout.batch),
+    )
+    for number, local in enumerate(batches):
+        batch = sharding.put_batch(job.mesh, local)
+        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
+        yield batch, (batch.tokens_BP, batch.mask_BP, key, step)
 
 
 def main(_):

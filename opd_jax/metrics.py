@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from opd_jax import alarms
 from opd_jax.errors import UserError
 from opd_jax.phase_clock import PhaseClock
 from opd_jax.run_record import read_config
@@ -92,6 +93,7 @@ class MetricWriter:
         last = -1 if resume_step is None else resume_step
         kept = _keep_until(workdir / METRICS_FILE, last)
         self.recorded = frozenset((r["kind"], r.get("benchmark")) for r in kept if r["step"] == last)
+        self._alarms = alarms.Alarms(kept)
         _keep_until(workdir / ROLLOUTS_FILE, last)
         # Answers come before the record that they are all there.
         _keep_until(workdir / EVALUATIONS_FILE, last if ("eval", None) in self.recorded else last - 1)
@@ -125,7 +127,8 @@ class MetricWriter:
         """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".
 
         Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
-        is not finite is written as null, since JSON has none.
+        is not finite is written as null, since JSON has none. An alarm that the record raises is written
+        after it, and said.
         """
         if not self.active:
             return
@@ -147,6 +150,9 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log({**scalars, "step": step})
         self._progress.show(record)
+        for alarm in self._alarms.read(plain):
+            self._append(METRICS_FILE, alarm)
+            self.say(f"alarm: {alarms.text(alarm)}")
 
     def write_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Appends rollouts to rollouts.jsonl, each a mapping with "step"."""

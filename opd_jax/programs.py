@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax import cpu, distributed, objectives, rollout, scoring, segments, sharding, trainable
+from opd_jax import cpu, distributed, objectives, repeats, rollout, scoring, segments, sharding, trainable
 from opd_jax import gradient_noise as noises
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
@@ -170,7 +170,8 @@ class Programs:
     def divergence(self):
         """Compiled divergence(params, teacher_params, rollouts) -> per rollout sums, on every host.
 
-        Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B.
+        Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B,
+        repeated_B (`repeats.repeated_tail`).
         """
         c = self.config
         micro_batches = c.rollout.batch // c.train.micro_batch
@@ -261,6 +262,7 @@ def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk:
             "teacher_logp_B": teacher_logp_BT.sum(axis=1),
             "tokens_B": rollouts.mask_BT.sum(axis=1),
             "finished_B": rollouts.finished_B,
+            "repeated_B": repeats.repeated_tail(rollouts.response_BT, rollouts.mask_BT, rollouts.finished_B),
         }
 
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
