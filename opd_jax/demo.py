@@ -20,7 +20,7 @@ from absl import flags
 from opd_jax import cpu, demo_plan, report, report_long
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.evaluate import evaluate
+from opd_jax.evaluate import evaluate, evaluate_teacher
 from opd_jax.job import Job, prepare
 from opd_jax.look import long_job, look
 from opd_jax.metrics import EVALUATIONS_FILE
@@ -61,6 +61,7 @@ def main(_):
     teacher_params, start = job.teacher_params(), job.start()
     evaluation = evaluate(job, start.params, teacher_params)
     measured = measure(job, evaluation)
+    evaluation |= teachers_own(job, teacher_params)
     plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
     print(announcement(plan, measured, sizes, budget), flush=True)
     config.train.steps = plan.steps
@@ -131,6 +132,13 @@ def read_arms(out: Path) -> dict[str, Run]:
     return {arm: read_run(out / arm, arm) for arm in ARMS}
 
 
+def teachers_own(job: Job, teacher_params: dict) -> dict[str, float]:
+    """How the teacher itself answers the held-out prompts, named as the evaluation of a start has it."""
+    found = evaluate_teacher(job, teacher_params)
+    names = ("response_length", "finished_share", "repeated_share")
+    return {f"teacher_{name}": found[name] for name in names}
+
+
 def measure(job: Job, evaluation: dict) -> demo_plan.Measured:
     """What the evaluation of the start says of the machine."""
     c = job.config
@@ -181,7 +189,7 @@ def introduction(job) -> str:
 
 
 def table(runs) -> str:
-    """start, full, release: one column each, as text."""
+    """start, full, release and, where its answers were measured, the teacher: one column each, as text."""
 
     def evaluated(line):
         return [
@@ -212,6 +220,10 @@ def table(runs) -> str:
     first = next(iter(runs.values()))
     columns = {"start": [*evaluated(first.evals[0]), "–", "–", "–", "–"]}
     columns |= {arm: evaluated(run.evals[-1]) + trained(run) for arm, run in runs.items()}
+    own = first.evals[0]
+    if "teacher_finished_share" in own:
+        length, finished = own["teacher_response_length"], own["teacher_finished_share"]
+        columns["teacher"] = ["–", f"{length:.1f}", f"{finished:.0%}", "–", "–", "–", "–"]
     widths = [max(map(len, rows))] + [max(len(name), *map(len, cells)) for name, cells in columns.items()]
     lines = [["", *columns], *zip(rows, *columns.values(), strict=True)]
     return "\n".join(
