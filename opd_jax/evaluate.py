@@ -22,16 +22,20 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
+from opd_jax.progress import Progress, own
 from opd_jax.run_record import read_config
 
 EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
 
 
-def evaluate(job, params: dict, teacher_params: dict) -> dict:
+def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> dict:
     """Samples a response to every held-out prompt and measures it against the teacher.
 
     Every evaluation of a run uses the same prompts and the same uniform draws, so that two of them
     differ by the student alone.
+
+    Args:
+      progress: shows what goes on, as a piece of work "evaluation"; the evaluation has its own if not given.
 
     Returns:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
@@ -51,20 +55,26 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         job.student.pad_id,
         sharding.local_rows(job.mesh, c.rollout.batch),
     )
-    for number, local in enumerate(batches):
-        batch = sharding.put_batch(job.mesh, local)
-        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
-        rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
-        sums = job.divergence(params, teacher_params, rollouts)
-        index_B, valid_B, written = sharding.gather(
-            job.mesh, (batch.index_B, batch.valid_B, rollouts)
-        )
-        responses = [
-            job.tokenizer.decode(row_T[on_T])
-            for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
-        ]
-        columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
-        out.append(jax.device_get(sums) | columns)
+    count = len(job.prompts.heldout)
+    label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // c.rollout.batch)
+    with own(progress) as shown, shown.work("evaluation", label, parts):
+        for number, local in enumerate(batches):
+            shown.at(number + 1)
+            batch = sharding.put_batch(job.mesh, local)
+            step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
+            with shown.compiling("the sampler", job.sample, c.data.prompt_tokens):
+                rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
+            with shown.compiling("the divergence", job.divergence):
+                sums = job.divergence(params, teacher_params, rollouts)
+            index_B, valid_B, written = sharding.gather(
+                job.mesh, (batch.index_B, batch.valid_B, rollouts)
+            )
+            responses = [
+                job.tokenizer.decode(row_T[on_T])
+                for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
+            ]
+            columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
+            out.append(jax.device_get(sums) | columns)
     columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
     columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
     kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
@@ -113,15 +123,18 @@ def main(_):
     workdir = flags.FLAGS.workdir
     if (workdir is None) == (flags.FLAGS.config is None):
         raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
-    if workdir is None:
-        job = prepare(flags.FLAGS.config)
+    config = flags.FLAGS.config if workdir is None else run_config(workdir)
+    with Progress() as progress:
+        job = prepare(config, progress=progress)
         _check_heldout(job)
-        params = job.start().params
-    else:
-        job = prepare(run_config(workdir))
-        _check_heldout(job)
-        params, step = restore(job, workdir, flags.FLAGS.step)
-    result = evaluate(job, params, job.teacher_params())
+        with progress.phase("reading the student's weights"):
+            if workdir is None:
+                params = job.start().params
+            else:
+                params, step = restore(job, workdir, flags.FLAGS.step)
+        with progress.phase("reading the teacher's weights"):
+            teacher_params = job.teacher_params()
+        result = evaluate(job, params, teacher_params, progress)
     rows = result.pop("rows")
     if jax.process_index() != 0:
         return
