@@ -6,6 +6,7 @@
 
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from opd_jax.config import run
 from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
 from opd_jax.metrics import EVALUATIONS_FILE
+from opd_jax.progress import Progress, own
 from opd_jax.run_record import Run, column, phase_seconds, read_run
-from opd_jax.train import train
+from opd_jax.train import train, work
 
 ARMS = {"full": "none", "release": "paper"}
 
@@ -61,13 +63,21 @@ def prepare_arms(config, out: Path) -> dict[str, Job]:
     return jobs
 
 
-def train_arms(jobs: dict[str, Job], out: Path) -> dict[str, Run]:
+def train_arms(jobs: dict[str, Job], out: Path, progress: Progress | None = None) -> dict[str, Run]:
     """Evaluates the start that all arms share, trains each in its folder of `out`, and reads the records."""
     first = next(iter(jobs.values()))
-    start = evaluate(first, first.start().params, first.teacher_params())
-    for arm, job in jobs.items():
-        print(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", flush=True)
-        train(job, out / arm, start)
+    with own(progress) as shown:
+        shown.expect("evaluation")  # of the start; each arm leaves out its own
+        for job in jobs.values():
+            shown.plan(work(job.config))
+        with shown.phase("reading the weights"):
+            weights = first.start().params, first.teacher_params()
+        start = evaluate(first, *weights, shown)
+        del weights
+        for arm, job in jobs.items():
+            shown.say(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", sys.stdout)
+            with shown.titled(arm):
+                train(job, out / arm, start, shown)
     return {arm: read_run(out / arm, arm) for arm in jobs}
 
 
