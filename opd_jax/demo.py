@@ -10,6 +10,7 @@ and long answers in the end.
 
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -25,11 +26,14 @@ from opd_jax.job import Job, prepare
 from opd_jax.look import long_job, look
 from opd_jax.metrics import EVALUATIONS_FILE
 from opd_jax.outputs import write_text
+from opd_jax.progress import Progress, own
 from opd_jax.run_record import Run, column, phase_seconds, read_run
-from opd_jax.train import train
+from opd_jax.train import train, work
+from opd_jax.train_step import TrainState
 
 ARMS = {"full": "none", "release": "paper"}
 LONG_FILE = "long_answers.jsonl"
+LOOK = "long answers"  # the piece of work
 
 INTRODUCTION = """
 Teacher: {teacher} ({teacher_layers} layers, {teacher_size:.0f}M parameters).
@@ -45,38 +49,8 @@ def main(_):
         raise UserError(f"--minutes={options.minutes:g} is out of range; give a time, or 0 for no limit")
     budget = demo_plan.Budget(options.minutes)
     out = Path(options.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    config = options.config
-
-    # ---- The sizes, by the rate of the machine's products.
-    job = next(iter(prepare_arms(config, out).values()))
-    probe = cpu.probe()
-    rate = probe.bfloat16 if job.student.narrow else probe.float32
-    sizes = demo_plan.choose_sizes(job.student, job.teacher, config, rate, budget.left)
-    sizes.apply(config)
-    job = next(iter(prepare_arms(config, out).values()))
-    print(f"\nMachine: {cpu.name()}; products of {rate / 1e9:.0f} GFLOP/s ({job.config.student.products}).")
-    print(introduction(job), flush=True)
-
-    # ---- The start, whose evaluation is the measurement.
-    teacher_params, start = job.teacher_params(), job.start()
-    evaluation = evaluate(job, start.params, teacher_params)
-    measured = measure(job, evaluation)
-    evaluation |= teachers_own(job, teacher_params)
-    plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
-    print(announcement(plan, measured, sizes, budget), flush=True)
-    config.train.steps = plan.steps
-
-    # ---- Both arms.
-    states = train_arms(prepare_arms(config, out), out, evaluation, start, teacher_params)
-    runs = read_arms(out)
-
-    # ---- Long answers of the student that the rule has trained.
-    answers, tokens = demo_plan.choose_look(measured, budget.left - demo_plan.REPORT_SECONDS)
-    print(f"— {answers} long answers of up to {tokens} tokens", flush=True)
-    records = look(long_job(config, answers, tokens), states["release"].params, teacher_params)
-    write_text(out / LONG_FILE, "".join(json.dumps(record) + "\n" for record in records))
-
-    # ---- What came of it.
+    with Progress() as progress:
+        runs, records = carry_out(options.config, out, budget, progress)
     shown = before_and_after(out)
     page = report.build(
         [out / arm for arm in ARMS],
@@ -94,7 +68,50 @@ def main(_):
     print(f"\nreport   {page}\n         {budget.spent / 60:.1f} minutes in all{limit}")
 
 
-def prepare_arms(config, out: Path) -> dict[str, Job]:
+def carry_out(config, out: Path, budget: demo_plan.Budget, progress: Progress) -> tuple[dict, list[dict]]:
+    """The whole demo in its folder `out`: (the record of each arm, the long answers of the release arm).
+
+    Args:
+      config: lowered in place to what fits the budget.
+    """
+    # ---- The sizes, by the rate of the machine's products.
+    job = prepare(config, out / next(iter(ARMS)), progress)
+    probe = cpu.probe()
+    rate = probe.bfloat16 if job.student.narrow else probe.float32
+    sizes = demo_plan.choose_sizes(job.student, job.teacher, config, rate, budget.left)
+    sizes.apply(config)
+    job = prepare_arms(config, out, progress)[next(iter(ARMS))]
+    kind = "bfloat16" if job.student.narrow else "float32"
+    machine = f"\nMachine: {cpu.name()}; {kind} products of {rate / 1e9:.0f} GFLOP/s."
+    progress.say(f"{machine}\n{introduction(job)}", sys.stdout)
+
+    # ---- The start, whose evaluation is the measurement; and what the teacher would answer.
+    progress.expect("evaluation")
+    with progress.phase("reading the weights"):
+        teacher_params, start = job.teacher_params(), job.start()
+    evaluation = evaluate(job, start.params, teacher_params, progress)
+    measured = measure(job, evaluation)
+    evaluation |= teachers_own(job, teacher_params, progress)
+    plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
+    progress.say(announcement(plan, measured, sizes, budget), sys.stdout)
+    config.train.steps = plan.steps
+
+    # ---- Both arms.
+    progress.expect("step", 0, measured.step)
+    progress.expect(LOOK, 1, plan.seconds["long answers"])
+    jobs = prepare_arms(config, out, progress)
+    states = train_arms(jobs, out, evaluation, start, teacher_params, progress)
+
+    # ---- Long answers of the student that the rule has trained.
+    answers, tokens = demo_plan.choose_look(measured, budget.left - demo_plan.REPORT_SECONDS)
+    progress.say(f"— {answers} long answers of up to {tokens} tokens", sys.stdout)
+    with progress.work(LOOK, "long answers"):
+        records = look(long_job(config, answers, tokens), states["release"].params, teacher_params, progress)
+    write_text(out / LONG_FILE, "".join(json.dumps(record) + "\n" for record in records))
+    return read_arms(out), records
+
+
+def prepare_arms(config, out: Path, progress: Progress | None = None) -> dict[str, Job]:
     """The checked job of each arm: the config with the arm's release rule.
 
     Raises:
@@ -104,26 +121,42 @@ def prepare_arms(config, out: Path) -> dict[str, Job]:
     for arm, rule in ARMS.items():
         config = copy.deepcopy(config)
         config.release.rule = rule
-        jobs[arm] = prepare(config, out / arm)
+        jobs[arm] = prepare(config, out / arm, progress)
     return jobs
 
 
-def train_arms(jobs: dict[str, Job], out: Path, evaluation=None, start=None, teacher_params=None) -> dict:
-    """Trains each arm in its folder of `out`, from one start; returns the final TrainState of each.
+def train_arms(
+    jobs: dict[str, Job],
+    out: Path,
+    evaluation: dict | None = None,
+    start: TrainState | None = None,
+    teacher_params: dict | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TrainState]:
+    """Trains each arm in its folder of `out`, from one start; returns the final state of each.
 
     Args:
       evaluation: what `evaluate` returned of the start; measured if not given.
       start, teacher_params: the state before the first step and the teacher's weights; read if not given.
     """
     first = next(iter(jobs.values()))
-    start = start or first.start()
-    teacher_params = teacher_params or first.teacher_params()
-    evaluation = evaluation or evaluate(first, start.params, teacher_params)
     states = {}
-    for arm, job in jobs.items():
-        print(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", flush=True)
-        own = jax.tree.map(jnp.copy, start)  # training donates it
-        states[arm] = train(job, out / arm, evaluation, start=own, teacher_params=teacher_params)
+    with own(progress) as shown:
+        for job in jobs.values():
+            shown.plan(work(job.config))
+        if start is None or teacher_params is None:
+            with shown.phase("reading the weights"):
+                start, teacher_params = first.start(), first.teacher_params()
+        if evaluation is None:
+            shown.expect("evaluation")
+            evaluation = evaluate(first, start.params, teacher_params, shown)
+        for arm, job in jobs.items():
+            shown.say(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", sys.stdout)
+            copy = jax.tree.map(jnp.copy, start)  # training donates it
+            with shown.titled(arm):
+                states[arm] = train(
+                    job, out / arm, evaluation, shown, start=copy, teacher_params=teacher_params
+                )
     return states
 
 
@@ -132,9 +165,9 @@ def read_arms(out: Path) -> dict[str, Run]:
     return {arm: read_run(out / arm, arm) for arm in ARMS}
 
 
-def teachers_own(job: Job, teacher_params: dict) -> dict[str, float]:
+def teachers_own(job: Job, teacher_params: dict, progress: Progress | None = None) -> dict[str, float]:
     """How the teacher itself answers the held-out prompts, named as the evaluation of a start has it."""
-    found = evaluate_teacher(job, teacher_params)
+    found = evaluate_teacher(job, teacher_params, progress)
     names = ("response_length", "finished_share", "repeated_share")
     return {f"teacher_{name}": found[name] for name in names}
 

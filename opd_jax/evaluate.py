@@ -22,16 +22,20 @@ from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
+from opd_jax.progress import Progress, own
 from opd_jax.run_record import read_config
 
 EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
 
 
-def evaluate(job, params: dict, teacher_params: dict) -> dict:
+def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> dict:
     """Samples a response to every held-out prompt and measures it against the teacher.
 
     Every evaluation of a run uses the same prompts and the same uniform draws, so that two of them
     differ by the student alone.
+
+    Args:
+      progress: shows what goes on, as a piece of work "evaluation"; the evaluation has its own if not given.
 
     Returns:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
@@ -43,23 +47,28 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     """
     started = time.perf_counter()
     out, seconds = [], []
-    for batch, drawn in _draws(job):
-        clock = [time.perf_counter()]
-        rollouts = job.sample(params, *drawn)
-        jax.block_until_ready(rollouts)
-        clock.append(time.perf_counter())
-        sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
-        clock.append(time.perf_counter())
-        seconds.append(np.diff(clock))
-        index_B, valid_B, written = sharding.gather(
-            job.mesh, (batch.index_B, batch.valid_B, rollouts)
-        )
-        responses = [
-            job.tokenizer.decode(row_T[on_T])
-            for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
-        ]
-        columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
-        out.append(sums | columns)
+    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
+    label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // batch_size)
+    with own(progress) as shown, shown.work("evaluation", label, parts):
+        for number, (batch, drawn) in enumerate(_draws(job)):
+            shown.at(number + 1)
+            clock = [time.perf_counter()]
+            with shown.compiling("the sampler", job.sample, job.config.data.prompt_tokens):
+                rollouts = jax.block_until_ready(job.sample(params, *drawn))
+            clock.append(time.perf_counter())
+            with shown.compiling("the divergence", job.divergence):
+                sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
+            clock.append(time.perf_counter())
+            seconds.append(np.diff(clock))
+            index_B, valid_B, written = sharding.gather(
+                job.mesh, (batch.index_B, batch.valid_B, rollouts)
+            )
+            responses = [
+                job.tokenizer.decode(row_T[on_T])
+                for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
+            ]
+            columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
+            out.append(sums | columns)
     columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
     columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
     kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
@@ -99,7 +108,7 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     }
 
 
-def evaluate_teacher(job, teacher_params: dict) -> dict:
+def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None) -> dict:
     """Has the teacher answer the held-out prompts in the student's place: same limit, same uniform draws.
 
     What a student can be expected to reach: a response that the teacher would not end either is no fault.
@@ -110,11 +119,17 @@ def evaluate_teacher(job, teacher_params: dict) -> dict:
     started = time.perf_counter()
     sample = programs.sample_program(job.mesh, job.teacher, programs.sampling(job.config))
     out = []
-    for batch, drawn in _draws(job):
-        valid_B, written = sharding.gather(job.mesh, (batch.valid_B, sample(teacher_params, *drawn)))
-        repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
-        columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
-        out.append([column[valid_B] for column in columns])
+    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
+    label, parts = f"the teacher answers {count} held-out prompts, batch", -(-count // batch_size)
+    with own(progress) as shown, shown.phase(label, parts=parts):
+        for number, (batch, drawn) in enumerate(_draws(job)):
+            shown.at(number + 1)
+            with shown.compiling("the teacher's sampler", sample, job.config.data.prompt_tokens):
+                rollouts = jax.block_until_ready(sample(teacher_params, *drawn))
+            valid_B, written = sharding.gather(job.mesh, (batch.valid_B, rollouts))
+            repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
+            columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
+            out.append([column[valid_B] for column in columns])
     tokens_B, finished_B, repeated_B = (np.concatenate(column) for column in zip(*out, strict=True))
     return {
         "response_length": float(tokens_B.mean()),
@@ -159,15 +174,18 @@ def main(_):
     workdir = flags.FLAGS.workdir
     if (workdir is None) == (flags.FLAGS.config is None):
         raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
-    if workdir is None:
-        job = prepare(flags.FLAGS.config)
+    config = flags.FLAGS.config if workdir is None else run_config(workdir)
+    with Progress() as progress:
+        job = prepare(config, progress=progress)
         _check_heldout(job)
-        params = job.start().params
-    else:
-        job = prepare(run_config(workdir))
-        _check_heldout(job)
-        params, step = restore(job, workdir, flags.FLAGS.step)
-    result = evaluate(job, params, job.teacher_params())
+        with progress.phase("reading the student's weights"):
+            if workdir is None:
+                params = job.start().params
+            else:
+                params, step = restore(job, workdir, flags.FLAGS.step)
+        with progress.phase("reading the teacher's weights"):
+            teacher_params = job.teacher_params()
+        result = evaluate(job, params, teacher_params, progress)
     rows = result.pop("rows")
     if jax.process_index() != 0:
         return

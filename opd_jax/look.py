@@ -9,6 +9,7 @@ import numpy as np
 from opd_jax import data, sharding
 from opd_jax import train_step as steps
 from opd_jax.job import Job, prepare
+from opd_jax.progress import Progress, own
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
 from opd_jax.transcripts import transcripts
 
@@ -17,7 +18,7 @@ AT_LENGTH = "Think it through at length, and explain every step in full sentence
 REQUEST_TOKENS = 96
 
 
-def look(job, params: dict, teacher_params: dict) -> list[dict]:
+def look(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> list[dict]:
     """The rollouts of a run's first step: same prompts, same draws, scored and cut, and no update.
 
     For one process. Compiles the sampler, which training shares, and scoring. With an objective whose
@@ -26,10 +27,16 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     Args:
       job: a Job; its release.rule decides what is kept.
       params: the student's parameters, such as `job.start().params`.
+      progress: shows what goes on; the look has its own if not given.
 
     Returns:
       rollout.batch records in the form of rollouts.jsonl, of step 0.
     """
+    with own(progress) as shown:
+        return _look(job, params, teacher_params, shown)
+
+
+def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict]:
     c, mesh = job.config, job.mesh
     first = data.batches(
         job.prompts.train,
@@ -43,16 +50,20 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     )
     batch = sharding.put_batch(mesh, next(first))
     step = jax.device_put(np.int32(0), sharding.replicated(mesh))
-    rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
+    with shown.compiling("the sampler", job.sample_group, batch.tokens_BP.shape[1]):
+        rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
 
     def supervise(*arguments):
         scores, release, _ = steps.supervise(job.student, job.teacher, c, *arguments)
         return steps.Supervision(scores=scores.per_token(), release=release)
 
-    supervision = jax.jit(sharding.on(mesh, supervise))(
-        params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
-    )
-    return transcripts(job.tokenizer, 0, *jax.device_get((rollouts, supervision)))
+    with shown.phase("compiling what scores, while the student writes"):
+        supervision = jax.jit(sharding.on(mesh, supervise))(
+            params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
+        )
+    with shown.phase("sampling and scoring"):
+        rollouts, supervision = jax.device_get((rollouts, supervision))
+    return transcripts(job.tokenizer, 0, rollouts, supervision)
 
 
 def long_job(config, answers: int, answer_tokens: int) -> Job:

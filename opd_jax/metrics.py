@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: JSONL, TensorBoard, Weights & Biases, progress, phase times.
+"""What a run leaves behind: JSONL, TensorBoard, Weights & Biases, and the files that say how it was made.
 
 `metrics.jsonl` is the record that everything else is made from; the rest can be switched off. In a
 run of several processes only process 0 writes.
@@ -13,18 +13,17 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from opd_jax import alarms
 from opd_jax.errors import UserError
 from opd_jax.phase_clock import PhaseClock
+from opd_jax.progress import Progress
 from opd_jax.run_record import read_config
 
 __all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
@@ -51,13 +50,14 @@ class MetricWriter:
 
     Args:
       workdir: folder of the run; made where missing.
-      total_steps: training steps of the whole run, for the progress bar.
+      total_steps: training steps of the whole run, for the progress.
       tensorboard: also write `tensorboard/` (scalars; lists stay in the JSONL alone).
       wandb: also log to Weights & Biases: arguments of `wandb.init`, such as {"project": "opd"}.
       resume_step: the step of the restored checkpoint: later records are dropped, so that no step
         is there twice. None is a new run, and drops whatever an earlier attempt left.
       plain_every: where `stream` is no terminal, a progress line every so many steps.
       stream: where progress goes; standard error by default.
+      progress: what shows the records, with a plan of its own; one that expects the steps if not given.
 
     Attributes:
       active: whether this process is the one that writes, number 0.
@@ -77,6 +77,7 @@ class MetricWriter:
         resume_step: int | None = None,
         plain_every: int = 10,
         stream: TextIO | None = None,
+        progress: Progress | None = None,
     ):
         self.active = jax.process_index() == 0
         self._closing = contextlib.ExitStack()
@@ -108,8 +109,11 @@ class MetricWriter:
                 purge_step=0 if resume_step is None else resume_step + 1,
             )
             self._closing.callback(self._tensorboard.close)
-        self._progress = _Progress(total_steps, resume_step or 0, plain_every, stream)
-        self._closing.callback(self._progress.close)
+        self._total_steps, self._plain_every, self._first = total_steps, plain_every, True
+        if progress is None:
+            progress = self._closing.enter_context(Progress(stream))
+            progress.expect("step", total_steps - (resume_step or 0))
+        self._progress = progress
 
     @classmethod
     def of(cls, config: Any, workdir: str | os.PathLike, resume_step: int | None, **options: Any) -> Self:
@@ -149,7 +153,7 @@ class MetricWriter:
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log({**scalars, "step": step})
-        self._progress.show(record)
+        self._show(record)
         for alarm in self._alarms.read(plain):
             self._append(METRICS_FILE, alarm)
             self.say(f"alarm: {alarms.text(alarm)}")
@@ -170,7 +174,19 @@ class MetricWriter:
     def say(self, text: str) -> None:
         """Shows one line among the progress."""
         if self.active:
-            self._progress.line(text)
+            self._progress.say(text)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        step, text = int(record["step"]), _summary(record)
+        if record["kind"] != "train":
+            named = f"  {record['benchmark']}" if "benchmark" in record else ""
+            self._progress.say(f"{record['kind']:<5} step {step}{named}  {text}")
+            return
+        due = self._first or step % self._plain_every == 0 or step == self._total_steps
+        self._first = False
+        whole = record.get("seconds_step")
+        busy = sum(v for key, v in record.items() if key.startswith("seconds_") and key != "seconds_step")
+        self._progress.step(step, self._total_steps, text, seconds=whole, busy=busy or None, due=due)
 
     def _append_all(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         if self.active:
@@ -189,48 +205,6 @@ class MetricWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-class _Progress:
-    """A progress bar on a terminal; elsewhere one plain line now and then."""
-
-    def __init__(self, total_steps: int, done: int, plain_every: int, stream: TextIO | None):
-        self._stream = stream or sys.stderr
-        self._total, self._plain_every = total_steps, plain_every
-        self._first: tuple[int, float] | None = None
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=done, unit="step", file=self._stream)
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        step = int(record["step"])
-        if record["kind"] != "train":
-            named = f"  {record['benchmark']}" if "benchmark" in record else ""
-            self.line(f"{record['kind']:<5} step {step}{named}  {_summary(record)}")
-        elif self._bar is not None:
-            self._bar.set_postfix_str(_summary(record), refresh=False)
-            self._bar.update(step - self._bar.n)
-        else:
-            now = time.monotonic()
-            # The clock starts at the first finished step, which has paid for the compiling.
-            first_step, first_time = self._first = self._first or (step, now)
-            if step % self._plain_every == 0 or step in (first_step, self._total):
-                line = f"step {step}/{self._total}  {_summary(record)}"
-                if step > first_step:
-                    pace = (now - first_time) / (step - first_step)
-                    left = tqdm.format_interval(pace * (self._total - step))
-                    line += f"  {left} left"
-                self.line(line)
-
-    def line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _summary(record: Mapping[str, Any]) -> str:
