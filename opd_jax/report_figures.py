@@ -325,7 +325,7 @@ def margin_and_answers(records: Sequence[Mapping[str, Any]], margin_3N: np.ndarr
         left.plot(centre, mean_N, color=colour(0), marker="o", markersize=4.5)
         left.fill_between(centre, low_N, high_N, color=colour(0), alpha=0.15, linewidth=0)
         left.set_xlim(0, 1)
-        left.set_title("The teacher's preference fades ...", loc="left", fontsize=10)
+        left.set_title("The teacher's preference fades ...", loc="left", fontsize=10, pad=20)
         _label(left, "position in the answer, share of its tokens", "teacher margin, nats (95% interval)")
         _answers(right, records)
         right.set_title("... and supervision stops there, answer by answer", loc="left", fontsize=10, pad=20)
