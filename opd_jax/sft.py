@@ -210,6 +210,7 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
     mesh = sharding.make_mesh(c.mesh)
+    probe = programs.settle_products(c, mesh, workdir)
     sizes.fill_micro_batch(c, mesh)
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = programs.student_model(c, mesh)
@@ -233,7 +234,7 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
     )
     local = sharding.local_rows(mesh, c.rollout.batch)
 
-    metrics.write_run_files(workdir, c)
+    metrics.write_run_files(workdir, c, measured=probe and probe.record())
     checkpoints = Checkpoints(workdir, c.checkpoint.keep)
     done, position = checkpoints.latest, None
     with shown.phase("reading the weights"):

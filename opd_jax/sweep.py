@@ -45,10 +45,11 @@ def is_done(planned: Planned) -> bool:
     """Whether a run has its last step, and the evaluation, benchmarks and checkpoint after it."""
     c = planned.config
     lines = read_lines(planned.workdir / METRICS_FILE) if _whole(planned.workdir / METRICS_FILE) else []
-    last = [(line["kind"], line.get("benchmark")) for line in lines if line["step"] == c.train.steps]
+    last = {(line["kind"], line.get("benchmark")) for line in lines if line["step"] == c.train.steps}
+    last.discard(("alarm", None))
     wanted = 1 + bool(c.eval.every) + len(c.eval.benchmark)
     saved = not c.checkpoint.every or (planned.workdir / "checkpoints" / str(c.train.steps)).is_dir()
-    return saved and ("train", None) in last and len(set(last)) >= wanted
+    return saved and ("train", None) in last and len(last) >= wanted
 
 
 def _whole(path: Path) -> bool:

@@ -21,6 +21,7 @@ from opd_jax.errors import UserError
 from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
 from opd_jax.progress import Progress, own
+from opd_jax.train_step import TrainState
 from opd_jax.transcripts import transcripts
 
 SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1, benchmarks 3
@@ -42,13 +43,23 @@ def work(config, done: int = 0) -> dict[str, int]:
     return {"step": c.train.steps - done, "evaluation": evaluations} | dict.fromkeys(names, exams)
 
 
-def train(job: Job, workdir, start_evaluation: dict | None = None, progress: Progress | None = None):
+def train(
+    job: Job,
+    workdir,
+    start_evaluation: dict | None = None,
+    progress: Progress | None = None,
+    *,
+    start: TrainState | None = None,
+    teacher_params: dict | None = None,
+):
     """Trains from the start, or from the newest checkpoint in workdir, to train.steps.
 
     Args:
       start_evaluation: what `evaluate` returned for this run's start, where several runs share one; it
         is measured if not given.
       progress: shows what goes on; whoever gives it has planned `work` with it. Without, the run has its own.
+      start: the state before the first step, read if not given; its arrays are donated.
+      teacher_params: the teacher's weights, read if not given.
 
     Returns:
       The final TrainState.
@@ -57,7 +68,7 @@ def train(job: Job, workdir, start_evaluation: dict | None = None, progress: Pro
       distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c, mesh = job.config, job.mesh
-    metrics.write_run_files(workdir, c, job.prompts.counts)
+    metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
     benchmark_run.write_shared(workdir, job.shared)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(own(progress))
@@ -68,12 +79,13 @@ def train(job: Job, workdir, start_evaluation: dict | None = None, progress: Pro
         done, position = checkpoints.latest, None
         if done is None:
             with shown.phase("reading the student's weights"):
-                state = job.start()
+                state = start or job.start()
         else:
             with shown.phase(f"reading the checkpoint of step {done}"):
                 state, position = checkpoints.restore(done, job.abstract_state())
-        with shown.phase("reading the teacher's weights"):
-            teacher_params = job.teacher_params()
+        if teacher_params is None:
+            with shown.phase("reading the teacher's weights"):
+                teacher_params = job.teacher_params()
 
         # ---- Prompts and draws.
         prompts = data.batches(
