@@ -266,7 +266,8 @@ class Progress:
                     self._line(self._with_left(self._title() + "working"))
                 return
             takes, so_far = self._takes(phase), now - phase.started
-            begins = not phase.announced and so_far >= SOON and (takes is None or takes >= LONG)
+            long = phase.compiling or takes is None or takes >= LONG
+            begins = long and not phase.announced and so_far >= SOON
             if not begins and not quiet:
                 return
             text = self._label(phase)
@@ -282,11 +283,12 @@ class Progress:
         return self._phases[-1] if self._phases else self._device
 
     def _takes(self, phase: _Phase) -> float | None:
-        """Seconds of the whole phase: as its parts so far tell, else as the last time, else as planned."""
-        if phase.part_started > phase.started:
-            return (phase.part_started - phase.started) / (phase.part - 1) * phase.parts
+        """Seconds of the whole phase: as the last time or planned; if that was wrong, as its parts tell."""
         planned = self._plan.pieces.get(phase.kind)
-        return self._took.get(phase.kind, planned.seconds if planned else None)
+        takes = self._took.get(phase.kind, planned.seconds if planned else None)
+        if phase.part_started > phase.started and (takes is None or takes < self._clock() - phase.started):
+            return (phase.part_started - phase.started) / (phase.part - 1) * phase.parts
+        return takes
 
     def _label(self, phase: _Phase) -> str:
         part = f" {phase.part} of {phase.parts}" if phase.parts else ""

@@ -125,6 +125,9 @@ def test_parts_are_counted_and_tell_how_long_the_whole_takes(shown, log, clock):
         "evaluating, batch 3 of 3, 0:48 so far of about 1:12",
     ]
     assert shown.left() is None  # nothing was planned
+    with shown.phase("evaluating, batch", parts=3):
+        pass_time(shown, clock, 3)
+    assert log.lines[-1] == "evaluating, batch 1 of 3, takes about 1:12"
 
 
 def test_a_part_that_another_thread_is_past_already_counts_no_more(shown, log, clock):
