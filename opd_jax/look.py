@@ -9,6 +9,7 @@ import numpy as np
 from opd_jax import data, sharding
 from opd_jax import train_step as steps
 from opd_jax.job import Job, prepare
+from opd_jax.models import source
 from opd_jax.progress import Progress, own
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
 from opd_jax.transcripts import transcripts
@@ -74,7 +75,7 @@ def long_job(config, answers: int, answer_tokens: int) -> Job:
     Args:
       config: of a run, validated; the rule that cuts is the paper's.
       answers: rollouts.
-      answer_tokens: the longest answer.
+      answer_tokens: the longest answer; less where the models have no room for it beside a prompt.
     """
     c = copy.deepcopy(config)
     c.release.rule = "paper"
@@ -84,7 +85,9 @@ def long_job(config, answers: int, answer_tokens: int) -> Job:
     c.data.prompt_tokens += REQUEST_TOKENS
     c.data.heldout = 0
     c.rollout.batch, c.rollout.samples_per_prompt = answers, 1
-    c.rollout.max_tokens = answer_tokens
+    paths = {f"{name}.path": c[name].path for name in ("student", "teacher")}
+    positions = min(source.config(path, key).max_positions for key, path in paths.items())
+    c.rollout.max_tokens = min(answer_tokens, positions - c.data.prompt_tokens)
     c.train.micro_batch = min(answers, 4)
     c.eval.every = 0
     c.eval.benchmark = ()
