@@ -13,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # $(call pip,ENVIRONMENT,ARGUMENTS) is pip install, which can say nothing for minutes, with a line every 20 s.
 define pip
 @echo "installing into $(1): $(2)"; \
-s=0; while sleep 1; do s=$$((s + 1)); [ $$((s % 20)) -ne 0 ] || echo "  still installing, $$s s"; done & \
+s=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 1)); [ $$((s % 20)) -ne 0 ] || echo "  still installing, $$s s"; done & \
 beat=$$!; trap "kill $$beat" EXIT; $(1)/bin/pip install -q $(2)
 endef
 

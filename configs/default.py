@@ -204,8 +204,8 @@ def get_config() -> ConfigDict:
     # Largest |A| of a token, nats, before any reward is mixed in; 0 does not clip. For objectives with A.
     c.objective.advantage_clip = 0.0
 
-    # Weight, 0 or more, of KL(T || S) of one question added at every response position, released ones too:
-    # does the response end here? 0 leaves it out. Costs one more pass over each chunk of logits.
+    # Weight, 0 or more, of an extra loss at every response position, released ones too: the forward KL of
+    # "the response ends here". 0 leaves it out. Costs one more pass over each chunk of logits.
     c.objective.end_weight = 0.0
 
     c.reward = ConfigDict()

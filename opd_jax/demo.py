@@ -9,6 +9,7 @@ and long answers in the end.
 """
 
 import copy
+import dataclasses
 import json
 import sys
 import time
@@ -27,7 +28,7 @@ from opd_jax.look import long_job, look
 from opd_jax.metrics import EVALUATIONS_FILE
 from opd_jax.outputs import write_text
 from opd_jax.progress import Progress, own
-from opd_jax.run_record import Run, column, phase_seconds, read_run
+from opd_jax.run_record import Run, column, phase_seconds, read_config, read_run
 from opd_jax.train import train, work
 from opd_jax.train_step import TrainState
 
@@ -47,6 +48,8 @@ def main(_):
     options = flags.FLAGS
     if options.minutes < 0:
         raise UserError(f"--minutes={options.minutes:g} is out of range; give a time, or 0 for no limit")
+    if not options.config.eval.every or not options.config.data.heldout:
+        raise UserError("the demo evaluates its student; set eval.every and data.heldout to 1 or more")
     budget = demo_plan.Budget(options.minutes)
     out = Path(options.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
     with Progress() as progress:
@@ -72,43 +75,60 @@ def carry_out(config, out: Path, budget: demo_plan.Budget, progress: Progress) -
     """The whole demo in its folder `out`: (the record of each arm, the long answers of the release arm).
 
     Args:
-      config: lowered in place to what fits the budget.
+      config: lowered in place to what fits the budget; to what a demo in `out` began with where there is one.
     """
-    # ---- The sizes, by the rate of the machine's products.
-    job = prepare(config, out / next(iter(ARMS)), progress)
-    probe = cpu.probe()
-    rate = probe.bfloat16 if job.student.narrow else probe.float32
-    sizes = demo_plan.choose_sizes(job.student, job.teacher, config, rate, budget.left)
-    sizes.apply(config)
+    # ---- The sizes, by the rate of the machine's products; then everything is checked.
+    begun = read_config(out / next(iter(ARMS)))
+    if begun is not None:
+        keys = (*demo_plan.KEYS, "train.steps", "train.micro_batch")
+        config.update_from_flattened_dict({key: _value(begun, key) for key in keys})
+    job = prepare(config, progress=progress)
+    sizes, machine = fitting_sizes(job, config, budget.left)
+    lowered = {} if begun is not None else sizes.apply(config)
     job = prepare_arms(config, out, progress)[next(iter(ARMS))]
-    kind = "bfloat16" if job.student.narrow else "float32"
-    machine = f"\nMachine: {cpu.name()}; {kind} products of {rate / 1e9:.0f} GFLOP/s."
-    progress.say(f"{machine}\n{introduction(job)}", sys.stdout)
+    long_job(config, *demo_plan.LOOKS[-1], progress)
+    progress.say(f"\nMachine: {machine}.\n{introduction(job)}", sys.stdout)
 
     # ---- The start, whose evaluation is the measurement; and what the teacher would answer.
-    progress.expect("evaluation")
     with progress.phase("reading the weights"):
         teacher_params, start = job.teacher_params(), job.start()
-    evaluation = evaluate(job, start.params, teacher_params, progress)
-    measured = measure(job, evaluation)
+    evaluation, measured = measure(job, start.params, teacher_params, progress)
     evaluation |= teachers_own(job, teacher_params, progress)
     plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
-    progress.say(announcement(plan, measured, sizes, budget), sys.stdout)
+    if begun is not None:
+        plan = dataclasses.replace(plan, steps=config.train.steps)
+    progress.say(announcement(plan, measured, lowered, budget.spent), sys.stdout)
     config.train.steps = plan.steps
 
     # ---- Both arms.
     progress.expect("step", 0, measured.step)
-    progress.expect(LOOK, 1, plan.seconds["long answers"])
+    progress.expect(LOOK, 1, measured.look(*plan.look))
     jobs = prepare_arms(config, out, progress)
-    states = train_arms(jobs, out, evaluation, start, teacher_params, progress)
+    params = train_arms(jobs, out, evaluation, start, teacher_params, progress).params
 
     # ---- Long answers of the student that the rule has trained.
     answers, tokens = demo_plan.choose_look(measured, budget.left - demo_plan.REPORT_SECONDS)
+    progress.expect(LOOK, 0, measured.look(answers, tokens))
     progress.say(f"— {answers} long answers of up to {tokens} tokens", sys.stdout)
     with progress.work(LOOK, "long answers"):
-        records = look(long_job(config, answers, tokens), states["release"].params, teacher_params, progress)
+        records = look(long_job(config, answers, tokens, progress), params, teacher_params, progress)
     write_text(out / LONG_FILE, "".join(json.dumps(record) + "\n" for record in records))
     return read_arms(out), records
+
+
+def fitting_sizes(job: Job, config, left: float) -> tuple[demo_plan.Sizes, str]:
+    """(sizes of which enough steps fit into the seconds left, the machine in words).
+
+    On an accelerator the sizes are the whole ones: what it does is measured by the evaluation of the start.
+    """
+    devices = job.mesh.devices
+    if devices.flat[0].platform != "cpu":
+        return demo_plan.WHOLE, f"{devices.size} x {devices.flat[0].device_kind}"
+    probe = cpu.probe()
+    rate = probe.bfloat16 if job.student.narrow else probe.float32
+    sizes = demo_plan.choose_sizes(job.student, job.teacher, config, rate, left)
+    kind = "bfloat16" if job.student.narrow else "float32"
+    return sizes, f"{cpu.name()}; {kind} products of {rate / 1e9:.0f} GFLOP/s"
 
 
 def prepare_arms(config, out: Path, progress: Progress | None = None) -> dict[str, Job]:
@@ -132,32 +152,32 @@ def train_arms(
     start: TrainState | None = None,
     teacher_params: dict | None = None,
     progress: Progress | None = None,
-) -> dict[str, TrainState]:
-    """Trains each arm in its folder of `out`, from one start; returns the final state of each.
+) -> TrainState:
+    """Trains each arm in its folder of `out`, from one start; returns the final state of the last.
 
     Args:
       evaluation: what `evaluate` returned of the start; measured if not given.
-      start, teacher_params: the state before the first step and the teacher's weights; read if not given.
+      start: the state before the first step, which is donated.
+      teacher_params: the teacher's weights. Both are read if one is not given.
     """
-    first = next(iter(jobs.values()))
-    states = {}
+    *_, last = jobs
     with own(progress) as shown:
         for job in jobs.values():
             shown.plan(work(job.config))
         if start is None or teacher_params is None:
             with shown.phase("reading the weights"):
-                start, teacher_params = first.start(), first.teacher_params()
+                start, teacher_params = jobs[last].start(), jobs[last].teacher_params()
         if evaluation is None:
             shown.expect("evaluation")
-            evaluation = evaluate(first, start.params, teacher_params, shown)
+            evaluation = evaluate(jobs[last], start.params, teacher_params, shown)
         for arm, job in jobs.items():
             shown.say(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", sys.stdout)
-            copy = jax.tree.map(jnp.copy, start)  # training donates it
+            taken = start if arm == last else jax.tree.map(jnp.copy, start)
             with shown.titled(arm):
-                states[arm] = train(
-                    job, out / arm, evaluation, shown, start=copy, teacher_params=teacher_params
-                )
-    return states
+                state = train(job, out / arm, evaluation, shown, start=taken, teacher_params=teacher_params)
+            if arm != last:
+                del state, taken  # two states at a time are enough
+    return state
 
 
 def read_arms(out: Path) -> dict[str, Run]:
@@ -172,38 +192,42 @@ def teachers_own(job: Job, teacher_params: dict, progress: Progress | None = Non
     return {f"teacher_{name}": found[name] for name in names}
 
 
-def measure(job: Job, evaluation: dict) -> demo_plan.Measured:
-    """What the evaluation of the start says of the machine."""
+def measure(job: Job, params: dict, teacher_params: dict, progress: Progress | None = None) -> tuple:
+    """(the evaluation of the start, what it says of the machine as demo_plan.Measured)."""
     c = job.config
-    sample, compare = evaluation["seconds_sample"], evaluation["seconds_compare"]
     batches = -(-c.data.heldout // c.rollout.batch)
-    compiling = max(evaluation["seconds"] - batches * (sample + compare), 0.0)
+    timed = 1 if batches > 1 else 2  # a single batch is evaluated again, when everything is compiled
+    if progress is not None:
+        progress.expect("evaluation", timed)
+    results = [evaluate(job, params, teacher_params, progress) for _ in range(timed)]
+    sample, compare = results[-1]["seconds_sample"], results[-1]["seconds_compare"]
+    compiling = max(results[0]["seconds"] - batches * (sample + compare), 0.0)
     shape = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    return demo_plan.Measured(sample, compare, compiling, *shape)
+    return results[0], demo_plan.Measured(sample, compare, compiling, *shape)
 
 
-def announcement(plan, measured, sizes, budget) -> str:
-    """What will be done and how long it will take, and what is left out."""
-    seconds = budget.spent + sum(plan.seconds.values())
+def announcement(plan, measured, lowered: dict[str, tuple[int, int]], spent: float) -> str:
+    """What will be done and how long it will take, and what is left out.
+
+    Args:
+      lowered: config key -> (value before, value now).
+      spent: seconds until now.
+    """
+    seconds = spent + sum(plan.seconds.values())
+    answers, tokens = plan.look
     lines = [
         f"{measured.batch} answers take {measured.sample:.1f} s to write and {measured.compare:.1f} s to"
-        f" compare with the teacher. {plan.steps} steps an arm, about {measured.step:.0f} s each, then a look"
-        f" at long answers: {seconds / 60:.0f} minutes in all."
+        f" compare with the teacher. {plan.steps} steps an arm, about {measured.step:.0f} s each, then"
+        f" {answers} long answers of up to {tokens} tokens: {seconds / 60:.0f} minutes in all."
     ]
-    left_out = []
+    left_out = [f"{key} is {now} in place of {before}" for key, (before, now) in lowered.items()]
     if plan.steps < plan.most:
-        left_out.append(f"{plan.most - plan.steps} of {plan.most} steps an arm")
-    if sizes != demo_plan.WHOLE:
-        whole = demo_plan.WHOLE
-        left_out.append(
-            f"prompts of more than {sizes.prompt_tokens} tokens, and {whole.heldout - sizes.heldout} of"
-            f" {whole.heldout} held-out prompts"
+        minutes = (seconds + plan.more_seconds) / 60
+        left_out.insert(
+            0, f"{plan.most - plan.steps} of {plan.most} steps an arm ({minutes:.0f} minutes at these sizes)"
         )
     if left_out:
-        minutes = (seconds + plan.more_seconds) / 60
-        lines.append(
-            f"Left out for speed: {'; '.join(left_out)}. --minutes={minutes:.0f} has time for all steps."
-        )
+        lines.append(f"Left out for speed: {'; '.join(left_out)}. --minutes=N gives it N minutes.")
     return "\n".join(lines) + "\n"
 
 
@@ -282,6 +306,13 @@ def before_and_after(out: Path) -> dict:
         "answers": {"start": start[number]["response"]}
         | {arm: answers[number]["response"] for arm, answers in final.items()},
     }
+
+
+def _value(config: dict, key: str):
+    """The value of a dotted key of a config.json."""
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def _evaluations(workdir: Path) -> dict[int, dict[int, dict]]:

@@ -6,15 +6,25 @@ import time
 from collections.abc import Mapping
 
 from opd_jax import costs
+from opd_jax.config import get
 
-# The gradient runs three more passes than the comparison of an evaluation, which runs both models forward.
-STEP_PASSES = 2.6
+# All of these were read off runs of the demo on two cores.
+STEP_PASSES = 2.6  # scoring and updating over the comparison of an evaluation, both models' forward passes
 OF_RATE = 0.55  # share of the rate of a large product that a whole step reaches
-FIRST_COMPILING = 20.0  # seconds, of sampler and comparison, before it is measured
-COMPILES = 2.5  # the training steps of both arms, in that
+FIRST_COMPILING = 20.0  # seconds that sampler and comparison take to compile, before it is measured
+COMPILES = 2.5  # compiling both training steps, over compiling sampler and comparison
 OTHER_SECONDS = 20.0  # reading weights and prompts again, checkpoints, the report
 REPORT_SECONDS = 5.0
 FEWEST_STEPS = 3
+
+
+# Config keys of the sizes.
+KEYS = {
+    "data.heldout": "heldout",
+    "data.prompt_tokens": "prompt_tokens",
+    "rollout.batch": "batch",
+    "rollout.max_tokens": "tokens",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +46,16 @@ class Sizes:
     answers: int
     answer_tokens: int
 
-    def apply(self, config) -> None:
-        """Lowers what a config has of them, in place."""
-        config.data.heldout = min(config.data.heldout, self.heldout)
-        config.data.prompt_tokens = min(config.data.prompt_tokens, self.prompt_tokens)
-        config.rollout.batch = min(config.rollout.batch, self.batch)
-        config.rollout.max_tokens = min(config.rollout.max_tokens, self.tokens)
+    def apply(self, config) -> dict[str, tuple[int, int]]:
+        """Lowers what a config has of them, in place; returns key -> (value before, value now)."""
+        changed = {}
+        for key, name in KEYS.items():
+            before = get(config, key)
+            if before > getattr(self, name):
+                changed[key] = before, getattr(self, name)
+        config.update_from_flattened_dict({key: now for key, (_, now) in changed.items()})
         config.train.micro_batch = min(config.train.micro_batch, config.rollout.batch)
+        return changed
 
 
 WHOLE = Sizes(heldout=24, prompt_tokens=128, batch=8, tokens=96, answers=8, answer_tokens=512)
@@ -84,7 +97,7 @@ class Measured:
     def look(self, answers: int, answer_tokens: int) -> float:
         """Seconds of writing and scoring long answers, compiling included."""
         rows = answers / self.batch
-        # A decode step reads all weights, whatever the rows; the rest grows with them and with the cache.
+        # A decode step reads all weights, whatever the rows; the rest grows with rows and cache.
         sample = self.sample * answer_tokens / self.tokens * (0.6 + 0.6 * rows)
         length = (self.prompt_tokens + answer_tokens) / (self.prompt_tokens + self.tokens)
         return sample + self.compare * rows * length + 1.5 * self.compiling
@@ -103,12 +116,14 @@ class Plan:
     Attributes:
       steps: of each arm.
       most: steps that more time would give.
+      look: (answers, tokens) of the look at long answers, as far as can be told.
       seconds: phase -> seconds predicted, in order.
       more_seconds: what the rest of the steps would take.
     """
 
     steps: int
     most: int
+    look: tuple[int, int]
     seconds: Mapping[str, float]
     more_seconds: float
 
@@ -157,13 +172,14 @@ def fit(measured: Measured, sizes: Sizes, most: int, left: float) -> Plan:
     """The steps of an arm that fit into the seconds left after the start's evaluation, at most `most`."""
     steps = int(min(most, max(_room(measured, sizes, left), FEWEST_STEPS)))
     arm = COMPILES / 2 * measured.compiling + steps * measured.step + measured.evaluation(sizes.heldout)
+    look = choose_look(measured, left - 2 * arm - OTHER_SECONDS)
     seconds = {
         "full supervision": arm,
         "release rule": arm,
-        "long answers": measured.look(sizes.answers, sizes.answer_tokens),
+        "long answers": measured.look(*look),
         "reading and writing": OTHER_SECONDS,
     }
-    return Plan(steps, most, seconds, 2 * (most - steps) * measured.step)
+    return Plan(steps, most, look, seconds, 2 * (most - steps) * measured.step)
 
 
 def choose_look(measured: Measured, left: float) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None 
 def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None) -> dict:
     """Has the teacher answer the held-out prompts in the student's place: same limit, same uniform draws.
 
-    What a student can be expected to reach: a response that the teacher would not end either is no fault.
+    This is the goal for the student: it need not end more responses than its teacher does.
 
     Returns:
       response_length, finished_share, repeated_share, prompts, tokens and seconds, as `evaluate`'s.

@@ -68,6 +68,7 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
         def measured(weights):
             weight_BT, end_weight_BT = weights
             ends = lesson.ends and lesson.ends.replace(weight_BT=end_weight_BT)
+
             def add(sums, group):
                 number, mean, spread = sums
                 own, _ = jax.grad(group_loss, has_aux=True)(trained, group)

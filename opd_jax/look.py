@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -67,17 +68,19 @@ def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict
     return transcripts(job.tokenizer, 0, rollouts, supervision)
 
 
-def long_job(config, answers: int, answer_tokens: int) -> Job:
+def long_job(config, answers: int, answer_tokens: int, progress: Progress | None = None) -> Job:
     """The job of a run whose `look` shows long answers: the same models, asked for answers at length.
 
     Open questions are asked, prompts without a reference answer; where every prompt has one, all.
 
     Args:
       config: of a run, validated; the rule that cuts is the paper's.
-      answers: rollouts.
+      answers: rollouts; more where they are fewer than the devices that each take some.
       answer_tokens: the longest answer; less where the models have no room for it beside a prompt.
     """
     c = copy.deepcopy(config)
+    devices = sharding.pieces(sharding.make_mesh(c.mesh))
+    answers = -(-answers // devices) * devices
     c.release.rule = "paper"
     c.objective.name = "policy_gradient"  # scores without what an objective needs beside
     c.data.instruction = AT_LENGTH
@@ -88,10 +91,11 @@ def long_job(config, answers: int, answer_tokens: int) -> Job:
     paths = {f"{name}.path": c[name].path for name in ("student", "teacher")}
     positions = min(source.config(path, key).max_positions for key, path in paths.items())
     c.rollout.max_tokens = min(answer_tokens, positions - c.data.prompt_tokens)
-    c.train.micro_batch = min(answers, 4)
+    c.train.micro_batch = math.lcm(devices, math.gcd(answers, 4))
+    c.metrics.gradient_noise_every = 0
     c.eval.every = 0
     c.eval.benchmark = ()
-    job = prepare(c)
+    job = prepare(c, progress=progress)
     asked = [p for p in job.prompts.train if p.answer is None] or job.prompts.train
     c.data.prompt_tokens = max(len(prompt.ids) for prompt in asked)
     return dataclasses.replace(

@@ -74,6 +74,7 @@ class PhaseClock:
                 self._changed.notify_all()
             if self._queue.empty():
                 self._told(None)
+        self._told(None)
 
     def close(self) -> None:
         """Ends the thread, once everything watched is ready."""

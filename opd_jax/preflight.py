@@ -36,6 +36,7 @@ def plan(config, devices) -> programs.Programs:
     """
     validate(config)
     mesh = sharding.make_mesh(config.mesh, devices)
+    programs.settle_products(config, mesh)
     student, teacher = programs.models(config, mesh)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))

@@ -18,12 +18,11 @@ from typing import Any
 
 from opd_jax import report_figures as figures
 from opd_jax import report_long, report_page, rollout_profiles
-from opd_jax.compare import read_lines
 from opd_jax.errors import UserError, fail
 from opd_jax.outputs import write_text
 from opd_jax.report_html import SIGNS
 from opd_jax.report_rollouts import supervised
-from opd_jax.run_record import Run, column, phase_seconds, read_run
+from opd_jax.run_record import Run, column, phase_seconds, read_lines, read_run
 
 KEY_HEIGHT = 18  # points, of the line that names the runs
 
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if options.long:
             records = read_lines(Path(options.long))
-            if not records:
+            if not records or any("sentences" not in record for record in records):
                 raise UserError(f"--long={options.long}: no answers there; name long_answers.jsonl of a demo")
             svg, text = long_answers(records), str(report_long.summarise(records))
         else:

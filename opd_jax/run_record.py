@@ -44,7 +44,7 @@ def read_run(workdir: str | Path, title: str | None = None) -> Run:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: no metrics.jsonl; name the folder of a training run")
-    records = _read_lines(path)
+    records = read_lines(path)
     train = [record for record in records if record.get("kind") == "train"]
     evals = [record for record in records if record.get("kind") == "eval"]
     if not train and not evals:
@@ -57,7 +57,7 @@ def read_run(workdir: str | Path, title: str | None = None) -> Run:
         train=train,
         evals=evals,
         alarms=[record for record in records if record.get("kind") == "alarm"],
-        rollouts=_read_lines(workdir / "rollouts.jsonl"),
+        rollouts=read_lines(workdir / "rollouts.jsonl"),
     )
 
 
@@ -176,8 +176,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, without a last line that is still being written."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, without a last line that is still being written; [] where there is no file.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = []
     for number, line in enumerate(lines, start=1):

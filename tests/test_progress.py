@@ -235,9 +235,9 @@ def test_titles_stand_before_phases_and_steps(shown, log, clock):
 
 
 def test_a_closed_progress_and_one_of_another_process_say_nothing(log, clock):
-    for made in (Progress(log, active=True, clock=clock, thread=False), Progress(log, active=False)):
-        if made._thread is None:
-            made.close()
+    closed = Progress(log, active=True, clock=clock, thread=False)
+    closed.close()
+    for made in (closed, Progress(log, active=False, clock=clock, thread=False)):
         with made.phase("compiling"):
             made.step(1, 2)
             made.say("a line")

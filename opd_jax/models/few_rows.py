@@ -2,7 +2,7 @@
 
 XLA's CPU library streams a weight fastest where each output's numbers lie together and, in float32, where the
 weight is the left operand. So on a CPU the decode loop's weights are stored [out, in]: with 8 rows
-that takes half the processor time without AVX-512 and three quarters with it (docs/sampling.md).
+that takes half the processor time without AVX-512 and about 85% with it (docs/sampling.md).
 """
 
 import math

@@ -114,7 +114,8 @@ def prepare(cache: Path) -> Path:
     try:
         tfds.disable_progress_bar()
         builder = OpdDemo(data_dir=scratch, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # it would tell of a download, and there is none
+        # TFDS prints a download message, although nothing is downloaded.
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         try:
             Path(builder.data_path).rename(final)
