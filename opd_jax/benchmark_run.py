@@ -18,6 +18,7 @@ from opd_jax.benchmarks import Benchmark, Problem
 from opd_jax.benchmarks import load as load_benchmark
 from opd_jax.errors import UserError
 from opd_jax.grading import Grader, Task, Verdict
+from opd_jax.progress import Progress, own
 from opd_jax.prompts.sources import Conversation
 
 KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
@@ -152,8 +153,19 @@ def write_shared(folder: str | Path, shared: Sequence[dict[str, Any]]) -> None:
         (Path(folder) / SHARED_FILE).write_text(lines, encoding="utf-8")
 
 
-def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict:
+def answer(
+    exam: Exam,
+    responder: Responder,
+    params: dict,
+    samples: int,
+    progress: Progress | None = None,
+    piece: str = "benchmark",
+) -> dict:
     """Samples `samples` responses to every problem and grades them; call it in every process.
+
+    Args:
+      progress: shows what goes on; the benchmark has its own if not given.
+      piece: the name of this work in the plan of `progress`.
 
     Returns:
       accuracy (avg@samples) with accuracy_low and accuracy_high, its 95% bootstrap interval over problems;
@@ -161,7 +173,13 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
       responses that could not be graded within the limits and count as wrong; problems, samples; seconds;
       and rows, one dict a problem.
     """
+    with own(progress) as shown, shown.work(piece, f"benchmark {exam.benchmark.name}"):
+        return _answer(exam, responder, params, samples, shown)
+
+
+def _answer(exam: Exam, responder: Responder, params: dict, samples: int, shown: Progress) -> dict:
     started = time.perf_counter()
+    name = exam.benchmark.name
     repeated = [prompt for prompt in exam.prompts for _ in range(samples)]
     columns = []
     mesh, tokenizer = responder.mesh, responder.tokenizer
@@ -172,12 +190,15 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
         responder.pad_id,
         sharding.local_rows(mesh, responder.batch),
     )
-    for number, local in enumerate(batches):
-        placed = sharding.put_batch(mesh, local)
-        step = jax.device_put(np.int32(number), sharding.replicated(mesh))
-        rollouts = responder.sample(params, placed.tokens_BP, placed.mask_BP, responder.key, step)
-        written = rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
-        columns.append(sharding.gather(mesh, (placed.valid_B, *written)))
+    with shown.phase(f"benchmark {name}: sampling, batch", parts=-(-len(repeated) // responder.batch)):
+        for number, local in enumerate(batches):
+            shown.at(number + 1)
+            placed = sharding.put_batch(mesh, local)
+            step = jax.device_put(np.int32(number), sharding.replicated(mesh))
+            with shown.compiling("the sampler", responder.sample, responder.prompt_tokens):
+                rollouts = responder.sample(params, placed.tokens_BP, placed.mask_BP, responder.key, step)
+            written = rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
+            columns.append(sharding.gather(mesh, (placed.valid_B, *written)))
     valid_B, tokens_BL, mask_BT, finished_B = (np.concatenate(x) for x in zip(*columns, strict=True))
     response_BT = tokens_BL[:, -mask_BT.shape[1] :]
     texts = [
@@ -189,7 +210,8 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
         Task(text, problem.answer, problem.generator)
         for text, problem in zip(texts, problems, strict=True)
     ]
-    verdicts = _grade(responder.grader, tasks)
+    with shown.phase(f"benchmark {name}: grading response", parts=len(tasks)):
+        verdicts = _grade(responder.grader, tasks, shown.at)
     shape = len(exam.prompts), samples
     right_NS = np.array([verdict.right for verdict in verdicts]).reshape(shape)
     failed_NS = np.array([verdict.failed for verdict in verdicts]).reshape(shape)
@@ -232,10 +254,12 @@ def answer(exam: Exam, responder: Responder, params: dict, samples: int) -> dict
     }
 
 
-def _grade(grader: Grader, tasks: Sequence[Task]) -> list[Verdict]:
+def _grade(
+    grader: Grader, tasks: Sequence[Task], told: Callable[[int], None] = lambda number: None
+) -> list[Verdict]:
     """Verdicts of all tasks, of which each process grades its share."""
     count = jax.process_count()
-    mine = grader.grade(tasks[jax.process_index() :: count])
+    mine = grader.grade(tasks[jax.process_index() :: count], lambda number: told(number * count))
     code_N = np.zeros(-(-len(tasks) // count), np.int32)
     code_N[: len(mine)] = [VERDICTS.index(verdict) for verdict in mine]
     return [VERDICTS[code] for code in distributed.gathered(code_N).T.reshape(-1)[: len(tasks)]]

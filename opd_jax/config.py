@@ -18,9 +18,9 @@ from opd_jax.segments import check_kind
 
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
-    "student.products": ("compute", "bfloat16"),
+    "student.products": ("auto", "compute", "bfloat16"),
     "teacher.dtype": ("auto", "float32", "bfloat16"),
-    "teacher.products": ("compute", "bfloat16"),
+    "teacher.products": ("auto", "compute", "bfloat16"),
     "teacher.weights": ("float", "int8"),
     "attention.kernel": ("auto", "plain", "splash"),
     "data.over_long": ("error", "drop"),
@@ -72,6 +72,7 @@ RANGES = {
     "objective.top_k": (1, 64),
     "objective.entropy_threshold": (0, None),
     "objective.advantage_clip": (0, None),
+    "objective.end_weight": (0, None),
     "reward.weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_steps": (0, None),

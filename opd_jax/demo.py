@@ -1,53 +1,137 @@
 """A real language model heals a smaller one: full supervision against the release rule, side by side.
 
     make demo
-    python -m opd_jax.demo --out=runs/demo --config.seed=1
+    make demo ARGS="--minutes=20 --config.seed=1"
+    python -m opd_jax.demo --out=runs/demo
+
+It measures the machine first, and does as much as fits into --minutes: held-out prompts, steps of training,
+and long answers in the end.
 """
 
 import copy
+import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
-from opd_jax import report
+from opd_jax import cpu, demo_plan, report, report_long
 from opd_jax.config import run
-from opd_jax.evaluate import evaluate
+from opd_jax.errors import UserError
+from opd_jax.evaluate import evaluate, evaluate_teacher
 from opd_jax.job import Job, prepare
+from opd_jax.look import long_job, look
 from opd_jax.metrics import EVALUATIONS_FILE
-from opd_jax.run_record import Run, column, phase_seconds, read_run
-from opd_jax.train import train
+from opd_jax.outputs import write_text
+from opd_jax.progress import Progress, own
+from opd_jax.run_record import Run, column, phase_seconds, read_config, read_run
+from opd_jax.train import train, work
+from opd_jax.train_step import TrainState
 
 ARMS = {"full": "none", "release": "paper"}
+LONG_FILE = "long_answers.jsonl"
+LOOK = "long answers"  # the piece of work
 
 INTRODUCTION = """
 Teacher: {teacher} ({teacher_layers} layers, {teacher_size:.0f}M parameters).
 Student: {student} without layers {dropped} ({student_size:.0f}M parameters).
 The student answers {batch} prompts a step; the teacher scores every token it wrote; the student learns.
-{steps} steps with full supervision, then {steps} with the release rule: same start, prompts and seeds.
+Twice from the same start, with the same prompts and seeds: with full supervision, then with the release rule.
 """
 
 
 def main(_):
-    started = time.perf_counter()
-    out = Path(flags.FLAGS.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
-    jobs = prepare_arms(flags.FLAGS.config, out)
-    print(introduction(jobs["full"]), flush=True)
-    runs = train_arms(jobs, out)
-    answers = before_and_after(out)
-    print("\n" + table(runs))
-    print(f"\nprompt   {answers['prompt']}")
-    for label, text in answers["answers"].items():
-        print(f"\n{label:<8} {' '.join(text.split())}")
+    options = flags.FLAGS
+    if options.minutes < 0:
+        raise UserError(f"--minutes={options.minutes:g} is out of range; give a time, or 0 for no limit")
+    if not options.config.eval.every or not options.config.data.heldout:
+        raise UserError("the demo evaluates its student; set eval.every and data.heldout to 1 or more")
+    budget = demo_plan.Budget(options.minutes)
+    out = Path(options.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
+    with Progress() as progress:
+        runs, records = carry_out(options.config, out, budget, progress)
+    shown = before_and_after(out)
     page = report.build(
-        [out / arm for arm in ARMS], out / "report.html", titles=list(ARMS), answers=[answers]
+        [out / arm for arm in ARMS],
+        out / "report.html",
+        titles=list(ARMS),
+        answers=[shown],
+        lead=report_long.section(records),
     )
-    minutes = (time.perf_counter() - started) / 60
-    print(f"\nreport   {page}\n         {minutes:.1f} minutes in all")
+    print("\n" + table(runs))
+    print(f"\nprompt   {shown['prompt']}")
+    for label, text in shown["answers"].items():
+        print(f"\n{label:<8} {' '.join(text.split())}")
+    print(f"\nAsked for long answers: {report_long.summarise(records)}")
+    limit = f" of a budget of {budget.minutes:g}" if budget.minutes else ""
+    print(f"\nreport   {page}\n         {budget.spent / 60:.1f} minutes in all{limit}")
 
 
-def prepare_arms(config, out: Path) -> dict[str, Job]:
+def carry_out(config, out: Path, budget: demo_plan.Budget, progress: Progress) -> tuple[dict, list[dict]]:
+    """The whole demo in its folder `out`: (the record of each arm, the long answers of the release arm).
+
+    Args:
+      config: lowered in place to what fits the budget; to what a demo in `out` began with where there is one.
+    """
+    # ---- The sizes, by the rate of the machine's products; then everything is checked.
+    begun = read_config(out / next(iter(ARMS)))
+    if begun is not None:
+        keys = (*demo_plan.KEYS, "train.steps", "train.micro_batch")
+        config.update_from_flattened_dict({key: _value(begun, key) for key in keys})
+    job = prepare(config, progress=progress)
+    sizes, machine = fitting_sizes(job, config, budget.left)
+    lowered = {} if begun is not None else sizes.apply(config)
+    job = prepare_arms(config, out, progress)[next(iter(ARMS))]
+    long_job(config, *demo_plan.LOOKS[-1], progress)
+    progress.say(f"\nMachine: {machine}.\n{introduction(job)}", sys.stdout)
+
+    # ---- The start, whose evaluation is the measurement; and what the teacher would answer.
+    with progress.phase("reading the weights"):
+        teacher_params, start = job.teacher_params(), job.start()
+    evaluation, measured = measure(job, start.params, teacher_params, progress)
+    evaluation |= teachers_own(job, teacher_params, progress)
+    plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
+    if begun is not None:
+        plan = dataclasses.replace(plan, steps=config.train.steps)
+    progress.say(announcement(plan, measured, lowered, budget.spent), sys.stdout)
+    config.train.steps = plan.steps
+
+    # ---- Both arms.
+    progress.expect("step", 0, measured.step)
+    progress.expect(LOOK, 1, measured.look(*plan.look))
+    jobs = prepare_arms(config, out, progress)
+    params = train_arms(jobs, out, evaluation, start, teacher_params, progress).params
+
+    # ---- Long answers of the student that the rule has trained.
+    answers, tokens = demo_plan.choose_look(measured, budget.left - demo_plan.REPORT_SECONDS)
+    progress.expect(LOOK, 0, measured.look(answers, tokens))
+    progress.say(f"— {answers} long answers of up to {tokens} tokens", sys.stdout)
+    with progress.work(LOOK, "long answers"):
+        records = look(long_job(config, answers, tokens, progress), params, teacher_params, progress)
+    write_text(out / LONG_FILE, "".join(json.dumps(record) + "\n" for record in records))
+    return read_arms(out), records
+
+
+def fitting_sizes(job: Job, config, left: float) -> tuple[demo_plan.Sizes, str]:
+    """(sizes of which enough steps fit into the seconds left, the machine in words).
+
+    On an accelerator the sizes are the whole ones: what it does is measured by the evaluation of the start.
+    """
+    devices = job.mesh.devices
+    if devices.flat[0].platform != "cpu":
+        return demo_plan.WHOLE, f"{devices.size} x {devices.flat[0].device_kind}"
+    probe = cpu.probe()
+    rate = probe.bfloat16 if job.student.narrow else probe.float32
+    sizes = demo_plan.choose_sizes(job.student, job.teacher, config, rate, left)
+    kind = "bfloat16" if job.student.narrow else "float32"
+    return sizes, f"{cpu.name()}; {kind} products of {rate / 1e9:.0f} GFLOP/s"
+
+
+def prepare_arms(config, out: Path, progress: Progress | None = None) -> dict[str, Job]:
     """The checked job of each arm: the config with the arm's release rule.
 
     Raises:
@@ -57,18 +141,94 @@ def prepare_arms(config, out: Path) -> dict[str, Job]:
     for arm, rule in ARMS.items():
         config = copy.deepcopy(config)
         config.release.rule = rule
-        jobs[arm] = prepare(config, out / arm)
+        jobs[arm] = prepare(config, out / arm, progress)
     return jobs
 
 
-def train_arms(jobs: dict[str, Job], out: Path) -> dict[str, Run]:
-    """Evaluates the start that all arms share, trains each in its folder of `out`, and reads the records."""
-    first = next(iter(jobs.values()))
-    start = evaluate(first, first.start().params, first.teacher_params())
-    for arm, job in jobs.items():
-        print(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", flush=True)
-        train(job, out / arm, start)
-    return {arm: read_run(out / arm, arm) for arm in jobs}
+def train_arms(
+    jobs: dict[str, Job],
+    out: Path,
+    evaluation: dict | None = None,
+    start: TrainState | None = None,
+    teacher_params: dict | None = None,
+    progress: Progress | None = None,
+) -> TrainState:
+    """Trains each arm in its folder of `out`, from one start; returns the final state of the last.
+
+    Args:
+      evaluation: what `evaluate` returned of the start; measured if not given.
+      start: the state before the first step, which is donated.
+      teacher_params: the teacher's weights. Both are read if one is not given.
+    """
+    *_, last = jobs
+    with own(progress) as shown:
+        for job in jobs.values():
+            shown.plan(work(job.config))
+        if start is None or teacher_params is None:
+            with shown.phase("reading the weights"):
+                start, teacher_params = jobs[last].start(), jobs[last].teacher_params()
+        if evaluation is None:
+            shown.expect("evaluation")
+            evaluation = evaluate(jobs[last], start.params, teacher_params, shown)
+        for arm, job in jobs.items():
+            shown.say(f"— {arm}: release.rule={job.config.release.rule}, workdir {out / arm}", sys.stdout)
+            taken = start if arm == last else jax.tree.map(jnp.copy, start)
+            with shown.titled(arm):
+                state = train(job, out / arm, evaluation, shown, start=taken, teacher_params=teacher_params)
+            if arm != last:
+                del state, taken  # two states at a time are enough
+    return state
+
+
+def read_arms(out: Path) -> dict[str, Run]:
+    """The record of each arm."""
+    return {arm: read_run(out / arm, arm) for arm in ARMS}
+
+
+def teachers_own(job: Job, teacher_params: dict, progress: Progress | None = None) -> dict[str, float]:
+    """How the teacher itself answers the held-out prompts, named as the evaluation of a start has it."""
+    found = evaluate_teacher(job, teacher_params, progress)
+    names = ("response_length", "finished_share", "repeated_share")
+    return {f"teacher_{name}": found[name] for name in names}
+
+
+def measure(job: Job, params: dict, teacher_params: dict, progress: Progress | None = None) -> tuple:
+    """(the evaluation of the start, what it says of the machine as demo_plan.Measured)."""
+    c = job.config
+    batches = -(-c.data.heldout // c.rollout.batch)
+    timed = 1 if batches > 1 else 2  # a single batch is evaluated again, when everything is compiled
+    if progress is not None:
+        progress.expect("evaluation", timed)
+    results = [evaluate(job, params, teacher_params, progress) for _ in range(timed)]
+    sample, compare = results[-1]["seconds_sample"], results[-1]["seconds_compare"]
+    compiling = max(results[0]["seconds"] - batches * (sample + compare), 0.0)
+    shape = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+    return results[0], demo_plan.Measured(sample, compare, compiling, *shape)
+
+
+def announcement(plan, measured, lowered: dict[str, tuple[int, int]], spent: float) -> str:
+    """What will be done and how long it will take, and what is left out.
+
+    Args:
+      lowered: config key -> (value before, value now).
+      spent: seconds until now.
+    """
+    seconds = spent + sum(plan.seconds.values())
+    answers, tokens = plan.look
+    lines = [
+        f"{measured.batch} answers take {measured.sample:.1f} s to write and {measured.compare:.1f} s to"
+        f" compare with the teacher. {plan.steps} steps an arm, about {measured.step:.0f} s each, then"
+        f" {answers} long answers of up to {tokens} tokens: {seconds / 60:.0f} minutes in all."
+    ]
+    left_out = [f"{key} is {now} in place of {before}" for key, (before, now) in lowered.items()]
+    if plan.steps < plan.most:
+        minutes = (seconds + plan.more_seconds) / 60
+        left_out.insert(
+            0, f"{plan.most - plan.steps} of {plan.most} steps an arm ({minutes:.0f} minutes at these sizes)"
+        )
+    if left_out:
+        lines.append(f"Left out for speed: {'; '.join(left_out)}. --minutes=N gives it N minutes.")
+    return "\n".join(lines) + "\n"
 
 
 def introduction(job) -> str:
@@ -82,12 +242,11 @@ def introduction(job) -> str:
         dropped=", ".join(map(str, c.student.drop_layers)),
         student_size=job.student.parameter_count() / 1e6,
         batch=c.rollout.batch,
-        steps=c.train.steps,
     )
 
 
 def table(runs) -> str:
-    """start, full, release: one column each, as text."""
+    """start, full, release and, where its answers were measured, the teacher: one column each, as text."""
 
     def evaluated(line):
         return [
@@ -118,9 +277,11 @@ def table(runs) -> str:
     first = next(iter(runs.values()))
     columns = {"start": [*evaluated(first.evals[0]), "–", "–", "–", "–"]}
     columns |= {arm: evaluated(run.evals[-1]) + trained(run) for arm, run in runs.items()}
-    widths = [max(map(len, rows))] + [
-        max(len(name), *map(len, cells)) for name, cells in columns.items()
-    ]
+    own = first.evals[0]
+    if "teacher_finished_share" in own:
+        length, finished = own["teacher_response_length"], own["teacher_finished_share"]
+        columns["teacher"] = ["–", f"{length:.1f}", f"{finished:.0%}", "–", "–", "–", "–"]
+    widths = [max(map(len, rows))] + [max(len(name), *map(len, cells)) for name, cells in columns.items()]
     lines = [["", *columns], *zip(rows, *columns.values(), strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -147,6 +308,13 @@ def before_and_after(out: Path) -> dict:
     }
 
 
+def _value(config: dict, key: str):
+    """The value of a dotted key of a config.json."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
 def _evaluations(workdir: Path) -> dict[int, dict[int, dict]]:
     """step -> prompt number -> line of evaluations.jsonl."""
     found = {}
@@ -158,4 +326,5 @@ def _evaluations(workdir: Path) -> dict[int, dict[int, dict]]:
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of both runs; runs/demo-DATE-TIME if not given.")
+    flags.DEFINE_float("minutes", 8.0, "Time for all of it; 0 sets no limit.")
     run(main, config="configs/demo.py")

@@ -8,6 +8,8 @@ differentiation keeps, is exactly 0 where the two distributions are equal, and h
 S and T are the student's and the teacher's probabilities. A gradient is in the student's logits.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -144,3 +146,52 @@ def grouped_forward_kl(student_logits, top, teacher_logp):
     for k in range(top.shape[-1]):
         target = jnp.where(column == top[..., k, None], jnp.exp(teacher_logp[..., k, None]), target)
     return _with_gradient(student_logits, value, jnp.exp(logp) - target)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def event_forward_kl(student_logits, ids: tuple[int, ...], teacher_probability):
+    """KL(T || S) of one yes or no: whether the next token is one of `ids`.
+
+    It is the forward KL over two groups: 0 where the two probabilities agree, and at most the KL over the
+    whole vocabulary. Gradient: S (1 - T_group / S_group), each id by its own group. It is made from the
+    logits when it is needed: beside another divergence no further array of size V is kept.
+
+    Args:
+      student_logits: [..., V].
+      ids: distinct existing ids; at least one existing id must be outside.
+      teacher_probability: that of `ids` together, [...].
+    """
+    return _event_forward(student_logits, ids, teacher_probability)[0]
+
+
+def _event_forward(logits, ids, teacher_probability):
+    t = jnp.clip(teacher_probability, 0, 1)
+    log_inside = jax.nn.logsumexp(logits[..., jnp.array(ids)], axis=-1)
+    lanes = vocabulary.fold(logits.reshape(-1, logits.shape[-1]))
+    column = jnp.arange(lanes.shape[1] * lanes.shape[2]).reshape(1, *lanes.shape[1:])
+    peak = lanes.max(axis=(1, 2), keepdims=True)
+    outside = jnp.where(_among(column, ids), 0, jnp.exp(lanes - peak)).sum(axis=1).sum(axis=1)
+    log_outside = peak[:, 0, 0] + jnp.log(jnp.maximum(outside, jnp.finfo(jnp.float32).tiny))
+    log_outside = log_outside.reshape(t.shape)
+    normaliser = jnp.logaddexp(log_inside, log_outside)
+    value, excess = 0.0, []
+    for log_own, share, log_share in ((log_inside, t, jnp.log(t)), (log_outside, 1 - t, jnp.log1p(-t))):
+        excess.append(jnp.where(share > 0, log_share - (log_own - normaliser), -jnp.inf))
+        value = value + jnp.where(share > 0, share * excess[-1], 0)
+    return value, (logits, normaliser, *excess)
+
+
+def _event_backward(ids, residuals, cotangent):
+    logits, normaliser, excess_inside, excess_outside = residuals
+    logp = logits - normaliser[..., None]
+    inside = _among(jnp.arange(logits.shape[-1]), ids)
+    excess = jnp.where(inside, excess_inside[..., None], excess_outside[..., None])
+    return cotangent[..., None] * (jnp.exp(logp) - jnp.exp(logp + excess)), None
+
+
+event_forward_kl.defvjp(_event_forward, _event_backward)
+
+
+def _among(column, ids: tuple[int, ...]):
+    """Which entries of `column` are one of a few given ids."""
+    return functools.reduce(jnp.logical_or, [column == i for i in ids])

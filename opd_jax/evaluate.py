@@ -17,58 +17,63 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import default
-from opd_jax import data, distributed, sharding
+from opd_jax import data, distributed, programs, repeats, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
+from opd_jax.progress import Progress, own
 from opd_jax.run_record import read_config
 
 EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
 
 
-def evaluate(job, params: dict, teacher_params: dict) -> dict:
+def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> dict:
     """Samples a response to every held-out prompt and measures it against the teacher.
 
     Every evaluation of a run uses the same prompts and the same uniform draws, so that two of them
     differ by the student alone.
 
+    Args:
+      progress: shows what goes on, as a piece of work "evaluation"; the evaluation has its own if not given.
+
     Returns:
       kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
       student's own responses, with a 95% bootstrap interval over prompts; teacher_logp, the teacher's
-      log-probability of those responses, nats a token; response_length, tokens;
-      finished_share; prompts, tokens; seconds; and rows, one dict a prompt: prompt (its number), text,
-      response, kl, tokens, finished.
+      log-probability of those responses, nats a token; response_length, tokens; finished_share;
+      repeated_share, of the responses that end in a loop (`repeats.repeated_tail`); prompts, tokens; seconds;
+      seconds_sample and seconds_compare, of one batch, the most of all but the first, which may compile; and
+      rows, one dict a prompt: prompt (its number), text, response, kl, tokens, finished.
     """
     started = time.perf_counter()
-    c = job.config
-    key = job.key(EVALUATION_KEY)
-    out = []
-    batches = data.heldout_batches(
-        job.prompts.heldout,
-        c.rollout.batch,
-        c.data.prompt_tokens,
-        job.student.pad_id,
-        sharding.local_rows(job.mesh, c.rollout.batch),
-    )
-    for number, local in enumerate(batches):
-        batch = sharding.put_batch(job.mesh, local)
-        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
-        rollouts = job.sample(params, batch.tokens_BP, batch.mask_BP, key, step)
-        sums = job.divergence(params, teacher_params, rollouts)
-        index_B, valid_B, written = sharding.gather(
-            job.mesh, (batch.index_B, batch.valid_B, rollouts)
-        )
-        responses = [
-            job.tokenizer.decode(row_T[on_T])
-            for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
-        ]
-        columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
-        out.append(jax.device_get(sums) | columns)
+    out, seconds = [], []
+    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
+    label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // batch_size)
+    with own(progress) as shown, shown.work("evaluation", label, parts):
+        for number, (batch, drawn) in enumerate(_draws(job)):
+            shown.at(number + 1)
+            clock = [time.perf_counter()]
+            with shown.compiling("the sampler", job.sample, job.config.data.prompt_tokens):
+                rollouts = jax.block_until_ready(job.sample(params, *drawn))
+            clock.append(time.perf_counter())
+            with shown.compiling("the divergence", job.divergence):
+                sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
+            clock.append(time.perf_counter())
+            seconds.append(np.diff(clock))
+            index_B, valid_B, written = sharding.gather(
+                job.mesh, (batch.index_B, batch.valid_B, rollouts)
+            )
+            responses = [
+                job.tokenizer.decode(row_T[on_T])
+                for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
+            ]
+            columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
+            out.append(sums | columns)
     columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
     columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
     kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
     low, high = bootstrap_ratio(kl_B, tokens_B)
+    sample_seconds, compare_seconds = np.max(seconds[1:] or seconds, axis=0).tolist()
     return {
         "kl": float(kl_B.sum() / tokens_B.sum()),
         "kl_low": low,
@@ -76,9 +81,12 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
         "teacher_logp": float(columns["teacher_logp_B"].astype(np.float64).sum() / tokens_B.sum()),
         "response_length": float(tokens_B.mean()),
         "finished_share": float(columns["finished_B"].mean()),
+        "repeated_share": float(columns["repeated_B"].mean()),
         "prompts": len(tokens_B),
         "tokens": int(tokens_B.sum()),
         "seconds": time.perf_counter() - started,
+        "seconds_sample": sample_seconds,
+        "seconds_compare": compare_seconds,
         "rows": [
             {
                 "prompt": int(index),
@@ -100,6 +108,59 @@ def evaluate(job, params: dict, teacher_params: dict) -> dict:
     }
 
 
+def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None) -> dict:
+    """Has the teacher answer the held-out prompts in the student's place: same limit, same uniform draws.
+
+    This is the goal for the student: it need not end more responses than its teacher does.
+
+    Returns:
+      response_length, finished_share, repeated_share, prompts, tokens and seconds, as `evaluate`'s.
+    """
+    started = time.perf_counter()
+    sample = programs.sample_program(job.mesh, job.teacher, programs.sampling(job.config))
+    out = []
+    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
+    label, parts = f"the teacher answers {count} held-out prompts, batch", -(-count // batch_size)
+    with own(progress) as shown, shown.phase(label, parts=parts):
+        for number, (batch, drawn) in enumerate(_draws(job)):
+            shown.at(number + 1)
+            with shown.compiling("the teacher's sampler", sample, job.config.data.prompt_tokens):
+                rollouts = jax.block_until_ready(sample(teacher_params, *drawn))
+            valid_B, written = sharding.gather(job.mesh, (batch.valid_B, rollouts))
+            repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
+            columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
+            out.append([column[valid_B] for column in columns])
+    tokens_B, finished_B, repeated_B = (np.concatenate(column) for column in zip(*out, strict=True))
+    return {
+        "response_length": float(tokens_B.mean()),
+        "finished_share": float(finished_B.mean()),
+        "repeated_share": float(repeated_B.mean()),
+        "prompts": len(tokens_B),
+        "tokens": int(tokens_B.sum()),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _draws(job):
+    """The held-out prompts by batches, each with the arguments of a sampler after the parameters.
+
+    They are the same in every evaluation of a run.
+    """
+    c = job.config
+    key = job.key(EVALUATION_KEY)
+    batches = data.heldout_batches(
+        job.prompts.heldout,
+        c.rollout.batch,
+        c.data.prompt_tokens,
+        job.student.pad_id,
+        sharding.local_rows(job.mesh, c.rollout.batch),
+    )
+    for number, local in enumerate(batches):
+        batch = sharding.put_batch(job.mesh, local)
+        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
+        yield batch, (batch.tokens_BP, batch.mask_BP, key, step)
+
+
 def main(_):
     from opd_jax import evaluate_benchmarks
     from opd_jax.job import prepare
@@ -113,15 +174,18 @@ def main(_):
     workdir = flags.FLAGS.workdir
     if (workdir is None) == (flags.FLAGS.config is None):
         raise UserError("give either --workdir=DIR of a run, or --config=FILE for its start")
-    if workdir is None:
-        job = prepare(flags.FLAGS.config)
+    config = flags.FLAGS.config if workdir is None else run_config(workdir)
+    with Progress() as progress:
+        job = prepare(config, progress=progress)
         _check_heldout(job)
-        params = job.start().params
-    else:
-        job = prepare(run_config(workdir))
-        _check_heldout(job)
-        params, step = restore(job, workdir, flags.FLAGS.step)
-    result = evaluate(job, params, job.teacher_params())
+        with progress.phase("reading the student's weights"):
+            if workdir is None:
+                params = job.start().params
+            else:
+                params, step = restore(job, workdir, flags.FLAGS.step)
+        with progress.phase("reading the teacher's weights"):
+            teacher_params = job.teacher_params()
+        result = evaluate(job, params, teacher_params, progress)
     rows = result.pop("rows")
     if jax.process_index() != 0:
         return

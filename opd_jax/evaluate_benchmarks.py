@@ -13,6 +13,7 @@ from opd_jax.grading import shared as shared_grader
 from opd_jax.job import prepare
 from opd_jax.models import source
 from opd_jax.outputs import make_folder
+from opd_jax.progress import Progress
 
 
 def main(arguments):
@@ -41,7 +42,8 @@ def main(arguments):
         _set_temperature(config, arguments.temperature)
         config.eval.benchmark = ()
         job = prepare(config)
-        params, label = evaluate.restore(job, arguments.workdir, arguments.step)
+        with Progress() as progress, progress.phase("reading the checkpoint"):
+            params, label = evaluate.restore(job, arguments.workdir, arguments.step)
         responder, prompts = job.responder(job.key(benchmark_run.KEY)), job.prompts
     greedy = config.rollout.temperature == 0
     if greedy and (arguments.samples or 1) > 1:
@@ -78,7 +80,8 @@ def of_model(config) -> tuple[benchmark_run.Responder, dict]:
     tokenizer = tokenizers.load(path, "--model")
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, config.rollout.end_ids))
     shardings = programs.param_shardings(mesh, model)
-    _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=model.dtype)
+    with Progress() as progress, progress.phase("reading the weights"):
+        _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=model.dtype)
     responder = benchmark_run.Responder(
         sample=programs.sample_program(mesh, model, programs.sampling(config)),
         batch=config.rollout.batch,

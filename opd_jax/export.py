@@ -18,6 +18,7 @@ from opd_jax.evaluate import run_config
 from opd_jax.models import hf, source, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.outputs import unwritable
+from opd_jax.progress import Progress
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,13 +51,15 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     mesh = sharding.make_mesh({"preset": "slices", "data": 0, "fsdp": 0, "tensor": 0})
     abstract = transformer.abstract(model)
     shardings = sharding.param_shardings(mesh, abstract, transformer.logical_axes(model))
-    with Checkpoints.of_run(workdir, config.checkpoint.keep) as checkpoints:
+    with Checkpoints.of_run(workdir, config.checkpoint.keep) as checkpoints, Progress() as progress:
         step = checkpoints.find(step)
-        params = checkpoints.restore_params(step, abstract, shardings)
+        with progress.phase(f"reading the checkpoint of step {step}"):
+            params = checkpoints.restore_params(step, abstract, shardings)
     where = source.resolve(config.student.path, "student.path")
     generation = {} if where.kind == "gguf" else hf.read_generation(where.path)
     try:
-        hf.save(out, model, params, tokenizer, dtype=dtype, generation=generation)
+        with Progress() as progress, progress.phase(f"writing {out}"):
+            hf.save(out, model, params, tokenizer, dtype=dtype, generation=generation)
     except OSError as error:
         raise unwritable(out, error) from error
     return step, model

@@ -65,7 +65,10 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
             # As one of n groups, each has 1 / n of the batch's loss.
             return mean_loss(trainable.join(trained, kept), group, teacher_params, tokens / groups)
 
-        def measured(weight_BT):
+        def measured(weights):
+            weight_BT, end_weight_BT = weights
+            ends = lesson.ends and lesson.ends.replace(weight_BT=end_weight_BT)
+
             def add(sums, group):
                 number, mean, spread = sums
                 own, _ = jax.grad(group_loss, has_aux=True)(trained, group)
@@ -74,14 +77,18 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
                 return (number + 1, mean, spread + optax.tree.vdot(away, optax.tree.sub(own, mean))), None
 
             start = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained), jnp.float32(0)
-            pieces = cut(lesson.replace(weight_BT=weight_BT), groups, samples)
+            pieces = cut(lesson.replace(weight_BT=weight_BT, ends=ends), groups, samples)
             (_, mean, spread), _ = jax.lax.scan(add, start, pieces)
             power, noise = optax.tree.vdot(mean, mean), spread / (groups * (groups - 1))
             return jnp.sqrt(power), jnp.where(noise > 0, (power - noise) / noise, jnp.nan)
 
         left_BT = rollouts.mask_BT & ~released.mask_BT
         part_3BT = jnp.stack([lesson.weight_BT, rollouts.mask_BT * 1.0, left_BT * 1.0])
-        norm_3, snr_3 = jax.lax.map(measured, part_3BT)
+        ends_3BT = None
+        if lesson.ends:  # the step teaches them at released positions too
+            end_weight_BT = lesson.ends.weight_BT
+            ends_3BT = jnp.stack([end_weight_BT, end_weight_BT, jnp.zeros_like(end_weight_BT)])
+        norm_3, snr_3 = jax.lax.map(measured, (part_3BT, ends_3BT))
         result = {}
         for part, norm, snr in zip(PARTS, norm_3, snr_3, strict=True):
             result |= {f"gradient_norm_{part}": norm, f"gradient_snr_{part}": snr}

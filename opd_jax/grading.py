@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 SECONDS = 5.0
@@ -60,14 +60,21 @@ class Grader:
         self._workers = [_Worker(seconds) for _ in range(count)]
         self._finalizer = weakref.finalize(self, _end, self._workers)
 
-    def grade(self, tasks: Sequence[Task]) -> list[Verdict]:
-        """A verdict for each task, in order."""
+    def grade(
+        self, tasks: Sequence[Task], told: Callable[[int], None] = lambda number: None
+    ) -> list[Verdict]:
+        """A verdict for each task, in order.
+
+        Args:
+          told: called with the number of each task that is begun, from 1, by several threads.
+        """
         verdicts: list[Verdict | None] = [None] * len(tasks)
         # One iterator that all threads draw from: a slow task holds up one worker alone.
         numbered = iter(list(enumerate(tasks)))
 
         def work(worker):
             for number, task in numbered:
+                told(number + 1)
                 verdicts[number] = worker.ask(task)
 
         busy = self._workers[: len(tasks)]

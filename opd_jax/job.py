@@ -13,6 +13,7 @@ from absl import logging
 from opd_jax import (
     benchmark_run,
     compile_cache,
+    cpu,
     data,
     metrics,
     nltk_segments,
@@ -30,6 +31,7 @@ from opd_jax.config import validate
 from opd_jax.errors import UserError
 from opd_jax.grading import shared as shared_grader
 from opd_jax.models import source, transformer
+from opd_jax.progress import Progress, own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Job(programs.Programs):
       exams: the benchmarks of eval.benchmark, rendered.
       shared: the training prompts that are evaluated on too: `benchmark_run.shared_with_training`.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
+      probe: what products of auto were settled by, or None.
       others: see `programs.Programs`.
     """
 
@@ -50,6 +53,7 @@ class Job(programs.Programs):
     exams: tuple[benchmark_run.Exam, ...]
     shared: list[dict[str, Any]]
     table: segments.SegmentTable | nltk_segments.Cutter
+    probe: cpu.Probe | None
 
     def start(self) -> steps.TrainState:
         """The state before the first step: the student's weights in float32, pruned, sharded."""
@@ -127,12 +131,13 @@ class Job(programs.Programs):
         return [self.prompts.train[index].answer for index in index_B]
 
 
-def prepare(config, workdir=None) -> Job:
+def prepare(config, workdir=None, progress: Progress | None = None) -> Job:
     """Checks a config against the machine, the models, the tokenizers and the prompts.
 
     Args:
       config: a config as configs/default.py describes it; completed in place.
       workdir: also check that a run may be written there.
+      progress: shows what is read.
 
     Returns:
       The Job. Nothing has been compiled, and nothing written but prepared prompts.
@@ -140,14 +145,21 @@ def prepare(config, workdir=None) -> Job:
     Raises:
       UserError: the first thing that is wrong.
     """
+    with own(progress) as shown:
+        return _prepare(config, workdir, shown)
+
+
+def _prepare(config, workdir, shown: Progress) -> Job:
     validate(config)
     if workdir is not None:
         check_workdir(workdir, config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
+    probe = programs.settle_products(config, mesh, workdir)
     student, teacher = programs.models(config, mesh)
-    tokenizer = tokenizers.load(config.student.path, "student.path")
-    teachers = tokenizers.load(config.teacher.path, "teacher.path")
+    with shown.phase("reading the tokenizers"):
+        tokenizer = tokenizers.load(config.student.path, "student.path")
+        teachers = tokenizers.load(config.teacher.path, "teacher.path")
     options = tokenizers.template_options(config.data.template, tokenizer)
     tokenizers.check_pair(tokenizer, teachers, options)
     exchanged = tokenizers.exchanged_ends(tokenizer, teachers, config.teacher.end_id)
@@ -159,7 +171,8 @@ def prepare(config, workdir=None) -> Job:
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=ends, valid_vocab=valid) for m in (student, teacher))
     sizes.check(config, mesh, student, teacher)
-    prompts = data.load(config.data, tokenizer)
+    with shown.phase("reading the prompts"):
+        prompts = data.load(config.data, tokenizer)
     if config.reward.weight and all(prompt.answer is None for prompt in prompts.train):
         raise UserError(
             f"reward.weight={config.reward.weight} needs reference answers, and no training prompt has an "
@@ -168,10 +181,13 @@ def prepare(config, workdir=None) -> Job:
     unanswered = prompts.counts["unanswered"]
     if config.reward.weight and unanswered:
         logging.warning("%d training prompts have no answer, and their responses no reward", unanswered)
-    exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
-    shared = benchmark_run.shared_with_training(prompts, exams)
+    with shown.phase("reading the benchmarks"):
+        exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
+        shared = benchmark_run.shared_with_training(prompts, exams)
     if shared:
         logging.warning("%s", benchmark_run.say_shared(shared))
+    with shown.phase("reading the vocabulary's sentence ends"):
+        table = _segment_table(config.segments, tokenizer, mesh)
     return Job.of(
         config,
         mesh,
@@ -181,7 +197,8 @@ def prepare(config, workdir=None) -> Job:
         prompts=prompts,
         exams=exams,
         shared=shared,
-        table=_segment_table(config.segments, tokenizer, mesh),
+        table=table,
+        probe=probe,
     )
 
 

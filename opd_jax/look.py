@@ -1,15 +1,26 @@
 """A look at what a student writes and what its teacher makes of it, without learning anything."""
 
+import copy
+import dataclasses
+import math
+
 import jax
 import numpy as np
 
 from opd_jax import data, sharding
 from opd_jax import train_step as steps
+from opd_jax.job import Job, prepare
+from opd_jax.models import source
+from opd_jax.progress import Progress, own
 from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
 from opd_jax.transcripts import transcripts
 
+# Asks for an answer of several hundred tokens, in sentences; REQUEST_TOKENS is room for it in a prompt.
+AT_LENGTH = "Think it through at length, and explain every step in full sentences."
+REQUEST_TOKENS = 96
 
-def look(job, params: dict, teacher_params: dict) -> list[dict]:
+
+def look(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> list[dict]:
     """The rollouts of a run's first step: same prompts, same draws, scored and cut, and no update.
 
     For one process. Compiles the sampler, which training shares, and scoring. With an objective whose
@@ -18,10 +29,16 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     Args:
       job: a Job; its release.rule decides what is kept.
       params: the student's parameters, such as `job.start().params`.
+      progress: shows what goes on; the look has its own if not given.
 
     Returns:
       rollout.batch records in the form of rollouts.jsonl, of step 0.
     """
+    with own(progress) as shown:
+        return _look(job, params, teacher_params, shown)
+
+
+def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict]:
     c, mesh = job.config, job.mesh
     first = data.batches(
         job.prompts.train,
@@ -35,13 +52,52 @@ def look(job, params: dict, teacher_params: dict) -> list[dict]:
     )
     batch = sharding.put_batch(mesh, next(first))
     step = jax.device_put(np.int32(0), sharding.replicated(mesh))
-    rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
+    with shown.compiling("the sampler", job.sample_group, batch.tokens_BP.shape[1]):
+        rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
 
     def supervise(*arguments):
         scores, release, _ = steps.supervise(job.student, job.teacher, c, *arguments)
         return steps.Supervision(scores=scores.per_token(), release=release)
 
-    supervision = jax.jit(sharding.on(mesh, supervise))(
-        params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
+    with shown.phase("compiling what scores, while the student writes"):
+        supervision = jax.jit(sharding.on(mesh, supervise))(
+            params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
+        )
+    with shown.phase("sampling and scoring"):
+        rollouts, supervision = jax.device_get((rollouts, supervision))
+    return transcripts(job.tokenizer, 0, rollouts, supervision)
+
+
+def long_job(config, answers: int, answer_tokens: int, progress: Progress | None = None) -> Job:
+    """The job of a run whose `look` shows long answers: the same models, asked for answers at length.
+
+    Open questions are asked, prompts without a reference answer; where every prompt has one, all.
+
+    Args:
+      config: of a run, validated; the rule that cuts is the paper's.
+      answers: rollouts; more where they are fewer than the devices that each take some.
+      answer_tokens: the longest answer; less where the models have no room for it beside a prompt.
+    """
+    c = copy.deepcopy(config)
+    devices = sharding.pieces(sharding.make_mesh(c.mesh))
+    answers = -(-answers // devices) * devices
+    c.release.rule = "paper"
+    c.objective.name = "policy_gradient"  # scores without what an objective needs beside
+    c.data.instruction = AT_LENGTH
+    c.data.over_long = "drop"
+    c.data.prompt_tokens += REQUEST_TOKENS
+    c.data.heldout = 0
+    c.rollout.batch, c.rollout.samples_per_prompt = answers, 1
+    paths = {f"{name}.path": c[name].path for name in ("student", "teacher")}
+    positions = min(source.config(path, key).max_positions for key, path in paths.items())
+    c.rollout.max_tokens = min(answer_tokens, positions - c.data.prompt_tokens)
+    c.train.micro_batch = math.lcm(devices, math.gcd(answers, 4))
+    c.metrics.gradient_noise_every = 0
+    c.eval.every = 0
+    c.eval.benchmark = ()
+    job = prepare(c, progress=progress)
+    asked = [p for p in job.prompts.train if p.answer is None] or job.prompts.train
+    c.data.prompt_tokens = max(len(prompt.ids) for prompt in asked)
+    return dataclasses.replace(
+        job, prompts=dataclasses.replace(job.prompts, train=asked, parts=((len(asked), 1.0),))
     )
-    return transcripts(job.tokenizer, 0, *jax.device_get((rollouts, supervision)))

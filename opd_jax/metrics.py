@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: JSONL, TensorBoard, Weights & Biases, progress, phase times.
+"""What a run leaves behind: JSONL, TensorBoard, Weights & Biases, and the files that say how it was made.
 
 `metrics.jsonl` is the record that everything else is made from; the rest can be switched off. In a
 run of several processes only process 0 writes.
@@ -13,17 +13,17 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from opd_jax import alarms
 from opd_jax.errors import UserError
 from opd_jax.phase_clock import PhaseClock
+from opd_jax.progress import Progress
 from opd_jax.run_record import read_config
 
 __all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
@@ -41,6 +41,8 @@ FREE_KEYS = (
     *("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile."),
     *("mesh.", "sharding.", "train.micro_batch", "optimizer.memory"),
 )
+# Where auto is settled by a probe of the machine, which a resumed run does not repeat.
+SETTLED_KEYS = ("student.products", "teacher.products")
 
 
 class MetricWriter:
@@ -48,13 +50,14 @@ class MetricWriter:
 
     Args:
       workdir: folder of the run; made where missing.
-      total_steps: training steps of the whole run, for the progress bar.
+      total_steps: training steps of the whole run, for the progress.
       tensorboard: also write `tensorboard/` (scalars; lists stay in the JSONL alone).
       wandb: also log to Weights & Biases: arguments of `wandb.init`, such as {"project": "opd"}.
       resume_step: the step of the restored checkpoint: later records are dropped, so that no step
         is there twice. None is a new run, and drops whatever an earlier attempt left.
       plain_every: where `stream` is no terminal, a progress line every so many steps.
       stream: where progress goes; standard error by default.
+      progress: what shows the records, with a plan of its own; one that expects the steps if not given.
 
     Attributes:
       active: whether this process is the one that writes, number 0.
@@ -74,6 +77,7 @@ class MetricWriter:
         resume_step: int | None = None,
         plain_every: int = 10,
         stream: TextIO | None = None,
+        progress: Progress | None = None,
     ):
         self.active = jax.process_index() == 0
         self._closing = contextlib.ExitStack()
@@ -90,6 +94,7 @@ class MetricWriter:
         last = -1 if resume_step is None else resume_step
         kept = _keep_until(workdir / METRICS_FILE, last)
         self.recorded = frozenset((r["kind"], r.get("benchmark")) for r in kept if r["step"] == last)
+        self._alarms = alarms.Alarms(kept)
         _keep_until(workdir / ROLLOUTS_FILE, last)
         # Answers come before the record that they are all there.
         _keep_until(workdir / EVALUATIONS_FILE, last if ("eval", None) in self.recorded else last - 1)
@@ -104,8 +109,11 @@ class MetricWriter:
                 purge_step=0 if resume_step is None else resume_step + 1,
             )
             self._closing.callback(self._tensorboard.close)
-        self._progress = _Progress(total_steps, resume_step or 0, plain_every, stream)
-        self._closing.callback(self._progress.close)
+        self._total_steps, self._plain_every, self._first = total_steps, plain_every, True
+        if progress is None:
+            progress = self._closing.enter_context(Progress(stream))
+            progress.expect("step", total_steps - (resume_step or 0))
+        self._progress = progress
 
     @classmethod
     def of(cls, config: Any, workdir: str | os.PathLike, resume_step: int | None, **options: Any) -> Self:
@@ -123,7 +131,8 @@ class MetricWriter:
         """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".
 
         Values are host numbers, strings, None, or lists and NumPy arrays of numbers. A number that
-        is not finite is written as null, since JSON has none.
+        is not finite is written as null, since JSON has none. An alarm that the record raises is written
+        after it, and said.
         """
         if not self.active:
             return
@@ -144,7 +153,10 @@ class MetricWriter:
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log({**scalars, "step": step})
-        self._progress.show(record)
+        self._show(record)
+        for alarm in self._alarms.read(plain):
+            self._append(METRICS_FILE, alarm)
+            self.say(f"alarm: {alarms.text(alarm)}")
 
     def write_rollouts(self, rollouts: Sequence[Mapping[str, Any]]) -> None:
         """Appends rollouts to rollouts.jsonl, each a mapping with "step"."""
@@ -162,7 +174,19 @@ class MetricWriter:
     def say(self, text: str) -> None:
         """Shows one line among the progress."""
         if self.active:
-            self._progress.line(text)
+            self._progress.say(text)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        step, text = int(record["step"]), _summary(record)
+        if record["kind"] != "train":
+            named = f"  {record['benchmark']}" if "benchmark" in record else ""
+            self._progress.say(f"{record['kind']:<5} step {step}{named}  {text}")
+            return
+        due = self._first or step % self._plain_every == 0 or step == self._total_steps
+        self._first = False
+        whole = record.get("seconds_step")
+        busy = sum(v for key, v in record.items() if key.startswith("seconds_") and key != "seconds_step")
+        self._progress.step(step, self._total_steps, text, seconds=whole, busy=busy or None, due=due)
 
     def _append_all(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         if self.active:
@@ -181,48 +205,6 @@ class MetricWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-class _Progress:
-    """A progress bar on a terminal; elsewhere one plain line now and then."""
-
-    def __init__(self, total_steps: int, done: int, plain_every: int, stream: TextIO | None):
-        self._stream = stream or sys.stderr
-        self._total, self._plain_every = total_steps, plain_every
-        self._first: tuple[int, float] | None = None
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=done, unit="step", file=self._stream)
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        step = int(record["step"])
-        if record["kind"] != "train":
-            named = f"  {record['benchmark']}" if "benchmark" in record else ""
-            self.line(f"{record['kind']:<5} step {step}{named}  {_summary(record)}")
-        elif self._bar is not None:
-            self._bar.set_postfix_str(_summary(record), refresh=False)
-            self._bar.update(step - self._bar.n)
-        else:
-            now = time.monotonic()
-            # The clock starts at the first finished step, which has paid for the compiling.
-            first_step, first_time = self._first = self._first or (step, now)
-            if step % self._plain_every == 0 or step in (first_step, self._total):
-                line = f"step {step}/{self._total}  {_summary(record)}"
-                if step > first_step:
-                    pace = (now - first_time) / (step - first_step)
-                    left = tqdm.format_interval(pace * (self._total - step))
-                    line += f"  {left} left"
-                self.line(line)
-
-    def line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -311,12 +293,16 @@ def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | N
 
 
 def write_run_files(
-    workdir: str | os.PathLike, config: Any, prompts: Mapping[str, int] | None = None
+    workdir: str | os.PathLike,
+    config: Any,
+    prompts: Mapping[str, int] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json (the resolved config), versions.json (what the run was made with) and prompts.json.
 
     Args:
       prompts: how many prompts there are and were left out, by name; no file without them.
+      measured: what was measured of the machine, for versions.json.
     """
     if jax.process_index() != 0:
         return
@@ -333,6 +319,7 @@ def write_run_files(
         "processes": jax.process_count(),
         "git_commit": _git_commit(),
         "command": sys.argv,
+        **(measured or {}),
     }
     _write_whole(workdir / CONFIG_FILE, _config_json(config))
     _write_whole(workdir / VERSIONS_FILE, json.dumps(versions, indent=2) + "\n")
@@ -343,7 +330,8 @@ def write_run_files(
 def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None:
     """Whether `workdir` holds a run of another config: None, or the first difference as an error to raise.
 
-    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them.
+    Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them. Products of auto
+    are those that the run began with.
 
     Raises:
       UserError: the workdir's config.json is damaged.
@@ -355,6 +343,7 @@ def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None
     new = _flatten(json.loads(_config_json(config)))
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
+        free |= key in SETTLED_KEYS and new.get(key) == "auto"
         if not free and (key not in old or key not in new or old[key] != new[key]):
             there, here = (
                 json.dumps(part[key]) if key in part else "not set" for part in (old, new)

@@ -40,6 +40,19 @@ class Tokens:
     teacher_top: scoring.TeacherTop | None = None
 
 
+@struct.dataclass
+class Ends:
+    """How the end of a response is taught beside the objective.
+
+    Attributes:
+      weight_BT: what each position counts; 0 outside the response.
+      stop_BT: the teacher's probability of an end token.
+    """
+
+    weight_BT: jax.Array
+    stop_BT: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Numbers that objectives read; see configs/default.py.
@@ -170,6 +183,23 @@ def aopd(tokens: Tokens, options: Options):
     return jnp.where(tokens.advantage_BT > 0, policy_gradient(tokens, options), kl_BT)
 
 
+def end_kl(logits_BTV, end_ids: tuple[int, ...], stop_BT):
+    """KL(T || S) of "the response ends here", at each position.
+
+    A reverse KL is nearly blind to a token that the student hardly gives any probability: its gradient
+    there is S log(S / T). A student that has unlearnt to end is therefore not taught to end again, and a rule
+    that releases the last sentences takes even that away. This term is as large as the teacher's wish to end.
+
+    Args:
+      end_ids: the ids that end a response.
+      stop_BT: the teacher's probability of them together.
+
+    Source: the first term of decoupled distillation (Zhao et al. 2022, arXiv 2203.08679), whose target class
+    is here the end of the response.
+    """
+    return divergences.event_forward_kl(logits_BTV, end_ids, stop_BT)
+
+
 def advantage(advantage_BT, clip: float, reward_weight: float = 0.0, reward_B=None):
     """The advantage that a loss sees: clipped, then with the task reward mixed in.
 
@@ -202,6 +232,7 @@ def loss_sum(
     remat: str,
     targets: scoring.Targets | None = None,
     teacher: tuple[ModelConfig, jax.Array] | None = None,
+    ends: Ends | None = None,
 ):
     """Weighted sum of an objective over a batch, differentiable in params; one student forward pass.
 
@@ -228,6 +259,7 @@ def loss_sum(
         chunk=chunk,
         targets=targets,
         teacher=teacher,
+        ends=ends,
     )
     return total, load
 
@@ -245,6 +277,7 @@ def head_loss_sum(
     chunk: int,
     targets: scoring.Targets | None = None,
     teacher: tuple[ModelConfig, jax.Array] | None = None,
+    ends: Ends | None = None,
 ):
     """The part of `loss_sum` that sees the vocabulary: differentiable in head_VD and hidden_BTD.
 
@@ -257,10 +290,11 @@ def head_loss_sum(
       chunk: positions whose logits exist at a time.
       targets: what `scoring.score` kept for an objective that needs more of the teacher.
       teacher: (config, head_VD) of the teacher; read only if the targets hold its hidden states.
+      ends: adds `end_kl` to every position with its own weight, whatever weight_BT is there.
     """
 
     def loss(head_VD, hidden_BcD, per_token, teacher_head_VD):
-        token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets = per_token
+        token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets, ends = per_token
         teacher_logits_BcV = None
         if targets.hidden_BTD is not None:
             teacher_logits_BcV = transformer.logits(teacher[0], teacher_head_VD, targets.hidden_BTD)
@@ -272,10 +306,14 @@ def head_loss_sum(
             teacher_logits_BTV=teacher_logits_BcV,
             teacher_top=targets.top,
         )
-        return (weight_Bc * OBJECTIVES[name].loss(tokens, options)).sum()
+        total = (weight_Bc * OBJECTIVES[name].loss(tokens, options)).sum()
+        if ends is None:
+            return total
+        with jax.named_scope("end_kl"):
+            return total + (ends.weight_BT * end_kl(tokens.logits_BTV, config.eos_ids, ends.stop_BT)).sum()
 
     targets = targets or scoring.Targets()
-    per_token = rollouts.response_BT, rollouts.logp_BT, advantage_BT, weight_BT, targets
+    per_token = rollouts.response_BT, rollouts.logp_BT, advantage_BT, weight_BT, targets, ends
     teacher_head_VD = None if teacher is None else teacher[1]
     return chunked_sum(loss, chunk, head_VD, hidden_BTD, per_token, teacher_head_VD)
 

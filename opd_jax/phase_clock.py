@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 
@@ -16,9 +17,14 @@ class PhaseClock:
 
     An array that was deleted or donated meanwhile, or whose computation failed, yields no time; its
     phase then counts towards the next one. The loop itself will meet the failure.
+
+    Args:
+      told: called with (step, phase) when the devices come to a phase, and with None when nothing that was
+        watched is left to do; by the thread, which waits meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[tuple[int, str] | None], None] = lambda now: None) -> None:
+        self._told = told
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._pending: dict[int, int] = {}  # step -> phases not ready yet
@@ -49,6 +55,7 @@ class PhaseClock:
         previous_ready = float("-inf")
         while (item := self._queue.get()) is not None:
             phase, step, array, dispatched = item
+            self._told((step, phase))
             try:
                 array.block_until_ready()
                 ready = time.perf_counter()
@@ -65,6 +72,9 @@ class PhaseClock:
                 if not self._pending[step]:
                     del self._pending[step]
                 self._changed.notify_all()
+            if self._queue.empty():
+                self._told(None)
+        self._told(None)
 
     def close(self) -> None:
         """Ends the thread, once everything watched is ready."""

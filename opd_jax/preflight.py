@@ -10,7 +10,6 @@ memory does not suffice, or a program reaches the host or holds logits of all po
 """
 
 import dataclasses
-import functools
 import json
 import sys
 import tempfile
@@ -25,7 +24,8 @@ from opd_jax import preflight_table as table
 from opd_jax import programs, sharding, sizes, topology
 from opd_jax.config import run, validate
 from opd_jax.errors import UserError
-from opd_jax.preflight_build import built
+from opd_jax.preflight_build import Built, built
+from opd_jax.progress import Progress
 
 
 def plan(config, devices) -> programs.Programs:
@@ -36,6 +36,7 @@ def plan(config, devices) -> programs.Programs:
     """
     validate(config)
     mesh = sharding.make_mesh(config.mesh, devices)
+    programs.settle_products(config, mesh)
     student, teacher = programs.models(config, mesh)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))
@@ -61,6 +62,16 @@ def builder(f):
     return built, True
 
 
+def announced(build, progress: Progress):
+    """The same way to compile, shown: what is compiled, as it begins."""
+
+    def compile_shown(traced, name: str) -> Built:
+        with progress.phase(f"compiling {name}"):
+            return build(traced, name)
+
+    return compile_shown
+
+
 def main(_):
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/small_pod.py")
@@ -70,8 +81,9 @@ def main(_):
     chip, devices = topology.describe(flags.FLAGS.topology)
     if flags.FLAGS.search:
         # Each takes minutes: what is known so far goes to standard error, the table alone to standard output.
-        tell = functools.partial(print, file=sys.stderr, flush=True)
-        found = search.search(config, devices, chip, plan, tell)
+        with Progress() as progress:
+            build = announced(built, progress)
+            found = search.search(config, devices, chip, plan, progress.say, build)
         if not found:
             raise UserError(
                 "--search found no mesh for these devices that the config's sizes fit (each is named above); "
@@ -84,7 +96,10 @@ def main(_):
             print(table.search(found))
         sys.exit(0 if any(step.ok for *_, step in found) else 1)
     build, whole = builder(flags.FLAGS)
-    report = check.check(plan(config, devices), chip, largest=flags.FLAGS.largest and whole, build=build)
+    largest = flags.FLAGS.largest and whole
+    with Progress() as progress:
+        build = announced(build, progress)
+        report = check.check(plan(config, devices), chip, largest=largest, build=build)
     if flags.FLAGS.json:
         print(json.dumps(as_dict(report), indent=1))
     else:

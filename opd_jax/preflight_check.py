@@ -171,7 +171,7 @@ def check(
         micro_batch=c.train.micro_batch,
     )
     if largest:
-        report.largest_micro_batch = _largest(plan, chip, reports[1])
+        report.largest_micro_batch = _largest(plan, chip, reports[1], build)
     return report
 
 
@@ -364,7 +364,7 @@ def _vocabularies(models, mesh):
     return sorted(sizes), sorted(widths)
 
 
-def _largest(plan, chip, report: ProgramReport) -> int | None:
+def _largest(plan, chip, report: ProgramReport, build) -> int | None:
     """The largest micro-batch with which train_step fits, by bisection over the divisors of the batch."""
     batch, own = plan.config.rollout.batch, plan.config.train.micro_batch
     least = plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
@@ -376,7 +376,7 @@ def _largest(plan, chip, report: ProgramReport) -> int | None:
         config = copy.deepcopy(plan.config)
         with config.unlocked():
             config.train.micro_batch = sizes[middle]
-        if train_step(dataclasses.replace(plan, config=config), chip).fits:
+        if train_step(dataclasses.replace(plan, config=config), chip, build).fits:
             fitting = middle
         else:
             failing = middle

@@ -7,9 +7,10 @@ import jax
 from opd_jax import preflight_check as check
 from opd_jax import sharding
 from opd_jax.errors import UserError
+from opd_jax.preflight_build import built
 
 
-def search(config, devices, chip, planned, tell=lambda line: None) -> list:
+def search(config, devices, chip, planned, tell=lambda line: None, build=built) -> list:
     """Compiles all programs over mesh shapes and micro-batches.
 
     On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not pass.
@@ -18,6 +19,7 @@ def search(config, devices, chip, planned, tell=lambda line: None) -> list:
     Args:
       planned: (config, devices) -> Programs.
       tell: takes a line on each mesh and micro-batch once it has been compiled, or why a mesh was not.
+      build: how a program is compiled, as `preflight_build.built`.
 
     Returns:
       [(mesh sizes, micro-batch, StepReport)], what works first, fastest first.
@@ -40,8 +42,8 @@ def search(config, devices, chip, planned, tell=lambda line: None) -> list:
             except UserError as error:
                 tell(f"mesh.tensor={tensor}: {error}")
                 break
-            sampled = check.samplers(plan, chip) if sampled is None else sampled
-            report = check.check(plan, chip, largest=False, sampled=sampled)
+            sampled = check.samplers(plan, chip, build) if sampled is None else sampled
+            report = check.check(plan, chip, largest=False, sampled=sampled, build=build)
             found.append((dict(plan.mesh.shape), micro_batch, report))
             verdict = f"{report.seconds:.3g} s a step" if report.ok else "does not pass"
             tell(f"mesh.tensor={tensor}, train.micro_batch={micro_batch}: {verdict}")

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from opd_jax import cpu, distributed, objectives, repeats, rollout, scoring, segments, sharding, trainable
 from opd_jax import gradient_noise as noises
-from opd_jax import objectives, rollout, scoring, segments, sharding, trainable
 from opd_jax import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.layouts import Layout
-from opd_jax.models import source, splash, transformer
+from opd_jax.models import few_rows, source, splash, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.run_record import read_config
 
 # Sections of the config that the training step reads; a run's seed and data are arguments of it.
 TRAIN_STEP_READS = (
@@ -169,7 +170,8 @@ class Programs:
     def divergence(self):
         """Compiled divergence(params, teacher_params, rollouts) -> per rollout sums, on every host.
 
-        Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B.
+        Returns a dict of [B] arrays: kl_B (nats, summed over the response), tokens_B, finished_B,
+        repeated_B (`repeats.repeated_tail`).
         """
         c = self.config
         micro_batches = c.rollout.batch // c.train.micro_batch
@@ -260,6 +262,7 @@ def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk:
             "teacher_logp_B": teacher_logp_BT.sum(axis=1),
             "tokens_B": rollouts.mask_BT.sum(axis=1),
             "finished_B": rollouts.finished_B,
+            "repeated_B": repeats.repeated_tail(rollouts.response_BT, rollouts.mask_BT, rollouts.finished_B),
         }
 
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
@@ -303,6 +306,33 @@ def student_model(config, mesh) -> ModelConfig:
     )
 
 
+def settle_products(config, mesh, workdir=None) -> cpu.Probe | None:
+    """Replaces student.products and teacher.products of auto by what this machine takes, in place.
+
+    On a CPU that is what the run in `workdir` began with, or what a probe finds; process 0 decides for all.
+    Elsewhere it is compute. Call it in every process.
+
+    Returns:
+      The probe; None where none was needed.
+
+    Raises:
+      UserError: the workdir's config.json is damaged.
+    """
+    models = [name for name in ("student", "teacher") if config[name].products == "auto"]
+    probe, taken = None, dict.fromkeys(models, "compute")
+    if models and mesh.devices.flat[0].platform == "cpu":
+        probe = cpu.probe()
+        begun = (read_config(workdir) if workdir is not None else None) or {}
+        found = [begun.get(name, {}).get("products", probe.choice) for name in models]
+        narrow = [name == "bfloat16" for name in found]
+        if jax.process_count() > 1:
+            narrow = distributed.gathered(narrow)[0]
+        taken = {name: "bfloat16" if on else "compute" for name, on in zip(models, narrow, strict=True)}
+    for name, choice in taken.items():
+        config[name].products = choice
+    return probe
+
+
 def layout(config, name: str) -> Layout:
     """The tables that `student` or `teacher` runs by."""
     return Layout(config.sharding[name], config.sharding.cache, config.sharding.batch)
@@ -310,9 +340,10 @@ def layout(config, name: str) -> Layout:
 
 def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
     """One model as it runs on the mesh; `key` names the path in messages, a dtype of auto is resolved."""
+    platform = mesh.devices.flat[0].platform
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return source.config(path, key).replace(compute_dtype=dtype)
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    return source.config(path, key).replace(compute_dtype=dtype, decoding=few_rows.decoding(platform))
 
 
 def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:

@@ -2,22 +2,27 @@
 
     python -m opd_jax.report_display --workdir=runs/release --out=docs/images/margin.svg
 
-draws one recorded rollout, sentence by sentence.
+draws one recorded rollout, sentence by sentence;
+
+    python -m opd_jax.report_display --long=runs/demo/long_answers.jsonl --out=docs/images/long_answers.svg
+
+what make demo saw of long answers: the teacher's margin along them, and what of each is kept.
 """
 
 import argparse
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from opd_jax import report_figures as figures
-from opd_jax import report_page
+from opd_jax import report_long, report_page, rollout_profiles
 from opd_jax.errors import UserError, fail
 from opd_jax.outputs import write_text
 from opd_jax.report_html import SIGNS
 from opd_jax.report_rollouts import supervised
-from opd_jax.run_record import Run, column, phase_seconds, read_run
+from opd_jax.run_record import Run, column, phase_seconds, read_lines, read_run
 
 KEY_HEIGHT = 18  # points, of the line that names the runs
 
@@ -93,6 +98,12 @@ def sentences(rollout: Mapping[str, Any]) -> Svg:
     return standalone(figures.sentence_margins(rollout["sentences"]))
 
 
+def long_answers(records: Sequence[Mapping[str, Any]]) -> Svg:
+    """Long answers: the teacher's margin along them, and what of each is kept."""
+    margin_3N = rollout_profiles.profile(records, rollout_profiles.margin)
+    return standalone(figures.margin_and_answers(records, margin_3N))
+
+
 def transcript(rollouts: Iterable[Mapping[str, Any]]) -> str:
     """Rollouts as text: each sentence with what becomes of it, its margin M and advantage A in nats."""
     lines = []
@@ -127,15 +138,24 @@ def clearest(rollouts: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m opd_jax.report_display", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="a run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="a run")
+    source.add_argument("--long", help="long_answers.jsonl of a demo")
     parser.add_argument("--out", required=True, help="the .svg file")
     options = parser.parse_args(argv)
     try:
-        rollout = clearest(read_run(options.workdir).rollouts)
-        write_text(options.out, sentences(rollout))
+        if options.long:
+            records = read_lines(Path(options.long))
+            if not records or any("sentences" not in record for record in records):
+                raise UserError(f"--long={options.long}: no answers there; name long_answers.jsonl of a demo")
+            svg, text = long_answers(records), str(report_long.summarise(records))
+        else:
+            rollout = clearest(read_run(options.workdir).rollouts)
+            svg, text = sentences(rollout), transcript([rollout])
+        write_text(options.out, svg)
     except UserError as error:
         fail(error)
-    print(transcript([rollout]))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,15 @@ def colour(number: int) -> str:
     return f"#1112{number % RUN_COLOURS:02x}"
 
 
-def _svg(name: str, draw: Callable[[Axes], Any], height: float = 3.1) -> str:
-    """Draws one pair of axes, 5.2 by `height` inches, and returns the <svg> element."""
+def _svg(name: str, draw: Callable[..., Any], height: float = 3.1, columns: int = 1) -> str:
+    """Draws `columns` pairs of axes, each 5.2 by `height` inches, and returns the <svg> element.
+
+    Args:
+      draw: is given each pair of axes.
+    """
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):  # ids differ between the plots of a page
-        figure = Figure(figsize=(5.2, height), layout="constrained")
-        draw(figure.subplots())
+        figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
+        draw(*figure.subplots(1, columns, squeeze=False)[0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -296,6 +300,55 @@ def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
         _label(axes, "position in the response, tokens", "teacher margin M, nats")
 
     return _svg("Teacher margin, sentence by sentence", draw)
+
+
+def answers(records: Sequence[Mapping[str, Any]]) -> str:
+    """Answers below one another as bars of tokens: kept, and released; the shortest kept part first.
+
+    Args:
+      records: of rollouts.jsonl; tokens and kept_tokens are read.
+    """
+    return _svg("Kept and released tokens of long answers", lambda axes: _answers(axes, records))
+
+
+def margin_and_answers(records: Sequence[Mapping[str, Any]], margin_3N: np.ndarray) -> str:
+    """The teacher's margin along long answers, and beside it what of them is kept and released.
+
+    Args:
+      records: as in `answers`.
+      margin_3N: its mean in equal parts of the answers, and the ends of its interval, nats.
+    """
+
+    def draw(left: Axes, right: Axes) -> None:
+        mean_N, low_N, high_N = margin_3N
+        centre = (np.arange(len(mean_N)) + 0.5) / len(mean_N)
+        left.plot(centre, mean_N, color=colour(0), marker="o", markersize=4.5)
+        left.fill_between(centre, low_N, high_N, color=colour(0), alpha=0.15, linewidth=0)
+        left.set_xlim(0, 1)
+        left.set_title("The teacher's preference fades ...", loc="left", fontsize=10, pad=20)
+        _label(left, "position in the answer, share of its tokens", "teacher margin, nats (95% interval)")
+        _answers(right, records)
+        right.set_title("... and supervision stops there, answer by answer", loc="left", fontsize=10, pad=20)
+
+    return _svg("Teacher margin along long answers, and what is kept of them", draw, columns=2)
+
+
+def _answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    rows = sorted(records, key=lambda record: (record["kept_tokens"], record["tokens"]))
+    kept = np.array([record["kept_tokens"] for record in rows])
+    rest = np.array([record["tokens"] for record in rows]) - kept
+    place = np.arange(len(rows))
+    looks = {
+        "supervised": {"color": mpl.colors.to_rgba(colour(0), 0.75)},
+        "released": {"facecolor": "none", "edgecolor": MUTED, "linewidth": 0.8},
+    }
+    axes.barh(place, kept, 0.7, **looks["supervised"])
+    axes.barh(place[rest > 0], rest[rest > 0], 0.7, kept[rest > 0], **looks["released"])
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    _legend(axes, [Patch(label=label, **look) for label, look in looks.items()])
+    _label(axes, "tokens", f"{len(rows)} answers")
 
 
 def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:

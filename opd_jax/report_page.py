@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import report_answers, report_gradient, report_rollouts, rollout_profiles
+from opd_jax import alarms, report_answers, report_gradient, report_rollouts, rollout_profiles
 from opd_jax import report_figures as figures
 from opd_jax import report_html as html
 from opd_jax.run_record import Run, column, differences, phase_seconds
@@ -31,6 +31,7 @@ def render(
     """The whole page as text; `lead` is HTML for its beginning."""
     sections = [
         lead,
+        _alarms(runs),
         _summary(runs, rows),
         _progress(runs),
         _teachability(runs),
@@ -51,6 +52,15 @@ def render(
         f"<style>{STYLE_FILE.read_text(encoding='utf-8')}</style></head>\n"
         f"<body><main><h1>On-policy distillation: {title}</h1>\n{''.join(sections)}</main></body>"
         "</html>\n"
+    )
+
+
+def _alarms(runs: Sequence[Run]) -> str:
+    """The runs' alarms, one a line; nothing where there is none."""
+    return "".join(
+        f'<p class="warning">Alarm, {escape(run.title)}: {escape(alarms.text(alarm))}</p>'
+        for run in runs
+        for alarm in run.alarms
     )
 
 
@@ -290,6 +300,19 @@ def _health(runs: Sequence[Run]) -> str:
                 "Mean probability of an end token on the student's responses: the student's (solid) and"
                 " the teacher's (dashed). The student is trained towards the dashed line.",
                 "No stop probability was recorded.",
+            ),
+            html.panel(
+                "Does the student loop?",
+                html.curve(
+                    runs,
+                    "Repeated share over the steps",
+                    "share of rollouts that end in a loop",
+                    "repeated_share",
+                    share=True,
+                ),
+                "Share of rollouts whose last tokens repeat with a short period: what a loop writes teaches"
+                " little and costs as much as any text.",
+                "No repeated share was recorded.",
             ),
             html.panel(
                 "Spread of the advantage",

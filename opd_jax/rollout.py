@@ -106,14 +106,14 @@ def sample(
         )
         cache = kv.repeat(cache, sampling.samples)
         length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
-        layers = kv.unstack(config, params)
+        layers = kv.unstack(config, params, b)
         rope_1LC = attention.rope_tables(config, jnp.arange(p + t_max)[None])
 
     def emit(out, hidden_BD, done_B, t):
         """Draws token t of every row that has not ended and writes it down."""
         u_B2 = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t), (2,)))(key_B)
         with jax.named_scope("head"):
-            logits_BV = transformer.logits(config, head_VD, hidden_BD)
+            logits_BV = transformer.logits(config, head_VD, hidden_BD, decoding=True)
         with jax.named_scope("draw"):
             drawn = _draw(sampling, logits_BV, u_B2, end_ids)
         live_B = ~done_B

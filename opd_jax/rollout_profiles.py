@@ -60,7 +60,7 @@ def profile(
       [3, BINS]: the statistic over all tokens, and the ends of its 95% bootstrap interval over rollouts; None
       where nothing is recorded.
     """
-    sums_R3N = np.array([_sums(rollout, quantity) for rollout in rollouts if rollout["tokens"]])
+    sums_R3N = np.array([sums(rollout, quantity) for rollout in rollouts if rollout["tokens"]])
     if not sums_R3N.size:
         return None
     rows = len(sums_R3N)
@@ -106,8 +106,8 @@ def _ratio(pairs) -> Estimate | None:
     return float(total_N.sum() / count_N.sum()), *bootstrap_ratio(total_N, count_N)
 
 
-def _sums(rollout: Record, quantity) -> np.ndarray:
-    """[3, BINS]: tokens, and the sums over them of a quantity and of its square."""
+def sums(rollout: Record, quantity) -> np.ndarray:
+    """[3, BINS] of one rollout: tokens, and the sums over them of a quantity and of its square."""
     lengths = [sentence["tokens"] for sentence in rollout["sentences"]]
     values = [quantity(sentence) for sentence in rollout["sentences"]]
     value_T2 = np.repeat(np.array(values, float).reshape(-1, 2), lengths, axis=0)

@@ -18,7 +18,7 @@ PHASES = ("sample", "train", "data")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one workdir holds; `train` and `evals` are the lines of metrics.jsonl by their kind."""
+    """What one workdir holds; `train`, `evals` and `alarms` are the lines of metrics.jsonl by their kind."""
 
     title: str
     config: Mapping[str, Any]
@@ -26,6 +26,7 @@ class Run:
     prompts: Mapping[str, int]
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]
+    alarms: list[dict[str, Any]]
     rollouts: list[dict[str, Any]]
 
     @property
@@ -43,7 +44,7 @@ def read_run(workdir: str | Path, title: str | None = None) -> Run:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: no metrics.jsonl; name the folder of a training run")
-    records = _read_lines(path)
+    records = read_lines(path)
     train = [record for record in records if record.get("kind") == "train"]
     evals = [record for record in records if record.get("kind") == "eval"]
     if not train and not evals:
@@ -55,7 +56,8 @@ def read_run(workdir: str | Path, title: str | None = None) -> Run:
         prompts=read_object(workdir / "prompts.json") or {},
         train=train,
         evals=evals,
-        rollouts=_read_lines(workdir / "rollouts.jsonl"),
+        alarms=[record for record in records if record.get("kind") == "alarm"],
+        rollouts=read_lines(workdir / "rollouts.jsonl"),
     )
 
 
@@ -174,8 +176,12 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, without a last line that is still being written."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, without a last line that is still being written; [] where there is no file.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = []
     for number, line in enumerate(lines, start=1):

@@ -41,6 +41,7 @@ from opd_jax.config import run, validate
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.progress import Progress, own
 from opd_jax.rollout import Rollouts
 
 
@@ -190,23 +191,33 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     return step, heldout
 
 
-def train(config, workdir) -> steps.TrainState:
+def train(config, workdir, progress: Progress | None = None) -> steps.TrainState:
     """Trains to train.steps, from the start or from the newest checkpoint in workdir.
+
+    Args:
+      progress: shows what goes on; the run has its own if not given.
 
     Raises:
       UserError: the first thing that is wrong, before anything is compiled or written.
       distributed.Preempted: told to stop before the last step; the state is saved.
     """
+    with own(progress) as shown:
+        return _train(config, workdir, shown)
+
+
+def _train(config, workdir, shown: Progress) -> steps.TrainState:
     c = validate(config, teacher=False)
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
     mesh = sharding.make_mesh(c.mesh)
+    probe = programs.settle_products(c, mesh, workdir)
     sizes.fill_micro_batch(c, mesh)
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = programs.student_model(c, mesh)
     sizes.check_length(c, "student.path", model)
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
-    exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
+    with shown.phase("reading the written responses"):
+        exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = steps.make_optimizer(c)
     trainable.check(transformer.abstract(model), c.train.frozen)
     shardings = programs.state_shardings(c, mesh, model, optimizer)
@@ -223,14 +234,15 @@ def train(config, workdir) -> steps.TrainState:
     )
     local = sharding.local_rows(mesh, c.rollout.batch)
 
-    metrics.write_run_files(workdir, c)
+    metrics.write_run_files(workdir, c, measured=probe and probe.record())
     checkpoints = Checkpoints(workdir, c.checkpoint.keep)
     done, position = checkpoints.latest, None
-    if done is None:
-        state = job.start_state(c, mesh, optimizer, shardings)
-    else:
-        abstract = programs.placed(programs.abstract_state(model, optimizer), shardings)
-        state, position = checkpoints.restore(done, abstract)
+    with shown.phase("reading the weights"):
+        if done is None:
+            state = job.start_state(c, mesh, optimizer, shardings)
+        else:
+            abstract = programs.placed(programs.abstract_state(model, optimizer), shardings)
+            state, position = checkpoints.restore(done, abstract)
     prompts = data.batches(
         [e.prompt for e in exchanges],
         c.rollout.batch,
@@ -248,19 +260,34 @@ def train(config, workdir) -> steps.TrainState:
         batches = data.heldout_batches(
             [e.prompt for e in heldout], c.rollout.batch, c.data.prompt_tokens, model.pad_id, local
         )
-        sums = [jax.device_get(heldout_fn(state.params, placed(heldout, batch))) for batch in batches]
+        label, parts = f"evaluating on {len(heldout)} responses, batch", -(-len(heldout) // c.rollout.batch)
+        sums = []
+        with shown.work("evaluation", label, parts):
+            for number, batch in enumerate(batches):
+                shown.at(number + 1)
+                with shown.compiling("the evaluation", heldout_fn):
+                    sum_and_tokens = heldout_fn(state.params, placed(heldout, batch))
+                sums.append(jax.device_get(sum_and_tokens))
         loss, tokens = np.sum(sums, axis=0)
         return {"loss": float(loss / tokens), "prompts": len(heldout), "tokens": int(tokens)}
 
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         preemption = stack.enter_context(distributed.Preemption())
-        writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done, plain_every=100))
+        writer = metrics.MetricWriter.of(c, workdir, done, plain_every=100, progress=shown)
+        stack.enter_context(writer)
         if dropped:
             writer.say(f"data.over_long=drop: {dropped} lines are left out")
 
         def evaluating(step: int) -> bool:
             return c.eval.every > 0 and (step % c.eval.every == 0 or step == c.train.steps)
+
+        first = done or 0
+        shown.expect("step", c.train.steps - first)
+        shown.expect("evaluation", sum(map(evaluating, range(first + 1, c.train.steps + 1))))
+        def written(pending, last: float) -> float:
+            with shown.phase(f"step {pending[0]}/{c.train.steps}"):
+                return _write(writer, *pending, last)
 
         # What there was no time for after the step at which the run was stopped.
         if done is not None and evaluating(done):
@@ -268,29 +295,31 @@ def train(config, workdir) -> steps.TrainState:
             if not recorded:
                 writer.write({"kind": "eval", "step": done} | evaluate(state))
         pending, last = None, time.perf_counter()
-        for step in range((done or 0) + 1, c.train.steps + 1):
-            state, measured = step_fn(state, placed(exchanges, next(prompts)))
+        for step in range(first + 1, c.train.steps + 1):
+            with shown.compiling("the training step", step_fn):
+                state, measured = step_fn(state, placed(exchanges, next(prompts)))
             # The numbers of the step before, while the device works on this one.
             if pending is not None:
-                last = _write(writer, *pending, last)
+                last = written(pending, last)
             pending = step, measured
             stopping = preemption.reached()
             if evaluating(step) and not stopping:
-                last, pending = _write(writer, *pending, last), None
+                last, pending = written(pending, last), None
                 writer.write({"kind": "eval", "step": step} | evaluate(state))
                 last = time.perf_counter()
             ends = stopping or step == c.train.steps
             if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends):
                 if pending is not None:
-                    last, pending = _write(writer, *pending, last), None
+                    last, pending = written(pending, last), None
                 writer.sync()
-                checkpoints.save(step, state, prompts.state(), None)
+                with shown.phase(f"saving step {step}", kind="saving"):
+                    checkpoints.save(step, state, prompts.state(), None)
             if stopping:
                 if pending is not None:
-                    _write(writer, *pending, last)
+                    written(pending, last)
                 raise distributed.Preempted
         if pending is not None:
-            _write(writer, *pending, last)
+            written(pending, last)
     return state
 
 

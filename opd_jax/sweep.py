@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.metrics import METRICS_FILE, config_conflict
 from opd_jax.outputs import make_folder
+from opd_jax.progress import Progress, own
 from opd_jax.sweep_table import TEACHER
 
 # What the student's start depends on: runs that agree in these share one evaluation of it.
 START_SECTIONS = ("seed", "student", "teacher", "data", "rollout", "scoring", "mesh")
+OVERHEAD = "compiling and reading"  # of a run, in the plan of what is still to do
 # What the teacher's answers depend on.
 TEACHER_READS = ("seed", "teacher", "student", "data", "rollout", "eval")
 TEACHER_FILE = "settings.json"  # of the folder with its answers; written when they are all there
@@ -42,10 +45,11 @@ def is_done(planned: Planned) -> bool:
     """Whether a run has its last step, and the evaluation, benchmarks and checkpoint after it."""
     c = planned.config
     lines = read_lines(planned.workdir / METRICS_FILE) if _whole(planned.workdir / METRICS_FILE) else []
-    last = [(line["kind"], line.get("benchmark")) for line in lines if line["step"] == c.train.steps]
+    last = {(line["kind"], line.get("benchmark")) for line in lines if line["step"] == c.train.steps}
+    last.discard(("alarm", None))
     wanted = 1 + bool(c.eval.every) + len(c.eval.benchmark)
     saved = not c.checkpoint.every or (planned.workdir / "checkpoints" / str(c.train.steps)).is_dir()
-    return saved and ("train", None) in last and len(set(last)) >= wanted
+    return saved and ("train", None) in last and len(last) >= wanted
 
 
 def _whole(path: Path) -> bool:
@@ -53,15 +57,18 @@ def _whole(path: Path) -> bool:
     return path.is_file() and path.read_bytes().endswith(b"\n")
 
 
-def carry_out(runs: Sequence[Planned]) -> None:
+def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None:
     """Runs what is not done, in order; call it in every process.
+
+    Args:
+      progress: shows what goes on; the runs share one of their own if not given.
 
     Raises:
       UserError: a workdir holds a run of another config.
     """
     from opd_jax.evaluate import evaluate
     from opd_jax.job import prepare
-    from opd_jax.train import train
+    from opd_jax.train import train, work
 
     for planned in runs:
         conflict = config_conflict(planned.workdir, planned.config)
@@ -72,24 +79,40 @@ def carry_out(runs: Sequence[Planned]) -> None:
     fresh = [not (planned.workdir / "checkpoints").is_dir() for planned in runs]
     done, fresh = distributed.gathered([done, fresh])[0]
     starts: dict[str, Mapping[str, Any]] = {}
-    for number, planned in enumerate(runs):
-        if jax.process_index() == 0:
-            what = "done" if done[number] else planned.workdir
-            print(f"[{number + 1}/{len(runs)}] {planned.arm}, seed {planned.seed}: {what}", flush=True)
-        if done[number]:
-            continue
-        job = prepare(planned.config, planned.workdir)
+
+    def carry(planned: Planned, fresh: bool, shown: Progress):
+        job = prepare(planned.config, planned.workdir, shown)
         start = None
-        if job.config.eval.every and fresh[number]:
+        if job.config.eval.every and fresh:
             settings = job.config.to_dict()
             key = json.dumps({name: settings[name] for name in START_SECTIONS}, sort_keys=True)
             if key not in starts:
-                starts[key] = evaluate(job, job.start().params, job.teacher_params())
+                with shown.phase("reading the weights"):
+                    weights = job.start().params, job.teacher_params()
+                shown.expect("evaluation")  # beside the run's own, which it then skips
+                starts[key] = evaluate(job, *weights, shown)
+                del weights
             start = starts[key]
-        train(job, planned.workdir, start)
+        train(job, planned.workdir, start, shown)
+
+    with own(progress) as shown:
+        for planned, is_there in zip(runs, done, strict=True):
+            if not is_there:
+                shown.plan(work(planned.config) | {OVERHEAD: 1})
+        for number, planned in enumerate(runs):
+            run_name = f"[{number + 1}/{len(runs)}] {planned.arm}, seed {planned.seed}"
+            if done[number]:
+                shown.say(f"{run_name}: done", sys.stdout)
+                continue
+            left = f"; {text} in all" if (text := shown.left_text()) else ""
+            shown.say(f"{run_name}: {planned.workdir}{left}", sys.stdout)
+            started, worked = time.monotonic(), shown.worked
+            with shown.titled(f"{number + 1}/{len(runs)} {planned.arm}"):
+                carry(planned, fresh[number], shown)
+            shown.done(OVERHEAD, time.monotonic() - started - (shown.worked - worked))
 
 
-def examine_teacher(planned: Planned, out: Path) -> None:
+def examine_teacher(planned: Planned, out: Path, progress: Progress | None = None) -> None:
     """The teacher of a run answers the run's benchmarks as its student does, once; call it in every process.
 
     Writes OUT/teacher/NAME-model.jsonl and .json; what is there of the same settings stays.
@@ -107,11 +130,17 @@ def examine_teacher(planned: Planned, out: Path) -> None:
         return
     if jax.process_index() == 0:
         print(f"teacher: {config.teacher.path} answers {', '.join(config.eval.benchmark)}", flush=True)
-    job = prepare(config)
-    responder, params = job.teacher_responder(job.key(benchmark_run.KEY)), job.teacher_params()
-    for exam in job.exams:
-        result = benchmark_run.answer(exam, responder, params, config.eval.samples)
-        benchmark_run.write(folder, "model", result)
+    with own(progress) as shown:
+        job = prepare(config, progress=shown)
+        with shown.phase("reading the teacher's weights"):
+            params = job.teacher_params()
+        responder = job.teacher_responder(job.key(benchmark_run.KEY))
+        shown.expect("teacher's benchmark", len(job.exams))
+        for exam in job.exams:
+            result = benchmark_run.answer(
+                *(exam, responder, params, config.eval.samples, shown, "teacher's benchmark")
+            )
+            benchmark_run.write(folder, "model", result)
     if jax.process_index() == 0:
         there.write_text(wanted, encoding="utf-8")
 

@@ -20,17 +20,46 @@ from opd_jax.config import run
 from opd_jax.errors import UserError
 from opd_jax.evaluate import evaluate
 from opd_jax.job import Job, prepare
+from opd_jax.progress import Progress, own
+from opd_jax.train_step import TrainState
 from opd_jax.transcripts import transcripts
 
 SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1, benchmarks 3
+# What the devices do, by the names under which the loop has its clock watch them.
+DOING = {"sample": "sampling", "train": "scoring and updating", "gradient_noise": "the gradient's noise"}
 
 
-def train(job: Job, workdir, start_evaluation: dict | None = None):
+def due(config, every: int, step: int) -> bool:
+    """Whether what happens every so many steps happens after this one; the last step is always one."""
+    return every > 0 and (step % every == 0 or step == config.train.steps)
+
+
+def work(config, done: int = 0) -> dict[str, int]:
+    """The pieces of work of a run from step `done` on, for `Progress.plan`: name -> how many."""
+    c = config
+    evaluations = sum(due(c, c.eval.every, step) for step in range(done, c.train.steps + 1))
+    exams = sum(due(c, c.eval.benchmark_every, step) for step in range(done, c.train.steps + 1))
+    names = [f"benchmark {number}" for number in range(len(c.eval.benchmark))]
+    return {"step": c.train.steps - done, "evaluation": evaluations} | dict.fromkeys(names, exams)
+
+
+def train(
+    job: Job,
+    workdir,
+    start_evaluation: dict | None = None,
+    progress: Progress | None = None,
+    *,
+    start: TrainState | None = None,
+    teacher_params: dict | None = None,
+):
     """Trains from the start, or from the newest checkpoint in workdir, to train.steps.
 
     Args:
       start_evaluation: what `evaluate` returned for this run's start, where several runs share one; it
         is measured if not given.
+      progress: shows what goes on; whoever gives it has planned `work` with it. Without, the run has its own.
+      start: the state before the first step, read if not given; its arrays are donated.
+      teacher_params: the teacher's weights, read if not given.
 
     Returns:
       The final TrainState.
@@ -39,39 +68,44 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
       distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c, mesh = job.config, job.mesh
-    metrics.write_run_files(workdir, c, job.prompts.counts)
+    metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
     benchmark_run.write_shared(workdir, job.shared)
-
-    # ---- State: the newest checkpoint, or the start.
-    checkpoints = Checkpoints(workdir, c.checkpoint.keep)
-    done, position = checkpoints.latest, None
-    if done is None:
-        state = job.start()
-    else:
-        state, position = checkpoints.restore(done, job.abstract_state())
-    teacher_params = job.teacher_params()
-
-    # ---- Prompts and draws.
-    prompts = data.batches(
-        job.prompts.train,
-        job.prompt_batch,
-        c.data.prompt_tokens,
-        job.student.pad_id,
-        c.seed,
-        sharding.local_rows(mesh, job.prompt_batch),
-        start=position,
-        parts=job.prompts.parts,
-        buckets=c.data.prompt_buckets,
-    )
-    key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
-    responder = job.responder(job.key(benchmark_run.KEY))
-
-    # ---- The loop. Metrics of a step are read after the next one is on its way.
     with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
+        shown = stack.enter_context(own(progress))
+
+        # ---- State: the newest checkpoint, or the start.
+        checkpoints = Checkpoints(workdir, c.checkpoint.keep)
+        stack.callback(_close, checkpoints, shown)
+        done, position = checkpoints.latest, None
+        if done is None:
+            with shown.phase("reading the student's weights"):
+                state = start or job.start()
+        else:
+            with shown.phase(f"reading the checkpoint of step {done}"):
+                state, position = checkpoints.restore(done, job.abstract_state())
+        if teacher_params is None:
+            with shown.phase("reading the teacher's weights"):
+                teacher_params = job.teacher_params()
+
+        # ---- Prompts and draws.
+        prompts = data.batches(
+            job.prompts.train,
+            job.prompt_batch,
+            c.data.prompt_tokens,
+            job.student.pad_id,
+            c.seed,
+            sharding.local_rows(mesh, job.prompt_batch),
+            start=position,
+            parts=job.prompts.parts,
+            buckets=c.data.prompt_buckets,
+        )
+        key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
+        responder = job.responder(job.key(benchmark_run.KEY))
+
+        # ---- The loop. Metrics of a step are read after the next one is on its way.
         preemption = stack.enter_context(distributed.Preemption())
-        clock = stack.enter_context(metrics.PhaseClock())
-        writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done))
+        clock = stack.enter_context(metrics.PhaseClock(_telling(shown, c.train.steps)))
+        writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done, progress=shown))
         writer.say(str(job.prompts))
         # What is recorded of the step to go on from, as process 0 sees it.
         asked = [("eval", None), *(("benchmark", exam.benchmark.name) for exam in job.exams)]
@@ -80,20 +114,21 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
         stack.enter_context(jax.transfer_guard("disallow"))
         read = Reader(job, writer, clock)
 
-        def due(every: int, step: int) -> bool:
-            return every > 0 and (step % every == 0 or step == c.train.steps)
-
         def evaluated(step: int, state, result: dict | None = None) -> float:
-            result = dict(result or evaluate(job, state.params, teacher_params))
+            result = dict(result or evaluate(job, state.params, teacher_params, shown))
             rows = result.pop("rows")
             writer.write_evaluations([{"step": step} | row for row in rows])
             writer.write({"kind": "eval", "step": step} | result)
             read.restart()
             return result["kl"]
 
-        def examined(step: int, state, exams):
-            for exam in exams:
-                result = benchmark_run.answer(exam, responder, state.params, c.eval.samples)
+        def examined(step: int, state, skipped=()):
+            for number, exam in enumerate(job.exams):
+                piece = f"benchmark {number}"
+                if ("benchmark", exam.benchmark.name) in skipped:
+                    shown.skip(piece)
+                    continue
+                result = benchmark_run.answer(exam, responder, state.params, c.eval.samples, shown, piece)
                 benchmark_run.write(Path(workdir) / benchmark_run.FOLDER, step, result)
                 del result["rows"]
                 writer.write({"kind": "benchmark", "step": step} | result)
@@ -101,49 +136,80 @@ def train(job: Job, workdir, start_evaluation: dict | None = None):
 
         # The start; or what there was no time for after the step at which the run was stopped.
         first = done or 0
-        if due(c.eval.benchmark_every, first):
-            left = [exam for exam in job.exams if ("benchmark", exam.benchmark.name) not in there]
-            examined(first, state, left)
-        if due(c.eval.every, first) and ("eval", None) not in there:
-            evaluated(first, state, start_evaluation if done is None else None)
+        if progress is None:
+            shown.plan(work(c))
+        for name, count in work(c, first).items():
+            shown.skip(name, work(c)[name] - count)
+        if due(c, c.eval.benchmark_every, first):
+            examined(first, state, there)
+        if due(c, c.eval.every, first):
+            given = start_evaluation if done is None else None
+            if given or ("eval", None) in there:
+                shown.skip("evaluation")
+            if ("eval", None) not in there:
+                evaluated(first, state, given)
         for step in range(first + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
             batch = sharding.put_batch(mesh, local)
             data_seconds = time.perf_counter() - started
-            drawn = batch.tokens_BP, batch.mask_BP, key, state.step
+            width, drawn = local.tokens_BP.shape[1], (batch.tokens_BP, batch.mask_BP, key, state.step)
+            sample, writes = job.sample_group, state.params
             if job.teacher_writes:
-                rollouts = job.sample_teacher(teacher_params, *drawn)
-            else:
-                rollouts = job.sample_group(state.params, *drawn)
+                sample, writes = job.sample_teacher, teacher_params
+            with shown.compiling("the sampler", sample, width):
+                rollouts = sample(writes, *drawn)
             clock.watch("sample", step, rollouts.finished_B)
-            reward = (job.reward(local.index_B, rollouts),) if c.reward.weight else ()
+            reward = ()
+            if c.reward.weight:  # the host waits for the sampler here
+                with shown.phase(f"step {step}/{c.train.steps}: sampling, then grading", kind="grading"):
+                    reward = (job.reward(local.index_B, rollouts),)
             lesson = teacher_params, rollouts, job.segment_table(rollouts), release_key, *reward
             noise = {}
-            if due(c.metrics.gradient_noise_every, step):
-                noise = job.gradient_noise(state.params, state.step, *lesson)
+            if due(c, c.metrics.gradient_noise_every, step):
+                with shown.compiling("the gradient's noise", job.gradient_noise, width):
+                    noise = job.gradient_noise(state.params, state.step, *lesson)
                 clock.watch("gradient_noise", step, noise["gradient_norm_all"])
-            state, measured, supervision = job.train_step(state, *lesson)
+            with shown.compiling("the training step", job.train_step, width):
+                state, measured, supervision = job.train_step(state, *lesson)
             clock.watch("train", step, measured["loss"])
             read.finish()
             read.begin(step, measured | noise, data_seconds, batch.index_B, rollouts, supervision)
             stopping = preemption.reached()
-            evaluating = due(c.eval.every, step) and not stopping
-            examining = bool(job.exams) and due(c.eval.benchmark_every, step) and not stopping
-            saving = due(c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
+            evaluating = due(c, c.eval.every, step) and not stopping
+            examining = bool(job.exams) and due(c, c.eval.benchmark_every, step) and not stopping
+            saving = due(c, c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
             if evaluating or examining or saving:
                 read.finish()
             kl = evaluated(step, state) if evaluating else None
             if saving:
                 writer.sync()
-                checkpoints.save(step, state, prompts.state(), kl)
+                with shown.phase(f"saving step {step}", kind="saving"):
+                    checkpoints.save(step, state, prompts.state(), kl)
             if examining:  # the longest, and made when the run goes on if it ends here
-                examined(step, state, job.exams)
+                examined(step, state)
             if stopping:
                 writer.say(f"told to stop after step {step}; start again with the same --workdir to go on")
                 raise distributed.Preempted
         read.finish()
     return state
+
+
+def _telling(shown: Progress, total: int):
+    """What a PhaseClock is to call."""
+
+    def told(now):
+        if now is None:
+            shown.device(None)
+        else:
+            shown.device(f"step {now[0]}/{total}: {DOING[now[1]]}", now[1])
+
+    return told
+
+
+def _close(checkpoints: Checkpoints, shown: Progress):
+    with shown.phase("writing what is left of the checkpoint"):
+        checkpoints.close()
 
 
 class Reader:
@@ -201,7 +267,11 @@ def main(_):
     if flags.FLAGS.config is None:
         raise UserError("--config is not set; give a file of configs/, such as configs/demo.py")
     distributed.initialize()
-    train(prepare(flags.FLAGS.config, flags.FLAGS.workdir), flags.FLAGS.workdir)
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    with Progress() as progress:
+        job = prepare(config, workdir, progress)
+        progress.plan(work(config))
+        train(job, workdir, progress=progress)
 
 
 if __name__ == "__main__":

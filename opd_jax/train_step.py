@@ -9,6 +9,7 @@ from opd_jax import objectives, scoring, segments, trainable
 from opd_jax import release as releasing
 from opd_jax.models import moe, transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.repeats import repeated_tail
 from opd_jax.rollout import Rollouts
 
 POSITION_BINS = 20
@@ -38,12 +39,14 @@ class Lesson:
       advantage_BT: nats, as the loss sees it: clipped, and with the task reward mixed in.
       weight_BT: the release rule's weight times the rescale; 0 outside the response.
       targets: what the objective needs of the teacher beside.
+      ends: how the end of a response is taught beside the objective; None without objective.end_weight.
     """
 
     rollouts: Rollouts
     advantage_BT: jax.Array
     weight_BT: jax.Array
     targets: scoring.Targets
+    ends: objectives.Ends | None = None
 
 
 @struct.dataclass
@@ -243,11 +246,16 @@ def supervise(
     advantage_BT = objectives.advantage(
         scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
     )
+    ends = None
+    if config.objective.end_weight and student.eos_ids:  # a model without end tokens never ends
+        weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
+        ends = objectives.Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
     return scores, released, Lesson(
         rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
         advantage_BT=advantage_BT,
         weight_BT=released.weight_BT,
         targets=scores.targets,
+        ends=ends,
     )
 
 
@@ -273,6 +281,7 @@ def make_loss(student: ModelConfig, teacher: ModelConfig, config):
             remat=config.train.remat,
             targets=lesson.targets,
             teacher=(teacher, transformer.head(teacher, teacher_params) if needs_head else None),
+            ends=lesson.ends,
         )
         return total / tokens, load
 
@@ -354,6 +363,7 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         "gain": jnp.where(accepted_B, released.gain_B, 0).sum() * per_accepted,
         "response_length": length_B.mean(),
         "finished_share": rollouts.finished_B.mean(),
+        "repeated_share": repeated_tail(rollouts.response_BT, mask_BT, rollouts.finished_B).mean(),
         "position_tokens": by_position(mask_BT.astype(jnp.float32)),
         "position_kept_tokens": by_position(released.mask_BT.astype(jnp.float32)),
         "position_contrast_sum": by_position(scores.contrast_BT),

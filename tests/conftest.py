@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
+from tests import slow
+
 # Programs here are small and run a few times: what compiles them fastest, not what makes them fast. Set
 # before XLA first reads it, for what tests start too.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -56,9 +58,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Orders the files; make test has pytest-xdist keep the order."""
+    """Orders the files, which make test has pytest-xdist keep, and marks the slow tests."""
     rank = {name: n for n, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+    listed = set(slow.FILE.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid.partition("[")[0] in listed:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish():

@@ -326,5 +326,5 @@ def test_prompts_of_a_benchmark_carry_no_training_instruction(job):
 
 def test_every_reason_why_an_answer_was_not_graded_comes_through():
     reasons = ["", "time", "crash", "error"]
-    grader = types.SimpleNamespace(grade=lambda tasks: [Verdict(False, task) for task in tasks])
+    grader = types.SimpleNamespace(grade=lambda tasks, told: [Verdict(False, task) for task in tasks])
     assert [verdict.failed for verdict in benchmark_run._grade(grader, reasons)] == reasons

@@ -90,7 +90,9 @@ def test_demo_is_built_once_and_then_read_without_the_generator(
     assert [p.name[0] for p in Path(demo_cache).iterdir()] == ["o"]  # no scratch folder stays
 
 
-def test_edited_demo_requests_never_meet_an_old_cache(demo_cache, monkeypatch, tmp_path):
+def test_edited_demo_requests_never_meet_an_old_cache_and_building_tells_of_no_download(
+    demo_cache, monkeypatch, tmp_path, capfd
+):
     from opd_jax.prompts import demo
 
     requests = json.loads(demo.EVERYDAY_FILE.read_text(encoding="utf-8"))
@@ -98,7 +100,9 @@ def test_edited_demo_requests_never_meet_an_old_cache(demo_cache, monkeypatch, t
     edited = tmp_path / "everyday.json"
     edited.write_text(json.dumps([*requests[:-4], *(f"New request {i}." for i in range(4))]))
     monkeypatch.setattr(demo, "EVERYDAY_FILE", edited)
+    capfd.readouterr()
     assert demo.prepare(Path(demo_cache)) != before
+    assert "Downloading" not in "".join(capfd.readouterr())
 
 
 def _prepare(cache, barrier):

@@ -207,6 +207,72 @@ def test_group_probabilities_keep_their_digits_when_the_rest_is_tiny():
     np.testing.assert_allclose(got, np.log(groups(x_V, top_K)), rtol=1e-5)
 
 
+ENDS = (3, 50)
+
+
+def event(x_V, ids=ENDS):
+    """float64 probability of `ids`."""
+    return special.softmax(np.float64(x_V)[..., :VALID], -1)[..., list(ids)].sum(-1)
+
+
+def event_forward(s_V, t_V):
+    s, t = event(s_V), event(t_V)
+    return special.rel_entr(t, s) + special.rel_entr(1 - t, 1 - s)
+
+
+def ours_event(s_V, t_V, ids=ENDS):
+    return divergences.event_forward_kl(s_V, ids, jnp.asarray(event(t_V, ids), jnp.float32))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+def test_the_event_kl_is_that_of_two_coins_and_its_gradient_their_central_difference(scale):
+    s_V, t_V = (x.astype(np.float32).astype(np.float64) for x in logits(scale))
+    got = ours_event(padded(s_V), padded(t_V))
+    np.testing.assert_allclose(got, event_forward(s_V, t_V), rtol=2e-5, atol=2e-6)
+    grad_V = np.asarray(gradient(ours_event, padded(s_V), padded(t_V)))
+    assert not grad_V[..., VALID:].any()
+    np.testing.assert_allclose(grad_V.sum(-1), 0, atol=1e-6)
+    step = 1e-5
+    for v in (*ENDS, 0, VALID - 1, int(np.argmax(s_V[0, 0]))):
+        nudge_V = step * (np.arange(VALID) == v)
+        up, down = (event_forward(s_V + sign * nudge_V, t_V) for sign in (1, -1))
+        np.testing.assert_allclose(grad_V[..., v], (up - down) / (2 * step), rtol=1e-4, atol=2e-7)
+
+
+def test_the_event_kl_of_equal_students_is_zero_and_never_above_the_whole_forward_kl():
+    s_V, t_V = (padded(x) for x in logits())
+    np.testing.assert_allclose(ours_event(s_V, s_V), 0, atol=1e-6)
+    np.testing.assert_allclose(gradient(ours_event, s_V, s_V), 0, atol=1e-6)
+    assert (ours_event(s_V, t_V) < divergences.forward_kl(s_V, t_V)).all()
+
+
+def test_the_event_kl_teaches_an_end_that_the_reverse_kl_no_longer_sees():
+    """The student has unlearnt the end: the teacher's probability is 0.5, the student's 1e-12."""
+    t_V, s_V = np.zeros((1, VALID)), np.zeros((1, VALID))
+    t_V[..., 3], s_V[..., 3] = np.log(VALID - 1), np.log((VALID - 1) * 1e-12)
+    event_pull, reverse_pull = (
+        float(gradient(ours, padded(s_V), padded(t_V))[0, 3])
+        for ours in (functools.partial(ours_event, ids=(3,)), divergences.reverse_kl)
+    )
+    np.testing.assert_allclose(event_pull, -0.5, rtol=1e-5)
+    assert abs(reverse_pull) < 1e-9
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+@pytest.mark.parametrize("logit", [-90.0, 0.0, 80.0])
+def test_a_teacher_that_is_sure_of_an_end_or_of_none_gives_a_finite_event_kl(end, logit):
+    s_V = np.zeros((1, VALID))
+    s_V[..., 3] = logit
+
+    def loss(s_V):
+        return divergences.event_forward_kl(s_V, (3,), jnp.array([end])).sum()
+
+    value, grad_V = jax.value_and_grad(loss)(padded(s_V))
+    odds = np.exp(logit) / (VALID - 1)
+    np.testing.assert_allclose(value, np.log1p(1 / odds) if end else np.log1p(odds), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad_V[0, 3], odds / (1 + odds) - end, atol=1e-6)
+
+
 def test_entropy_is_that_of_scipy_without_the_absent_ids():
     s_V, _ = logits()
     want = special.entr(special.softmax(s_V, -1)).sum(-1)

@@ -3,6 +3,8 @@
 import json
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -11,7 +13,7 @@ from opd_jax import metrics
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import UserError
 from opd_jax.estimates import bootstrap_ratio
-from opd_jax.evaluate import evaluate, main, run_config
+from opd_jax.evaluate import evaluate, evaluate_teacher, main, run_config
 from opd_jax.job import prepare
 from tests import tiny
 
@@ -42,6 +44,23 @@ def test_every_held_out_prompt_is_answered_once(equal, job):
     assert equal["tokens"] == sum(row["tokens"] for row in equal["rows"])
     assert equal["response_length"] == equal["tokens"] / 11
     assert equal["finished_share"] == np.mean([row["finished"] for row in equal["rows"]])
+
+
+def test_the_teacher_in_the_students_place_answers_as_an_equal_student(job, equal):
+    theirs = evaluate_teacher(job, job.teacher_params())
+    assert theirs.pop("seconds") > 0
+    assert theirs == {name: equal[name] for name in theirs}
+    assert theirs.keys() == {"response_length", "finished_share", "repeated_share", "prompts", "tokens"}
+
+
+def test_an_evaluation_counts_the_responses_that_loop(models, equal):
+    """A model of zeros, asked greedily, writes one token for ever."""
+    assert equal["repeated_share"] == 0
+    overrides = {"rollout.max_tokens": 40, "rollout.temperature": 0.0, "data.heldout": 3}
+    job = prepare(tiny.config(models, **overrides))
+    zeros = jax.tree.map(jnp.zeros_like, job.start().params)
+    found = evaluate(job, zeros, job.teacher_params())
+    assert (found["repeated_share"], found["finished_share"]) == (1, 0)
 
 
 def test_evaluations_differ_by_the_student_alone(job, equal):

@@ -101,6 +101,16 @@ def test_norm_and_ratio_are_those_of_single_gradients(measured, row_gradients, p
     np.testing.assert_allclose(measured[f"gradient_snr_{part}"], snr, rtol=1e-3, atol=1e-3)
 
 
+def test_taught_ends_are_part_of_what_is_trained_on_and_of_no_released_token(case, measured):
+    student, teacher, rollouts, table = case
+    c = settings(objective__end_weight=1.0)
+    noise = jax.jit(make_gradient_noise(tiny.STUDENT, tiny.TEACHER, c, GROUPS))
+    taught = noise(student, jnp.int32(0), teacher, rollouts, table, KEY)
+    ratio = {part: taught[f"gradient_norm_{part}"] / measured[f"gradient_norm_{part}"] for part in PARTS}
+    assert ratio["released"] == pytest.approx(1, abs=1e-5)
+    assert all(abs(ratio[part] - 1) > 1e-3 for part in ("kept", "all"))
+
+
 def test_where_nothing_is_released_the_rest_has_no_gradient_and_no_ratio(case):
     rollouts = case[2]
     whole = run(case, rollouts.replace(mask_BT=rollouts.mask_BT & (np.arange(WIDTH) < KEPT)))

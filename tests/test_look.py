@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from opd_jax.job import prepare
-from opd_jax.look import look
+from opd_jax.look import AT_LENGTH, long_job, look
 from opd_jax.train import train
 from tests import tiny
 
@@ -53,3 +53,15 @@ def test_look_shows_the_rollouts_of_the_first_step_and_learns_nothing(models, tm
             for name in ("contrast", "advantage"):
                 assert a.pop(name) == pytest.approx(b.pop(name), abs=1e-4)
             assert a == b
+
+
+def test_a_look_at_long_answers_asks_for_length_and_cuts_by_the_papers_rule(models):
+    config = tiny.config(models, **{"release.rule": "none", "eval.every": 2})
+    job = long_job(config, answers=8, answer_tokens=16)
+    assert config.release.rule == "none" and config.data.instruction == ""  # the run's own stays
+    records = look(job, job.start().params, job.teacher_params())
+    assert len(records) == 8
+    for record in records:
+        assert AT_LENGTH in record["prompt"]
+        assert 0 < record["tokens"] <= 16
+        assert sum(sentence["tokens"] for sentence in record["sentences"]) == record["tokens"]

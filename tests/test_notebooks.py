@@ -69,7 +69,7 @@ def test_demo_notebook_runs(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     with open(tmp_path / "configs/demo.py", "a") as recipe:
         recipe.write(TWO_BLOCKS)
-    printed = executed("demo.ipynb", tmp_path, STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, OUT=str(out))
+    printed = executed("demo.ipynb", tmp_path, STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, LONG=24, OUT=str(out))
     assert "held-out KL(student‖teacher)" in printed and "release.rule=paper" in printed
     assert (out / "report.html").stat().st_size > 50_000
 
@@ -241,6 +241,6 @@ def test_demo_notebook_was_committed_with_the_outputs_of_one_run():
     code = [cell for cell in read("demo.ipynb").cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
-    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 5
+    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 6
     assert not [output for output in outputs if output.output_type == "error"]
     assert os.sep + "site-packages" not in path.read_text()

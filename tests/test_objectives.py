@@ -249,6 +249,7 @@ TEACHER = UNTIED.replace(vocab_size=V + 16, width=48)
 TOP_K = 5
 NAMES = sorted(objectives.OBJECTIVES)
 OPTIONS = objectives.Options(beta=0.3, entropy_threshold=3.5)
+ENDS = (5, 40)
 
 
 def log_softmax(logits_BTV):
@@ -294,13 +295,13 @@ def targets_of(name, teacher):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def head_value_and_grad(
-    name, options, chunk, student, teacher_head_VD, targets, rollouts, advantage_BT, weight_BT
+    name, options, chunk, student, teacher_head_VD, targets, rollouts, advantage_BT, weight_BT, ends=None
 ):
     def total(student):
         return objectives.head_loss_sum(
             name,
             options,
-            TIED,
+            TIED.replace(eos_ids=ENDS),
             *student,
             rollouts,
             advantage_BT,
@@ -308,13 +309,17 @@ def head_value_and_grad(
             chunk=chunk,
             targets=targets,
             teacher=(TEACHER, teacher_head_VD),
+            ends=ends,
         )
 
     return jax.value_and_grad(total)(student)
 
 
 def of(name, *, chunk=4, options=OPTIONS, student=None, teacher=None, data=None):
-    """(value, (gradient of the head, of the hidden states)) of an objective on `batch`."""
+    """(value, (gradient of the head, of the hidden states)) of an objective on `batch`.
+
+    `data` is as `batch`'s, and may end in Ends.
+    """
     student, teacher = student or states()[0], teacher or states()[1]
     targets = targets_of(name, teacher)
     return head_value_and_grad(name, options, chunk, student, teacher[0], targets, *(data or batch()))
@@ -375,6 +380,60 @@ def test_every_gradient_is_the_float64_central_difference(name):
             np.testing.assert_allclose(product, difference, rtol=2e-5, atol=2e-5)
 
 
+def ends(weight=0.7):
+    """Ends with `weight` at every position of `batch`, released ones too, and the teacher's probability."""
+    stop_BT = np.exp(whole(TEACHER, *states()[1]))[..., list(ENDS)].sum(-1)
+    mask_BT = batch()[0].mask_BT
+    return objectives.Ends(
+        weight_BT=np.where(mask_BT, weight, 0).astype(np.float32),
+        stop_BT=np.where(mask_BT, stop_BT, 0).astype(np.float32),
+    )
+
+
+def ends_reference(student):
+    """0.7 x the sum over the response of the forward KL between two coins, in float64."""
+    s_BT, t_BT = (
+        np.exp(whole(model, *of))[..., list(ENDS)].sum(-1)
+        for model, of in ((TIED, student), (TEACHER, states()[1]))
+    )
+    kl_BT = t_BT * np.log(t_BT / s_BT) + (1 - t_BT) * np.log((1 - t_BT) / (1 - s_BT))
+    return 0.7 * kl_BT[batch()[0].mask_BT].sum()
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_ends_add_the_float64_kl_of_two_coins_to_every_objective(name, chunk):
+    """Value, and gradient against central differences along random directions."""
+    plain = of(name, chunk=chunk)
+    both = of(name, chunk=chunk, data=(*batch(), ends()))
+    added = jax.tree.map(lambda a, b: np.float64(a - b), both, plain)
+    student = [np.float64(x) for x in states()[0]]
+    np.testing.assert_allclose(added[0], ends_reference(student), rtol=1e-4)
+    rng = np.random.default_rng(6)
+    step = 1e-5
+    for which in (0, 1):
+        nudge = rng.normal(size=student[which].shape)
+        up, down = (
+            ends_reference([x + sign * step * nudge if n == which else x for n, x in enumerate(student)])
+            for sign in (1, -1)
+        )
+        np.testing.assert_allclose(np.vdot(added[1][which], nudge), (up - down) / (2 * step), atol=2e-4)
+
+
+def test_ends_are_taught_where_the_rule_releases_and_nowhere_outside_the_response():
+    r, advantage_BT, weight_BT = batch()
+    nothing_BT = np.zeros_like(weight_BT)
+    _, (_, hidden_BTD) = of("reverse_kl", data=(r, advantage_BT, nothing_BT, ends()))
+    taught_BT = np.asarray(hidden_BTD).any(axis=-1)
+    np.testing.assert_array_equal(taught_BT, r.mask_BT)
+
+
+def test_a_weight_of_zero_on_ends_changes_no_bit():
+    for name in NAMES:
+        without, zero = of(name), of(name, data=(*batch(), ends(weight=0)))
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, without, zero)))
+
+
 def test_the_objectives_of_these_tests_take_both_their_branches():
     entropy_BT = targets_of("eopd", states()[1]).top.entropy_BT
     on_BT = batch()[2] > 0
@@ -431,8 +490,9 @@ def test_the_advantage_is_clipped_before_the_centred_reward_is_added():
     np.testing.assert_array_equal(all_ungraded, advantage_BT)
 
 
+@pytest.mark.parametrize("taught", [False, True], ids=["", "ends"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_objective_ever_holds_logits_of_the_whole_response(name):
+def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
     b, t, v, d, chunk = 4, 128, 8192, 16, 8
     config = TIED.replace(vocab_size=v, valid_vocab=v - 3, width=d)
 
@@ -460,12 +520,12 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name):
         finished_B=shaped(b, dtype=bool),
     )
 
-    def step(student, teacher_head_VD, targets, r, advantage_BT, weight_BT):
+    def step(student, teacher_head_VD, targets, r, advantage_BT, weight_BT, ends):
         def total(student):
             return objectives.head_loss_sum(
                 name,
                 objectives.Options(clip_ratio=CLIP),
-                config,
+                config.replace(eos_ids=ENDS),
                 *student,
                 r,
                 advantage_BT,
@@ -473,12 +533,14 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name):
                 chunk=chunk,
                 targets=targets,
                 teacher=(config, teacher_head_VD),
+                ends=ends,
             )
 
         return jax.value_and_grad(total)(student)
 
     student = shaped(v, d), shaped(b, t, d)
-    args = student, shaped(v, d), targets, r, shaped(b, t), shaped(b, t)
+    ends = objectives.Ends(weight_BT=shaped(b, t), stop_BT=shaped(b, t)) if taught else None
+    args = student, shaped(v, d), targets, r, shaped(b, t), shaped(b, t), ends
     compiled = jax.jit(step).lower(*args).compile()
     largest = max(
         math.prod(map(int, dims.split(",")))

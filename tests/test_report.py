@@ -44,6 +44,7 @@ def train_line(step: int, rng: np.random.Generator, released: bool) -> dict:
         "gain": 12.0 if released else None,
         "response_length": 40.0,
         "finished_share": 0.9,
+        "repeated_share": 0.1,
         "stop_probability": 0.02,
         "teacher_stop_probability": 0.01,
         "tokens_per_second": 100.0,
@@ -85,6 +86,9 @@ def rollout(step: int, text: str = "One. ", accepted: bool = True, **more) -> di
             {"text": "Two.", "tokens": 2, "kept": False, "contrast": None, "advantage": None},
         ],
     } | more
+
+
+ALARM = {"kind": "alarm", "step": 9, "alarm": "repeated_share", "of": "train", "value": 0.25}
 
 
 def write_run(folder: Path, train=(), evals=(), rollouts=(), rule="paper") -> Path:
@@ -139,7 +143,7 @@ UNITS = r"\b(step|tokens?|nats|nat|seconds|share|ratio|probability|BIC units|run
 
 def test_both_axes_of_every_plot_are_labelled_with_their_units(drawn):
     labels = drawn[1]
-    assert len(labels) == 26
+    assert len(labels) == 27
     for pair in labels:
         assert all(re.search(UNITS, label) for label in pair), pair
 
@@ -191,7 +195,7 @@ def test_page_is_well_formed_and_loads_nothing(page):
 
 def test_every_plot_is_valid_svg_with_the_colours_of_the_page(page):
     plots = re.findall(r"<svg .*?</svg>", page, re.DOTALL)
-    assert len(plots) == 24
+    assert len(plots) == 25
     for plot in plots:
         ElementTree.fromstring(plot)
         assert "#1112" not in plot and "#11110" not in plot  # no placeholder is left
@@ -421,3 +425,12 @@ def test_entry_without_a_run_is_one_line_and_status_2_and_never_imports_jax(work
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1 and "no metrics.jsonl" in bad.stderr
     assert bad.stderr.startswith("error: ")
+
+
+def test_alarms_stand_before_everything_else_with_the_name_of_their_run(workdirs, page, tmp_path):
+    assert "Alarm" not in page
+    train = [json.loads(line) for line in (workdirs[1] / "metrics.jsonl").read_text().splitlines()]
+    folder = write_run(tmp_path / "a<b", [*train, ALARM])
+    text = report.build([workdirs[0], folder], tmp_path / "out.html").read_text(encoding="utf-8")
+    alarm = "Alarm, a&lt;b: step 9: responses end in a loop of the same tokens: 25% of them"
+    assert text.count("Alarm, ") == 1 and 0 < text.index(alarm) < text.index("<h2")

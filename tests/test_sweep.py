@@ -261,6 +261,21 @@ def test_a_run_that_lacks_its_last_benchmark_is_not_done(finished, ablation, tmp
     assert not sweep.is_done(planned)
 
 
+def test_an_alarm_in_the_last_step_stands_for_no_evaluation(finished, ablation, tmp_path):
+    shutil.copytree(finished[0] / "full" / "seed-0", tmp_path / "full" / "seed-0")
+    (planned,) = runs(ablation, tmp_path, ["full"], [0])
+    path = planned.workdir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    alarm = {"kind": "alarm", "step": STEPS, "alarm": "finished_share", "of": "eval", "value": 0}
+
+    def done(*left_out):
+        kept = [r for r in [*records, alarm] if (r["kind"], r["step"]) not in left_out]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        return sweep.is_done(planned)
+
+    assert done() and not done(("eval", STEPS))
+
+
 def test_an_arm_that_was_never_evaluated_has_a_row_without_results(finished, ablation, tmp_path):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     for planned in runs(ablation, tmp_path, ["half"]):

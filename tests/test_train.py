@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -18,7 +19,8 @@ import pytest
 from opd_jax import distributed, sharding
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.job import Job, prepare
-from opd_jax.train import train
+from opd_jax.progress import Progress
+from opd_jax.train import train, work
 from tests import tiny
 
 
@@ -32,6 +34,13 @@ def finished(job, tmp_path_factory):
     """(workdir, final state) of an uninterrupted run of 5 steps."""
     workdir = tmp_path_factory.mktemp("finished")
     return workdir, train(job, workdir)
+
+
+def quiet(config):
+    """A progress that has planned a run, shown nowhere."""
+    progress = Progress(io.StringIO(), active=True, thread=False)
+    progress.plan(work(config))
+    return progress
 
 
 def lines(path):
@@ -50,6 +59,39 @@ def test_a_training_line_has_what_the_report_reads(finished):
     assert np.isfinite([last[k] for k in ("loss", "kl", "grad_norm", "tokens_per_second")]).all()
     assert {"seconds_sample", "seconds_train", "seconds_data", "seconds_step"} <= last.keys()
     assert sum(last["position_tokens"]) == last["response_tokens"]
+
+
+def test_a_run_does_what_was_planned_and_tells_each_phase(job, tmp_path, monkeypatch):
+    told, doing = [], []
+    phase, device = Progress._phase, Progress.device
+
+    def noted_phase(self, label, *arguments, **options):
+        told.append(label)
+        return phase(self, label, *arguments, **options)
+
+    def noted_device(self, label, *kind):
+        doing.append(label)
+        device(self, label, *kind)
+
+    monkeypatch.setattr(Progress, "_phase", noted_phase)
+    monkeypatch.setattr(Progress, "device", noted_device)
+    progress = quiet(job.config)
+    assert work(job.config) == {"step": 5, "evaluation": 4}
+    train(job, tmp_path, progress=progress)
+    assert not any(pieces.left for pieces in progress._plan.pieces.values())
+    evaluation = "evaluating on 6 held-out prompts, batch"
+    assert told == [
+        "reading the student's weights",
+        "reading the teacher's weights",
+        *(evaluation, "compiling the sampler", "compiling the divergence"),
+        "compiling the training step",
+        *(evaluation, "saving step 2"),
+        *(evaluation, "saving step 4"),
+        *(evaluation, "saving step 5"),
+        "writing what is left of the checkpoint",
+    ]
+    phases = "sampling", "scoring and updating"
+    assert [label for label in doing if label] == [f"step {n}/5: {p}" for n in range(1, 6) for p in phases]
 
 
 def undocumented(record: dict) -> set[str]:
@@ -139,7 +181,9 @@ def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(
         assert checkpoints.latest == step
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl") if r["kind"] == "eval"] == [0, 2]
 
-    state = train(job, tmp_path)
+    progress = quiet(job.config)
+    state = train(job, tmp_path, progress=progress)
+    assert not any(pieces.left for pieces in progress._plan.pieces.values()), "what is left of the plan"
     jax.tree.map(np.testing.assert_array_equal, state, finished[1])
     again, whole = (
         [(r["kind"], r["step"], r["kl"]) for r in lines(folder / "metrics.jsonl")]
@@ -203,7 +247,9 @@ def test_gradient_noise_and_grades_are_recorded_and_change_no_step(models, tmp_p
     settings |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint.every": 0, "train.steps": 2}
     settings |= {"metrics.rollouts": 8}
     job = prepare(tiny.config(models, **settings))
-    train(job, tmp_path / "plain")
+    progress = quiet(job.config)
+    train(job, tmp_path / "plain", progress=progress)
+    assert not any(pieces.left for pieces in progress._plan.pieces.values()), "what is left of the plan"
     measuring = dataclasses.replace(job, config=copy.deepcopy(job.config))
     measuring.config.metrics.gradient_noise_every = 2
     train(measuring, tmp_path / "noise")

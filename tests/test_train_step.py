@@ -215,6 +215,50 @@ def test_an_objective_in_micro_batches_is_its_weighted_sum_over_whole_logits(
     assert_close(gradient(state), grads, 2e-6)
 
 
+@pytest.mark.parametrize("name", ["policy_gradient", "jsd"])
+def test_ends_are_taught_by_weight_at_every_position_beside_what_the_rule_keeps(
+    name, student, teacher, rollouts, table
+):
+    overrides = {"objective__name": name, "train__micro_batch": 2}
+    plain, taught = (compiled(ADAM, objective__end_weight=w, **overrides) for w in (0.0, 0.5))
+    begin = start(student, ADAM)
+    without, _, _ = plain(begin, teacher, rollouts, table, KEY)
+    state, measured, _ = taught(begin, teacher, rollouts, table, KEY)
+    assert 0 < measured["accepted_share"] < 1
+
+    def mean(params):
+        s_BT, t_BT = (
+            jnp.exp(tiny.whole_logp(model, tree, rollouts)[..., tiny.END])
+            for model, tree in ((tiny.STUDENT, params), (tiny.TEACHER, teacher))
+        )
+        kl_BT = t_BT * jnp.log(t_BT / s_BT) + (1 - t_BT) * jnp.log((1 - t_BT) / (1 - s_BT))
+        return 0.5 * jnp.where(rollouts.mask_BT, kl_BT, 0).sum() / rollouts.mask_BT.sum()
+
+    grads = jax.jit(jax.grad(mean))(student)
+    assert optax.tree.norm(grads) > 1e-4
+    added = jax.tree.map(lambda a, b: a - b, gradient(state), gradient(without))
+    assert_close(added, grads, 2e-6)
+
+
+def test_a_student_equal_to_its_teacher_has_no_end_to_learn_at_any_update(student, rollouts, table):
+    overrides = {"objective__end_weight": 1.0, "train__updates_per_rollout": 2, "release__rule": "none"}
+    step = compiled(ADAM, tiny.STUDENT, **overrides)
+    _, measured, _ = step(start(student, ADAM), student, rollouts, table, KEY)
+    assert abs(measured["loss"]) < 1e-5 and measured["grad_norm"] < 1e-5
+    other = jax.tree.map(lambda p: 1.1 * p, student)
+    _, measured, _ = step(start(student, ADAM), other, rollouts, table, KEY)
+    assert measured["grad_norm"] > 1e-3
+
+
+def test_without_an_end_weight_the_compiled_step_is_the_one_of_old(student, teacher, rollouts, table):
+    """Not one instruction asks for the end ids' share."""
+    args = start(student, ADAM), teacher, rollouts, table, KEY
+    texts = [
+        compiled(ADAM, objective__end_weight=w).lower(*args).as_text(debug_info=True) for w in (0.0, 0.5)
+    ]
+    assert ["end_kl" in text for text in texts] == [False, True]
+
+
 def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(
     student, teacher, table
 ):

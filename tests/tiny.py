@@ -102,6 +102,8 @@ def config(folder, **overrides):
     values = {
         "student.path": str(folder / "student"),
         "teacher.path": str(folder / "teacher"),
+        "student.products": "compute",  # what auto takes depends on the machine
+        "teacher.products": "compute",
         "data.source": "jsonl",
         "data.path": str(folder / "prompts.jsonl"),
         "data.prompt_tokens": 48,

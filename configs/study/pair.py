@@ -12,6 +12,7 @@ SEEDS = (0, 1, 2)
 def get_config():
     """Ten steps of the demo's run; each evaluates before, between and after."""
     c = demo.get_config()
+    c.objective.end_weight = 0.0  # what is compared is the rule alone
     c.train.steps = 10
     c.eval.every = 5
     c.checkpoint.every = 0

@@ -18,6 +18,7 @@ def get_config():
     c = default.get_config()
     c.student.path = str(MODELS / "student")
     c.teacher.path = str(MODELS / "teacher")
+    c.student.products = c.teacher.products = "compute"  # the same digits on every machine
     c.data.source = "jsonl"
     c.data.path = "runs/sorting/prompts.jsonl"
     c.data.prompt_tokens = 16

@@ -11,6 +11,7 @@ def get_config():
     """From random weights to a teacher, some minutes on two cores."""
     c = default.get_config()
     c.student.path = "random:runs/sorting/shape"
+    c.student.products = "compute"  # the same digits on every machine
     c.data.source = "jsonl"
     c.data.path = "runs/sorting/worked.jsonl"
     c.data.prompt_tokens = 16

@@ -1,7 +1,7 @@
 """Matrix products of float32 arrays, operands in bfloat16 and sums in float32, and gradients of that kind.
 
-A CPU with bfloat16 instructions (AVX512_BF16, AMX) does them faster than in float32. Only operands
-are rounded: activations, residual stream, norms, attention and the output matrix stay float32.
+A CPU with bfloat16 instructions (AVX512_BF16, AMX) may do them faster than in float32; cpu.py finds out.
+Only operands are rounded: activations, residual stream, norms, attention and the output matrix stay float32.
 """
 
 import jax

@@ -30,17 +30,17 @@ class KVCache:
     filled_BS: jax.Array
 
 
-def unstack(config: ModelConfig, params: dict) -> tuple[dict, ...]:
+def unstack(config: ModelConfig, params: dict, rows: int) -> tuple[dict, ...]:
     """The blocks' weights, layer by layer, as `decode` takes them: gathered once for all steps.
 
-    In the dtype that products take them in. Experts, most of a sparse model, are spread over the slice
-    if they can be.
+    In the dtype and layout that products of `rows` rows take them in. Experts, most of a sparse model, are
+    spread over the slice if they can be.
     """
     spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
 
     def layer(i):
         p = jax.tree.map(lambda w: w[i], params["blocks"])
-        return transformer.narrow_block(config, transformer.gather_block(config, p, spread=spread))
+        return transformer.decode_block(config, transformer.gather_block(config, p, spread=spread), rows)
 
     return tuple(map(layer, range(config.layers)))
 

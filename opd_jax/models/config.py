@@ -37,6 +37,8 @@ class ModelConfig:
       weights: how matrices are stored, "float" (the parameters' dtype) or "int8"; see int8.py.
       products: operands of a block's products, "compute" (compute_dtype) or "bfloat16", which float32
         activations are rounded to; see bf16_products.py.
+      decoding: how decoding multiplies a few rows by a weight, "rows" (row times matrix) or "columns", with
+        weights stored [out, in]; see few_rows.py.
       attention: how whole sequences attend, "plain" (attention.py) or "splash" (splash.py).
       exchanged: two ids whose logits are exchanged, or None: a teacher's end token answers for the student's.
       layout: the tables by which its weights, cache and activations are cut over a mesh.
@@ -66,6 +68,7 @@ class ModelConfig:
     normalise_experts: bool = False
     weights: str = "float"
     products: str = "compute"
+    decoding: str = "rows"
     attention: str = "plain"
     exchanged: tuple[int, int] | None = None
     layout: Layout = DEFAULT

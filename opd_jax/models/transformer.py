@@ -13,7 +13,7 @@ from flax import nnx
 
 from opd_jax import sharding
 from opd_jax.layouts import DEFAULT, Layout
-from opd_jax.models import attention, bf16_products, int8, moe, splash
+from opd_jax.models import attention, bf16_products, few_rows, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
@@ -132,7 +132,7 @@ def block(
     """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
 
     Args:
-      p: what `gather_block` returned.
+      p: what `gather_block` or `decode_block` returned.
       spread: as there.
       narrow: products take bfloat16 operands (bf16_products.py); experts' do not.
 
@@ -180,12 +180,22 @@ def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
     return {name: placed(name, w) for name, w in p.items()}
 
 
-def narrow_block(config: ModelConfig, p: dict) -> dict:
-    """What `gather_block` returned, the matrices that narrow products take rounded to bfloat16 once."""
-    if not config.narrow:
-        return p
+def decode_block(config: ModelConfig, p: dict, rows: int) -> dict:
+    """What `gather_block` returned, its matrices once as the products of every decode step read them.
+
+    Rounded to bfloat16 where products are narrow; [out, in] where decoding is by columns and `rows`, the
+    batch, are few.
+    """
     names = {"query", "key", "value", "output"} | (set() if config.experts else {"gate", "up", "down"})
-    return p | {name: int8.cast(p[name], jnp.bfloat16) for name in names}
+    columns = config.decoding == "columns" and rows <= few_rows.ROWS
+
+    def stored(name):
+        weight = int8.cast(p[name], jnp.bfloat16) if config.narrow else p[name]
+        if not columns or int8.is_quantised(weight):
+            return weight
+        return few_rows.turned(weight, inputs=2 if name == "output" else 1)
+
+    return p | {name: stored(name) for name in names}
 
 
 def gather(config: ModelConfig, weight, axes):
@@ -210,6 +220,9 @@ def project(x, weight, inputs: int = 1, *, narrow: bool = False):
     """
     lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
     rows = x.reshape(-1, math.prod(weight.shape[:inputs]))
+    if isinstance(weight, few_rows.Columns):
+        product = few_rows.product(rows.astype(weight.values_NR.dtype), weight.values_NR, x.dtype)
+        return product.reshape(*lead, *out)
     weight_RN = int8.flat(weight, inputs)
     if not narrow:
         product = int8.product(rows, weight_RN)
@@ -320,9 +333,16 @@ def gather_head(config: ModelConfig, head_VD):
     return head_VD
 
 
-def logits(config: ModelConfig, head_VD, hidden):
-    """float32 logits [..., V] of hidden [..., D]; ids past the tokenizer's length are -inf."""
-    out = int8.product_with_rows(hidden.reshape(-1, hidden.shape[-1]), head_VD)
+def logits(config: ModelConfig, head_VD, hidden, *, decoding: bool = False):
+    """float32 logits [..., V] of hidden [..., D]; ids past the tokenizer's length are -inf.
+
+    With `decoding`, they are multiplied as config.decoding says.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if decoding and config.decoding == "columns" and not int8.is_quantised(head_VD):
+        out = few_rows.product(rows, head_VD, jnp.float32)
+    else:
+        out = int8.product_with_rows(rows, head_VD)
     return mask_vocabulary(config, out.reshape(*hidden.shape[:-1], -1))
 
 

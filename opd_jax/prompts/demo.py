@@ -4,7 +4,9 @@ A quarter of each split are everyday requests written for this project (`everyda
 grade-school problems with a numeric answer from reasoning-gym's `gsm_symbolic`.
 """
 
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import shutil
@@ -112,7 +114,9 @@ def prepare(cache: Path) -> Path:
     try:
         tfds.disable_progress_bar()
         builder = OpdDemo(data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare()
+        # TFDS prints a download message, although nothing is downloaded.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
         try:
             Path(builder.data_path).rename(final)
         except OSError:

@@ -204,7 +204,7 @@ def test_experts_are_spread_over_fsdp_and_tensor_while_tokens_are_decoded():
     weights, _ = on_mesh(config, (1, 4, 2))
     mesh = weights["final_norm"].mesh
     unstack = jax.jit(
-        sharding.on(mesh, functools.partial(cache.unstack, config)), in_shardings=(weights,)
+        sharding.on(mesh, functools.partial(cache.unstack, config, rows=8)), in_shardings=(weights,)
     )
     compiled = unstack.lower(transformer.abstract(config)).compile()
     for layer in compiled.output_shardings:

@@ -1,0 +1,65 @@
+"""What it saves to keep freed memory (opd_jax/memory.py): page faults and CPU seconds of each program.
+
+    python -m benchmarks.kept_memory
+
+Each setting has a process of its own. With the demo's models, 8 answers are written, compared with the
+teacher and trained on, four times; the last is shown.
+"""
+
+import resource
+import subprocess
+import sys
+import time
+
+import jax
+
+from configs import demo
+from opd_jax import data, sharding
+from opd_jax.job import prepare
+
+ROUNDS = 4
+# What a process does before it imports anything else.
+FIRST = {"given back": "", "kept": "from opd_jax import memory; memory.keep();"}
+
+
+def measured(function, *args):
+    """(result, {what: amount}) of one call."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+    return result, {
+        "wall s": wall,
+        "user s": after.ru_utime - before.ru_utime,
+        "system s": after.ru_stime - before.ru_stime,
+        "page faults": after.ru_minflt - before.ru_minflt,
+    }
+
+
+def rounds(memory: str):
+    """Prints the last round's amounts of each program."""
+    c = demo.get_config()
+    job = prepare(c)
+    teacher_params, state = job.teacher_params(), job.start()
+    rows = sharding.local_rows(job.mesh, job.prompt_batch)
+    prompts = data.batches(
+        job.prompts.train, job.prompt_batch, c.data.prompt_tokens, job.student.pad_id, c.seed, rows
+    )
+    key = job.key(0)
+    for _ in range(ROUNDS):
+        batch = sharding.put_batch(job.mesh, next(prompts))
+        drawn = batch.tokens_BP, batch.mask_BP, key, state.step
+        rollouts, of_sample = measured(job.sample_group, state.params, *drawn)
+        _, of_compare = measured(job.divergence, state.params, teacher_params, rollouts)
+        lesson = teacher_params, rollouts, job.segment_table(rollouts), key
+        (state, *_), of_step = measured(job.train_step, state, *lesson)
+    for name, amounts in (("sample", of_sample), ("compare", of_compare), ("train_step", of_step)):
+        cells = "".join(f"{amounts[column]:>14,.2f}" for column in amounts)
+        print(f"{memory:<12}{name:<12}{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    columns = "".join(f"{name:>14}" for name in ("wall s", "user s", "system s", "page faults"))
+    print(f"{'memory':<12}{'program':<12}{columns}", flush=True)
+    for memory, first in FIRST.items():
+        code = f"{first} from benchmarks.kept_memory import rounds; rounds({memory!r})"
+        subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,192 @@
+"""How much of the demo a machine does in a given time: sizes from a probe, steps from a measurement."""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping
+
+from opd_jax import costs
+from opd_jax.config import get
+
+# All of these were read off runs of the demo on two cores.
+STEP_PASSES = 2.6  # scoring and updating over the comparison of an evaluation, both models' forward passes
+OF_RATE = 0.55  # share of the rate of a large product that a whole step reaches
+FIRST_COMPILING = 20.0  # seconds that sampler and comparison take to compile, before it is measured
+COMPILES = 2.5  # compiling both training steps, over compiling sampler and comparison
+OTHER_SECONDS = 20.0  # reading weights and prompts again, checkpoints, the report
+REPORT_SECONDS = 5.0
+FEWEST_STEPS = 3
+
+
+# Config keys of the sizes.
+KEYS = {
+    "data.heldout": "heldout",
+    "data.prompt_tokens": "prompt_tokens",
+    "rollout.batch": "batch",
+    "rollout.max_tokens": "tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Upper bounds of sizes that cost time.
+
+    Attributes:
+      heldout: prompts answered before and after training.
+      prompt_tokens: the longest prompt.
+      batch: answers a step.
+      tokens: the longest answer.
+      answers, answer_tokens: the long answers that time is kept for.
+    """
+
+    heldout: int
+    prompt_tokens: int
+    batch: int
+    tokens: int
+    answers: int
+    answer_tokens: int
+
+    def apply(self, config) -> dict[str, tuple[int, int]]:
+        """Lowers what a config has of them, in place; returns key -> (value before, value now)."""
+        changed = {}
+        for key, name in KEYS.items():
+            before = get(config, key)
+            if before > getattr(self, name):
+                changed[key] = before, getattr(self, name)
+        config.update_from_flattened_dict({key: now for key, (_, now) in changed.items()})
+        config.train.micro_batch = min(config.train.micro_batch, config.rollout.batch)
+        return changed
+
+
+WHOLE = Sizes(heldout=24, prompt_tokens=128, batch=8, tokens=96, answers=8, answer_tokens=512)
+SHORT = Sizes(heldout=16, prompt_tokens=64, batch=8, tokens=96, answers=8, answer_tokens=384)
+SMALL = Sizes(heldout=8, prompt_tokens=64, batch=4, tokens=64, answers=4, answer_tokens=256)
+# From the whole ones on, each is left for the next where fewer steps an arm fit: fewer tokens and more steps
+# tell more.
+FEWEST_OF = {WHOLE: 10, SHORT: 5, SMALL: 0}
+# (answers, tokens) of a look at long answers, the best first.
+LOOKS = ((32, 640), (16, 640), (8, 640), (8, 512), (8, 384), (8, 256), (4, 256))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a batch of held-out prompts took, and what follows from it.
+
+    Attributes:
+      sample, compare: seconds of writing a batch of answers, and of both models' forward passes over it.
+      compiling: seconds that the first batch took longer.
+      batch, prompt_tokens, tokens: the batch's answers, the width of a prompt, the longest answer.
+    """
+
+    sample: float
+    compare: float
+    compiling: float
+    batch: int
+    prompt_tokens: int
+    tokens: int
+
+    @property
+    def step(self) -> float:
+        """Seconds of a training step."""
+        return self.sample + STEP_PASSES * self.compare
+
+    def evaluation(self, prompts: int) -> float:
+        """Seconds of an evaluation on so many prompts."""
+        return -(-prompts // self.batch) * (self.sample + self.compare)
+
+    def look(self, answers: int, answer_tokens: int) -> float:
+        """Seconds of writing and scoring long answers, compiling included."""
+        rows = answers / self.batch
+        # A decode step reads all weights, whatever the rows; the rest grows with rows and cache.
+        sample = self.sample * answer_tokens / self.tokens * (0.6 + 0.6 * rows)
+        length = (self.prompt_tokens + answer_tokens) / (self.prompt_tokens + self.tokens)
+        return sample + self.compare * rows * length + 1.5 * self.compiling
+
+    def fixed(self, sizes: Sizes) -> float:
+        """Seconds of all that follows the start's evaluation but the steps."""
+        ends = 2 * self.evaluation(sizes.heldout)
+        look = self.look(sizes.answers, sizes.answer_tokens)
+        return ends + COMPILES * self.compiling + look + OTHER_SECONDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the demo will do.
+
+    Attributes:
+      steps: of each arm.
+      most: steps that more time would give.
+      look: (answers, tokens) of the look at long answers, as far as can be told.
+      seconds: phase -> seconds predicted, in order.
+      more_seconds: what the rest of the steps would take.
+    """
+
+    steps: int
+    most: int
+    look: tuple[int, int]
+    seconds: Mapping[str, float]
+    more_seconds: float
+
+
+class Budget:
+    """The time there is, from now on; 0 minutes set no limit."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self._started = time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
+
+    @property
+    def left(self) -> float:
+        """Seconds left; infinite without a limit."""
+        return self.minutes * 60 - self.spent if self.minutes else float("inf")
+
+
+def choose_sizes(student, teacher, config, rate: float, left: float) -> Sizes:
+    """The largest sizes of which enough steps fit.
+
+    Args:
+      student, teacher: ModelConfigs.
+      config: its sizes are read where they are lower.
+      rate: FLOP/s of a large matrix product.
+      left: seconds.
+    """
+    for sizes, fewest in FEWEST_OF.items():
+        c = copy.deepcopy(config)
+        sizes.apply(c)
+        shape = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
+        flops = costs.phase_flops(student, teacher, *shape)
+        seconds = {name: value / (OF_RATE * rate) for name, value in flops.items()}
+        expected = Measured(seconds["sample"], 2 * seconds["score"], FIRST_COMPILING, *shape)
+        start = FIRST_COMPILING + expected.evaluation(c.data.heldout)
+        if _room(expected, sizes, left - start) >= fewest:
+            return sizes
+    return SMALL
+
+
+def fit(measured: Measured, sizes: Sizes, most: int, left: float) -> Plan:
+    """The steps of an arm that fit into the seconds left after the start's evaluation, at most `most`."""
+    steps = int(min(most, max(_room(measured, sizes, left), FEWEST_STEPS)))
+    arm = COMPILES / 2 * measured.compiling + steps * measured.step + measured.evaluation(sizes.heldout)
+    look = choose_look(measured, left - 2 * arm - OTHER_SECONDS)
+    seconds = {
+        "full supervision": arm,
+        "release rule": arm,
+        "long answers": measured.look(*look),
+        "reading and writing": OTHER_SECONDS,
+    }
+    return Plan(steps, most, look, seconds, 2 * (most - steps) * measured.step)
+
+
+def choose_look(measured: Measured, left: float) -> tuple[int, int]:
+    """(answers, tokens) of the best look at long answers that fits, or of the smallest."""
+    return next((size for size in LOOKS if measured.look(*size) <= left), LOOKS[-1])
+
+
+def _room(measured: Measured, sizes: Sizes, left: float) -> float:
+    """Steps of an arm that fit, of two arms."""
+    return (left - measured.fixed(sizes)) / (2 * measured.step)

@@ -1,0 +1,80 @@
+"""How long planned work will still take, by what its pieces took so far."""
+
+import collections
+import dataclasses
+
+
+@dataclasses.dataclass(eq=False)
+class Pieces:
+    """Planned work of one kind: pieces left, and seconds of each as foreseen and as measured."""
+
+    left: int = 0
+    foreseen: float | None = None
+    measured: collections.deque = dataclasses.field(default_factory=lambda: collections.deque(maxlen=4))
+    warm: bool = False
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a piece: the mean of the last ones, else what is foreseen, else None."""
+        return sum(self.measured) / len(self.measured) if self.measured else self.foreseen
+
+    def foresee(self, seconds: float) -> None:
+        """From here on a piece takes so long, until one is measured."""
+        self.foreseen, self.warm = seconds, False
+        self.measured.clear()
+
+    def measure(self, seconds: float) -> None:
+        """A piece took so long. The first of all is dropped once there is another: caches were cold."""
+        if self.measured and not self.warm:
+            self.measured.clear()
+            self.warm = True
+        self.measured.append(seconds)
+
+
+class Plan:
+    """The work of a command, in pieces of several kinds.
+
+    Attributes:
+      pieces: name -> Pieces.
+      worked: seconds of all pieces done.
+    """
+
+    def __init__(self):
+        self.pieces: dict[str, Pieces] = {}
+        self.worked = 0.0
+
+    def of(self, name: str) -> Pieces:
+        """The pieces of one name; none if it was not planned."""
+        return self.pieces.setdefault(name, Pieces())
+
+    def add(self, name: str, count: int) -> None:
+        """Adds pieces, or takes some out."""
+        pieces = self.of(name)
+        pieces.left = max(0, pieces.left + count)
+
+    def done(self, name: str, seconds: float) -> None:
+        """One piece is done."""
+        self.add(name, -1)
+        self.of(name).measure(seconds)
+        self.worked += seconds
+
+    @property
+    def partly_known(self) -> bool:
+        """Whether there are pieces of which nobody knows yet how long they take."""
+        return any(pieces.left and pieces.seconds is None for pieces in self.pieces.values())
+
+    def left(self, doing: str = "", elapsed: float = 0.0) -> float | None:
+        """Seconds of the pieces left, of those that are known; None while most are not, or none is left.
+
+        Args:
+          doing: the kind of the piece that goes on, since `elapsed` seconds.
+        """
+        left = [pieces for pieces in self.pieces.values() if pieces.left]
+        known = [pieces for pieces in left if pieces.seconds is not None]
+        if 2 * sum(pieces.left for pieces in known) <= sum(pieces.left for pieces in left):
+            return None
+        seconds = sum(pieces.left * pieces.seconds for pieces in known)
+        hand = self.pieces.get(doing)
+        if hand in known:
+            seconds -= min(max(0.0, elapsed), hand.seconds)
+        return seconds
