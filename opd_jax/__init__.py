@@ -2,7 +2,8 @@
 
 import sys
 
-if sys.argv[:1] == ["-m"]:  # python -m opd_jax.NAME, whose module is being looked for; none has been imported
+# python -m opd_jax.NAME, before any other module is imported. Grading workers run no XLA program.
+if sys.argv[:1] == ["-m"] and "opd_jax.grading_worker" not in sys.orig_argv:
     from opd_jax import memory
 
     memory.keep()

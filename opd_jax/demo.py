@@ -227,7 +227,7 @@ def announcement(plan, measured, lowered: dict[str, tuple[int, int]], spent: flo
             0, f"{plan.most - plan.steps} of {plan.most} steps an arm ({minutes:.0f} minutes at these sizes)"
         )
     if left_out:
-        lines.append(f"Left out for speed: {'; '.join(left_out)}. --minutes=N gives it N minutes.")
+        lines.append(f"Left out for speed: {'; '.join(left_out)}. More time does more: --minutes=N.")
     return "\n".join(lines) + "\n"
 
 
@@ -277,9 +277,9 @@ def table(runs) -> str:
     first = next(iter(runs.values()))
     columns = {"start": [*evaluated(first.evals[0]), "–", "–", "–", "–"]}
     columns |= {arm: evaluated(run.evals[-1]) + trained(run) for arm, run in runs.items()}
-    own = first.evals[0]
-    if "teacher_finished_share" in own:
-        length, finished = own["teacher_response_length"], own["teacher_finished_share"]
+    start = first.evals[0]
+    if "teacher_finished_share" in start:
+        length, finished = start["teacher_response_length"], start["teacher_finished_share"]
         columns["teacher"] = ["–", f"{length:.1f}", f"{finished:.0%}", "–", "–", "–", "–"]
     widths = [max(map(len, rows))] + [max(len(name), *map(len, cells)) for name, cells in columns.items()]
     lines = [["", *columns], *zip(rows, *columns.values(), strict=True)]
