@@ -1,6 +1,7 @@
 """Test set-up: CPU with eight virtual devices, programs compiled once, and rank promotion is an error."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import platform
@@ -24,12 +25,16 @@ from tests import slow
 # Programs here are small and run a few times: what compiles them fastest, not what makes them fast. Set
 # before XLA first reads it, for what tests start too.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # each worker has about one core
 if jax.__version_info__ < (0, 11):  # jax 0.12 has no such flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What JAX traces is millions of small objects that stay: looking through them took a seventh of the time.
+gc.set_threshold(100_000, 50, 1000)
 
 # Files of half a minute and more, the longest first: one that is begun last leaves the other workers idle.
 LONGEST = (
@@ -60,6 +65,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.partition("[")[0] in listed:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end too."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ class Cloud:
             path = folder / "bin" / tool
             path.write_text(FAKE)
             path.chmod(0o755)
+        (folder / "bin" / "python3").symlink_to(sys.executable)  # of the tools; another may start slowly
         text = (LAUNCH / "settings.example.sh").read_text()
         settings = {"NAME": "first", "PROJECT": "mine", "ZONE": "us-west4-a", "POLL": "1"} | settings
         for name, value in settings.items():

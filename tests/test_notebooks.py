@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,17 +30,17 @@ def parameters(notebook):
     return cell
 
 
-def executed(name: str, **values) -> str:
+def executed(name: str, root=ROOT, **values) -> str:
     """Runs the notebook with some parameters replaced, as a user would edit them; returns what it printed.
 
-    A cell that raises fails the test.
+    A cell that raises fails the test. `root` is the folder of opd_jax/, configs/ and colab/.
     """
     notebook = read(name)
     cell = parameters(notebook)
     names = {line.partition(" = ")[0] for line in cell.source.splitlines()}
     assert set(values) <= names
     cell.source += "".join(f"\n{key} = {value!r}" for key, value in values.items())
-    client = NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(ROOT / "colab")}})
+    client = NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(root / "colab")}})
     client.execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
@@ -47,10 +48,28 @@ def executed(name: str, **values) -> str:
     return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
+# The demo's recipe with two of the student's blocks: its sampler has a program for each, compiled one by one.
+TWO_BLOCKS = """
+
+recipe = get_config
+
+
+def get_config():
+    c = recipe()
+    c.student.drop_layers = tuple(range(1, 29))
+    return c
+"""
+
+
 def test_demo_notebook_runs(tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setenv("XLA_FLAGS", "")  # a real model runs longer than LLVM takes to optimise its programs
-    printed = executed("demo.ipynb", STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, LONG=24, OUT=str(out))
+    (tmp_path / "colab").mkdir()
+    (tmp_path / "opd_jax").symlink_to(ROOT / "opd_jax")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    with open(tmp_path / "configs/demo.py", "a") as recipe:
+        recipe.write(TWO_BLOCKS)
+    printed = executed("demo.ipynb", tmp_path, STEPS=2, BATCH=2, TOKENS=16, HELDOUT=2, LONG=24, OUT=str(out))
     assert "held-out KL(student‖teacher)" in printed and "release.rule=paper" in printed
     assert (out / "report.html").stat().st_size > 50_000
 

@@ -192,16 +192,27 @@ def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(
     assert again == whole
 
 
-def test_segments_cut_by_nltk_on_the_host_train_as_those_cut_on_device(recipe, tmp_path):
-    """To the last bit, on eight devices, compiled as a user's programs are."""
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    short = "--config.train.steps=2", "--config.eval.every=0", "--config.checkpoint.every=0"
+def test_segments_cut_by_nltk_on_the_host_train_as_those_cut_on_device(models, tmp_path):
+    """To the last bit, on eight devices, the step compiled as a user's is."""
+    short = {"train.steps": 2, "eval.every": 0, "checkpoint.every": 0}
     for kind in ("punkt", "nltk"):
-        arguments = f"--config={recipe}", f"--config.segments.kind={kind}", f"--workdir={tmp_path / kind}"
-        done = tiny.entry("opd_jax.train", *arguments, *short, env=env)
-        assert done.returncode == 0, done.stderr
+        job = prepare(tiny.config(models, **short, **{"segments.kind": kind}))
+        job.__dict__["train_step"] = optimised(job.train_step)
+        train(job, tmp_path / kind)
     assert len(losses(tmp_path / "punkt")) == 2
     assert losses(tmp_path / "nltk") == losses(tmp_path / "punkt")
+
+
+def optimised(program):
+    """The program as a user's process compiles it."""
+    compiled = []
+
+    def run(*arguments):
+        if not compiled:
+            compiled.append(program.lower(*arguments).compile(compiler_options=tiny.OPTIMISED))
+        return compiled[0](*arguments)
+
+    return run
 
 
 def test_prompt_buckets_change_no_loss_and_compile_each_program_once_a_width(models, tmp_path, monkeypatch):
@@ -254,50 +265,37 @@ def test_gradient_noise_and_grades_are_recorded_and_change_no_step(models, tmp_p
     assert 0 < sum(odd) < len(odd) == 16
 
 
-STEPS = 40
+LONG = {"train.steps": 40, "checkpoint.every": 5, "eval.every": 20}
 
 
-@pytest.fixture(scope="module")
-def recipe(models, tmp_path_factory):
-    """A config file of 40 steps with a checkpoint every 5."""
-    path = tmp_path_factory.mktemp("recipe") / "recipe.py"
-    path.write_text(
+def test_a_run_killed_and_started_again_ends_as_if_nothing_had_happened(models, tmp_path):
+    """The whole run is of this process, with as many devices."""
+    recipe, killed = tmp_path / "recipe.py", tmp_path / "killed"
+    recipe.write_text(
         "from pathlib import Path\nfrom tests import tiny\n\n\ndef get_config():\n"
-        f"    c = tiny.config(Path({str(models)!r}))\n"
-        f"    c.train.steps = {STEPS}\n    c.checkpoint.every = 5\n    c.eval.every = 20\n"
-        "    return c\n"
+        f"    return tiny.config(Path({str(models)!r}), **{LONG!r})\n"
     )
-    return path
 
+    def run(**options):
+        options["env"] = {"JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+        return tiny.entry("opd_jax.train", f"--config={recipe}", f"--workdir={killed}", **options)
 
-def test_a_run_killed_and_started_again_ends_as_if_nothing_had_happened(
-    recipe, models, tmp_path
-):
-    def run(name, **options):
-        arguments = f"--config={recipe}", f"--workdir={tmp_path / name}"
-        return tiny.entry("opd_jax.train", *arguments, **options)
-
-    whole = run("whole")
-    assert whole.returncode == 0, whole.stderr
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = run("killed", start=subprocess.Popen, **quiet)
-    killed = tmp_path / "killed"
+    job = prepare(tiny.config(models, **LONG))
+    state = train(job, tmp_path / "whole")
+    process = run(start=subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_steps_past_a_checkpoint(killed, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
     reached = losses(killed)
-    assert 5 < len(reached) < STEPS
-    again = run("killed")
+    assert 5 < len(reached) < LONG["train.steps"]
+    again = run()
     assert again.returncode == 0, again.stderr
     assert "step 1/" not in again.stderr, "it began anew"
 
     assert losses(killed) == losses(tmp_path / "whole")
-    job = prepare(tiny.config(models, **{"train.steps": STEPS}))
-    states = []
-    for name in ("whole", "killed"):
-        with Checkpoints(tmp_path / name, 2) as checkpoints:
-            states.append(checkpoints.restore(STEPS, job.abstract_state())[0])
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    with Checkpoints(killed, 2) as checkpoints:
+        saved, _ = checkpoints.restore(LONG["train.steps"], job.abstract_state())
+    jax.tree.map(np.testing.assert_array_equal, saved, state)
 
 
 def wait_for_steps_past_a_checkpoint(workdir, process):

