@@ -36,24 +36,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What JAX traces is millions of small objects that stay: looking through them took a seventh of the time.
 gc.set_threshold(100_000, 50, 1000)
 
-# Files of half a minute and more, the longest first: one that is begun last leaves the other workers idle.
+# Files of twenty seconds and more, the longest first: one that is begun last leaves the other workers idle.
 LONGEST = (
     "test_notebooks",
     "test_sweep",
     "test_train",
-    "test_pod",
-    "test_train_step",
-    "test_rollout",
     "test_tpu",
-    "test_preflight",
-    "test_moe",
-    "test_benchmarks",
-    "test_train_objectives",
-    "test_look",
+    "test_meshes",
+    "test_train_step",
+    "test_pod",
     "test_docs",
-    "test_sft",
-    "test_evaluate",
-    "test_rules",
+    "test_rollout",
+    "test_few_rows",
+    "test_preflight",
+    "test_segments",
+    "test_parity",
+    "test_bench",
+    "test_grading",
+    "test_benchmarks",
+    "test_look",
 )
 
 
