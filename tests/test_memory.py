@@ -21,7 +21,10 @@ def test_memory_is_left_alone_beside_an_accelerator_and_without_glibc(monkeypatc
 
 @pytest.mark.skipif(memory.platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_an_entry_maps_no_page_of_a_programs_temporaries_again():
-    """They are 64 MB here, 16,384 pages; given back, they are mapped anew at every call."""
+    """They are 64 MB here, 16,384 pages; given back, they are mapped anew at every call.
+
+    On a busy machine a call may begin before the last one's memory is free, so half of the calls must show it.
+    """
     code = """
         import resource, sys
 
@@ -34,10 +37,10 @@ def test_an_entry_maps_no_page_of_a_programs_temporaries_again():
         program = jax.jit(lambda x: (jnp.sin(x) @ jnp.ones((1024, 1024))).sum())
         x = jnp.ones((16, 1024, 1024))
         faults = []
-        for _ in range(8):
+        for _ in range(12):
             jax.block_until_ready(program(x))
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        print(faults[-1] - faults[-4])
+        print(sorted(after - before for before, after in zip(faults[-9:], faults[-8:]))[4])
     """
     done = tiny.entry(textwrap.dedent(code), command=(sys.executable, "-c"), env={"GLIBC_TUNABLES": ""})
     assert done.returncode == 0, done.stderr
