@@ -19,7 +19,7 @@ from opd_jax.job import prepare
 
 ROUNDS = 4
 # What a process does before it imports anything else.
-FIRST = {"given back": "", "kept": "from opd_jax import memory; memory.keep();"}
+FIRST = {"given back": "", "kept": "from opd_jax import memory; memory.keep(); "}
 
 
 def measured(function, *args):
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     columns = "".join(f"{name:>14}" for name in ("wall s", "user s", "system s", "page faults"))
     print(f"{'memory':<12}{'program':<12}{columns}", flush=True)
     for memory, first in FIRST.items():
-        code = f"{first} from benchmarks.kept_memory import rounds; rounds({memory!r})"
+        code = f"{first}from benchmarks.kept_memory import rounds; rounds({memory!r})"
         subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,7 +23,7 @@ def test_memory_is_left_alone_beside_an_accelerator_and_without_glibc(monkeypatc
 def test_an_entry_maps_no_page_of_a_programs_temporaries_again():
     """They are 64 MB here, 16,384 pages; given back, they are mapped anew at every call.
 
-    On a busy machine a call may begin before the last one's memory is free, so half of the calls must show it.
+    On a busy machine a call may begin before the last one's memory is free: half of the calls must show it.
     """
     code = """
         import resource, sys
