@@ -15,7 +15,7 @@ def keep() -> bool:
     """Has this process keep the memory that it frees, where its programs run on a CPU.
 
     XLA's CPU client takes a program's temporaries from malloc at every call, and frees them after it. For
-    gigabytes, malloc asks the system anew each time, and every page is cleared and mapped again: a third of a
+    gigabytes, malloc asks the system anew each time, and every page is cleared and mapped again: a fifth of a
     training step's CPU time on some virtual machines (benchmarks/kept_memory.py). The process then holds its
     peak until it ends. Nothing is done beside an accelerator, or without glibc.
 
