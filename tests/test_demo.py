@@ -94,9 +94,8 @@ def test_what_it_cannot_do_is_said_before_anything_is_read(models, monkeypatch, 
 def test_one_batch_is_measured_when_everything_is_compiled(models):
     job = demo.prepare(tiny.config(models, **{"data.heldout": 8}))
     evaluation, measured = demo.measure(job, job.start().params, job.teacher_params())
-    assert evaluation["seconds"] == pytest.approx(
-        measured.compiling + measured.sample + measured.compare, rel=1e-6
-    )
+    rest = evaluation["seconds"] - measured.sample - measured.compare
+    assert measured.compiling == pytest.approx(max(rest, 0.0), abs=1e-6)
     assert dataclasses.replace(measured, batch=1).evaluation(3) == 3 * (measured.sample + measured.compare)
 
 
