@@ -54,17 +54,17 @@ ablations: $(VENV)/.installed
 
 # About an hour and a half on two cores, most of it in the pair of language models; goes on where it stopped.
 study: $(VENV)/.installed
-	test -f runs/sorting/prompts.jsonl || $(BIN)/python -m opd_jax.study.sorting --out=runs/sorting
+	test -f runs/sorting/prompts.jsonl || $(BIN)/python -m studies.sorting --out=runs/sorting
 	$(BIN)/python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting
 	$(BIN)/python -m opd_jax.sweep --config=configs/study/sorting_rescale.py --out=runs/study/sorting_rescale
 	$(BIN)/python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
-	$(BIN)/python -m opd_jax.study.report --out=docs/study $(ARGS)
+	$(BIN)/python -m studies.report --out=docs/study $(ARGS)
 
 # About half an hour on two cores; goes on where it stopped.
 smollm2: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.sweep --config=configs/smollm2.py --out=runs/smollm2 $(ARGS)
 	$(BIN)/python -m opd_jax.train --config=configs/smollm2_teacher.py --workdir=runs/smollm2/teacher/seed-0
-	$(BIN)/python -m opd_jax.study.longer --runs=runs/smollm2 --out=docs/smollm2
+	$(BIN)/python -m studies.longer --runs=runs/smollm2 --out=docs/smollm2
 	test -d runs/smollm2/healed || $(BIN)/python -m opd_jax.export --workdir=runs/smollm2/reverse_kl/seed-0 \
 	  --out=runs/smollm2/healed
 

@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import demo
-from opd_jax import data, programs, release, scoring, segments, sharding
-from opd_jax.job import prepare
-from opd_jax.models import source, transformer
+from opd_jax import data, release
+from opd_jax.config import load
+from opd_jax.distill import scoring
+from opd_jax.models import transformer
+from opd_jax.models.files import source
+from opd_jax.parallel import sharding
+from opd_jax.release.segments import segments
+from opd_jax.run import prepare, programs
 
 # (dtype, how matrices are kept) of each teacher.
 TEACHERS = (("float32", "float"), ("float32", "int8"), ("bfloat16", "float"), ("bfloat16", "int8"))
@@ -30,7 +34,7 @@ def written(job, writer: str):
     """Rollouts on the first training prompts, by the student or the teacher."""
     c = job.config
     batch = next(
-        data.batches(
+        data.training_batches(
             job.prompts.train,
             c.rollout.batch,
             c.data.prompt_tokens,
@@ -92,7 +96,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=96, help="longest response")
     parser.add_argument("--batch", type=int, default=200, help="responses")
     options = parser.parse_args()
-    config = demo.get_config()
+    config = load("demo")
     config.rollout.batch = config.train.micro_batch = options.batch
     config.rollout.max_tokens = options.tokens
     job = prepare(config)

@@ -1,4 +1,4 @@
-"""What it saves to keep freed memory (opd_jax/memory.py): page faults and CPU seconds of each program.
+"""What keeping freed memory saves (opd_jax/parallel/memory.py): page faults and CPU seconds of each program.
 
     python -m benchmarks.kept_memory
 
@@ -13,9 +13,10 @@ import time
 
 import jax
 
-from configs import demo
-from opd_jax import data, sharding
-from opd_jax.job import prepare
+from opd_jax import data
+from opd_jax.config import load
+from opd_jax.parallel import sharding
+from opd_jax.run import prepare
 
 ROUNDS = 4
 # What a process does before it imports anything else.
@@ -37,11 +38,11 @@ def measured(function, *args):
 
 def rounds(memory: str):
     """Prints the last round's amounts of each program."""
-    c = demo.get_config()
+    c = load("demo")
     job = prepare(c)
     teacher_params, state = job.teacher_params(), job.start()
     rows = sharding.local_rows(job.mesh, job.prompt_batch)
-    prompts = data.batches(
+    prompts = data.training_batches(
         job.prompts.train, job.prompt_batch, c.data.prompt_tokens, job.student.pad_id, c.seed, rows
     )
     key = job.key(0)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.models import hf, hf_config, safetensors_out, weights
+from opd_jax.models.files import hf, hf_config, safetensors_out, weights
 
 FILE_BYTES = 10**9
 DENSE = {

@@ -21,8 +21,9 @@ import transformers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from benchmarks import held_out_texts, segment_texts
-from opd_jax import nltk_segments, punkt, segments, tokenizers
 from opd_jax.errors import UserError
+from opd_jax.models import tokenizers
+from opd_jax.release.segments import nltk_segments, punkt, segments
 
 ROWS, POSITIONS = 16, 2048
 RANDOM_ROWS = 64

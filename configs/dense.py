@@ -29,12 +29,12 @@ Cost: at least 85.2 chip-hours for 100 steps, by the roofline below. Preflight's
 Predicted step: 47.9 s at full length, 1198 response tokens a second a chip.
 """
 
-from configs import default
+from opd_jax import config
 
 
 def get_config():
     """The default config with this recipe's models and sizes."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = "preset:Qwen3-8B"
     c.teacher.path = "preset:Qwen3-32B"
     c.rollout.batch = 512

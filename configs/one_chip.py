@@ -26,12 +26,12 @@ Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
 Predicted step: 5.16 s at full length, 4762 response tokens a second; micro-batches of up to 8 fit.
 """
 
-from configs import default
+from opd_jax import config
 
 
 def get_config():
     """The default config with this recipe's models and sizes."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = "preset:Qwen3-0.6B"
     c.teacher.path = "preset:Qwen3-1.7B"
     c.rollout.batch = 32

@@ -51,12 +51,12 @@ On v6e:8x8, a predicted step of 123 s, 2006 response tokens a second a chip:
     compile, s              146             157            52
 """
 
-from configs import default
+from opd_jax import config
 
 
 def get_config():
     """The default config with this recipe's models and sizes."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = "preset:Qwen3-1.7B"
     c.teacher.path = "preset:Qwen3-30B-A3B"
     c.teacher.weights = "int8"

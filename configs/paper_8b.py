@@ -30,12 +30,12 @@ sampling, a read of the cache a token. The cache fills the memory: on v5p no sma
 Predicted step: 599 s at full length, 1642 response tokens a second a chip.
 """
 
-from configs import paper
+from opd_jax import config
 
 
 def get_config():
     """The paper's recipe with a larger student."""
-    c = paper.get_config()
+    c = config.load("paper")
     c.student.path = "preset:Qwen3-8B"
     c.checkpoint.every = 2
     return c

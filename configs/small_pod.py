@@ -30,12 +30,12 @@ slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
 Predicted step: 36.7 s at full length, 1564 response tokens a second a chip; micro-batches of up to 64 fit.
 """
 
-from configs import default
+from opd_jax import config
 
 
 def get_config():
     """The default config with this recipe's models and sizes."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = "preset:Qwen3-1.7B"
     c.teacher.path = "preset:Qwen3-8B"
     c.rollout.batch = 256

@@ -8,7 +8,7 @@ held against. Results: docs/smollm2.md.
     python -m opd_jax.sweep --config=configs/smollm2.py --out=runs/smollm2
 """
 
-from configs import demo
+from opd_jax import config
 
 SEEDS = (0,)
 OBJECTIVES = ("policy_gradient", "reverse_kl")
@@ -16,7 +16,7 @@ OBJECTIVES = ("policy_gradient", "reverse_kl")
 
 def get_config():
     """The demo's models, prompts, batch and optimizer; about ten minutes an objective on two idle cores."""
-    c = demo.get_config()
+    c = config.load("demo")
     c.student.drop_layers = (4, 9, 14, 20, 25)
     c.rollout.max_tokens = 160
     c.objective.name = OBJECTIVES[0]

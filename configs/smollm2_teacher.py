@@ -3,12 +3,12 @@
     python -m opd_jax.train --config=configs/smollm2_teacher.py --workdir=runs/smollm2/teacher/seed-0
 """
 
-from configs import smollm2
+from opd_jax import config
 
 
 def get_config():
     """Three minutes on two cores; as many responses as a third of an objective's steps."""
-    c = smollm2.get_config()
+    c = config.load("smollm2")
     c.student.drop_layers = ()
     c.optimizer.learning_rate = 0.0
     c.train.steps = 12

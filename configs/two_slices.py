@@ -33,12 +33,12 @@ chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, 
 Predicted step: 3.14 s at full length, 3912 response tokens a second a chip.
 """
 
-from configs import one_chip
+from opd_jax import config
 
 
 def get_config():
     """The pair of one_chip.py with four times its rollouts, data across the slices."""
-    c = one_chip.get_config()
+    c = config.load("one_chip")
     c.mesh.preset = "slices"
     c.rollout.batch = 128
     c.train.micro_batch = 32

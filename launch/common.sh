@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the scripts of this folder share; sourced, never run. Takes --dry-run off the words of the script.
 
-# Exit status of a run that was told to stop and has saved: opd_jax/distributed.py, PREEMPTED.
+# Exit status of a run that was told to stop and has saved: opd_jax/parallel/distributed.py, PREEMPTED.
 # shellcheck disable=SC2034  # used by the scripts that source this
 PREEMPTED=75
 DRY_RUN=${DRY_RUN:-}

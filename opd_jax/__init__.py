@@ -3,7 +3,7 @@
 import sys
 
 # python -m opd_jax.NAME, before any other module is imported. Grading workers run no XLA program.
-if sys.argv[:1] == ["-m"] and "opd_jax.grading_worker" not in sys.orig_argv:
-    from opd_jax import memory
+if sys.argv[:1] == ["-m"] and "opd_jax.evaluation.grading_worker" not in sys.orig_argv:
+    from opd_jax.parallel import memory
 
     memory.keep()

@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from configs import default
-from opd_jax import costs, cpu, hlo, release, rollout, scoring, segments, tokenizers
-from opd_jax import train_step as steps
-from opd_jax.config import run
+from opd_jax import release
+from opd_jax.config import default, run
+from opd_jax.distill import rollout, scoring
+from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.models import few_rows, transformer
-from opd_jax.models.config import ModelConfig
+from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
+from opd_jax.preflight import costs, hlo
 from opd_jax.progress import Progress
+from opd_jax.release.segments import segments
 
 NAMES = (
     *("layers", "width", "ffn", "heads", "kv_heads", "head_size"),
@@ -130,7 +131,7 @@ def main(argv):
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
     )
-    config = default.get_config()
+    config = default()
     config.update_from_flattened_dict(
         {
             "rollout.batch": b,

@@ -8,166 +8,24 @@
 """
 
 import json
-import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from absl import flags
-from ml_collections import ConfigDict
+from absl import flags, logging
 
-from configs import default
-from opd_jax import data, distributed, programs, repeats, sharding
-from opd_jax.checkpoint import Checkpoints
+from opd_jax import config as configs
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.estimates import bootstrap_ratio
-from opd_jax.progress import Progress, own
-from opd_jax.run_record import read_config
-
-EVALUATION_KEY = 1  # sampling draws of evaluations; training uses 0 and 2
-
-
-def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> dict:
-    """Samples a response to every held-out prompt and measures it against the teacher.
-
-    Every evaluation of a run uses the same prompts and the same uniform draws, so that two of them
-    differ by the student alone.
-
-    Args:
-      progress: shows what goes on, as a piece of work "evaluation"; the evaluation has its own if not given.
-
-    Returns:
-      kl, kl_low, kl_high: KL(student || teacher) over the whole vocabulary, nats a response token, on the
-      student's own responses, with a 95% bootstrap interval over prompts; teacher_logp, the teacher's
-      log-probability of those responses, nats a token; response_length, tokens; finished_share;
-      repeated_share, of the responses that end in a loop (`repeats.repeated_tail`); prompts, tokens; seconds;
-      seconds_sample and seconds_compare, of one batch, the most of all but the first, which may compile; and
-      rows, one dict a prompt: prompt (its number), text, response, kl, tokens, finished.
-    """
-    started = time.perf_counter()
-    out, seconds = [], []
-    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
-    label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // batch_size)
-    with own(progress) as shown, shown.work("evaluation", label, parts):
-        for number, (batch, drawn) in enumerate(_draws(job)):
-            shown.at(number + 1)
-            clock = [time.perf_counter()]
-            with shown.compiling("the sampler", job.sample, job.config.data.prompt_tokens):
-                rollouts = jax.block_until_ready(job.sample(params, *drawn))
-            clock.append(time.perf_counter())
-            with shown.compiling("the divergence", job.divergence):
-                sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
-            clock.append(time.perf_counter())
-            seconds.append(np.diff(clock))
-            index_B, valid_B, written = sharding.gather(
-                job.mesh, (batch.index_B, batch.valid_B, rollouts)
-            )
-            responses = [
-                job.tokenizer.decode(row_T[on_T])
-                for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
-            ]
-            columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
-            out.append(sums | columns)
-    columns = {name: np.concatenate([o[name] for o in out]) for name in out[0]}
-    columns = {name: x[columns["valid_B"]] for name, x in columns.items()}
-    kl_B, tokens_B = columns["kl_B"].astype(np.float64), columns["tokens_B"]
-    low, high = bootstrap_ratio(kl_B, tokens_B)
-    sample_seconds, compare_seconds = np.max(seconds[1:] or seconds, axis=0).tolist()
-    return {
-        "kl": float(kl_B.sum() / tokens_B.sum()),
-        "kl_low": low,
-        "kl_high": high,
-        "teacher_logp": float(columns["teacher_logp_B"].astype(np.float64).sum() / tokens_B.sum()),
-        "response_length": float(tokens_B.mean()),
-        "finished_share": float(columns["finished_B"].mean()),
-        "repeated_share": float(columns["repeated_B"].mean()),
-        "prompts": len(tokens_B),
-        "tokens": int(tokens_B.sum()),
-        "seconds": time.perf_counter() - started,
-        "seconds_sample": sample_seconds,
-        "seconds_compare": compare_seconds,
-        "rows": [
-            {
-                "prompt": int(index),
-                "text": job.prompts.heldout[index].text,
-                "response": response,
-                "kl": float(kl / tokens),
-                "tokens": int(tokens),
-                "finished": bool(finished),
-            }
-            for index, response, kl, tokens, finished in zip(
-                columns["index_B"],
-                columns["response_B"],
-                kl_B,
-                tokens_B,
-                columns["finished_B"],
-                strict=True,
-            )
-        ],
-    }
-
-
-def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None) -> dict:
-    """Has the teacher answer the held-out prompts in the student's place: same limit, same uniform draws.
-
-    This is the goal for the student: it need not end more responses than its teacher does.
-
-    Returns:
-      response_length, finished_share, repeated_share, prompts, tokens and seconds, as `evaluate`'s.
-    """
-    started = time.perf_counter()
-    sample = programs.sample_program(job.mesh, job.teacher, programs.sampling(job.config))
-    out = []
-    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
-    label, parts = f"the teacher answers {count} held-out prompts, batch", -(-count // batch_size)
-    with own(progress) as shown, shown.phase(label, parts=parts):
-        for number, (batch, drawn) in enumerate(_draws(job)):
-            shown.at(number + 1)
-            with shown.compiling("the teacher's sampler", sample, job.config.data.prompt_tokens):
-                rollouts = jax.block_until_ready(sample(teacher_params, *drawn))
-            valid_B, written = sharding.gather(job.mesh, (batch.valid_B, rollouts))
-            repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
-            columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
-            out.append([column[valid_B] for column in columns])
-    tokens_B, finished_B, repeated_B = (np.concatenate(column) for column in zip(*out, strict=True))
-    return {
-        "response_length": float(tokens_B.mean()),
-        "finished_share": float(finished_B.mean()),
-        "repeated_share": float(repeated_B.mean()),
-        "prompts": len(tokens_B),
-        "tokens": int(tokens_B.sum()),
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def _draws(job):
-    """The held-out prompts by batches, each with the arguments of a sampler after the parameters.
-
-    They are the same in every evaluation of a run.
-    """
-    c = job.config
-    key = job.key(EVALUATION_KEY)
-    batches = data.heldout_batches(
-        job.prompts.heldout,
-        c.rollout.batch,
-        c.data.prompt_tokens,
-        job.student.pad_id,
-        sharding.local_rows(job.mesh, c.rollout.batch),
-    )
-    for number, local in enumerate(batches):
-        batch = sharding.put_batch(job.mesh, local)
-        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
-        yield batch, (batch.tokens_BP, batch.mask_BP, key, step)
+from opd_jax.evaluation import answering, evaluate
+from opd_jax.parallel import distributed
+from opd_jax.progress import Progress
+from opd_jax.run import make_folder, of_model, prepare, restore_params, run_config
 
 
 def main(_):
-    from opd_jax import evaluate_benchmarks
-    from opd_jax.job import prepare
-
     distributed.initialize()
     if flags.FLAGS.benchmark:
-        evaluate_benchmarks.main(flags.FLAGS)
+        answer_benchmarks(flags.FLAGS)
         return
     if flags.FLAGS.model:
         raise UserError("--model needs --benchmark=NAME; the distance to a teacher is for runs alone")
@@ -182,7 +40,7 @@ def main(_):
             if workdir is None:
                 params = job.start().params
             else:
-                params, step = restore(job, workdir, flags.FLAGS.step)
+                params, step = restore_params(job, workdir, flags.FLAGS.step)
         with progress.phase("reading the teacher's weights"):
             teacher_params = job.teacher_params()
         result = evaluate(job, params, teacher_params, progress)
@@ -195,31 +53,62 @@ def main(_):
         (Path(workdir) / f"evaluation_{step}.jsonl").write_text(lines)
 
 
-def run_config(workdir) -> ConfigDict:
-    """The config of the run in a workdir; fields that are newer than the run have their defaults.
+def answer_benchmarks(arguments):
+    """Runs every --benchmark in turn; prints and writes each result as it is known.
 
-    Raises:
-      UserError: there is none, or it is damaged.
+    Args:
+      arguments: the flags workdir, model, config, step, benchmark, samples, temperature and out.
     """
-    found = read_config(workdir)
-    if found is None:
-        raise UserError(f"--workdir={workdir} holds no run (no config.json)")
-    config = default.get_config()
-    try:
-        config.update(found)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--workdir={workdir}: config.json has a field that does not fit configs/default.py ({error}); "
-            "restore it"
-        ) from error
-    return config
+    if (arguments.workdir is None) == (arguments.model is None):
+        raise UserError("--benchmark needs either --workdir=DIR of a run, or --model=FOLDER")
+    if arguments.samples is not None and arguments.samples < 1:
+        raise UserError(f"--samples={arguments.samples} is out of range; it must be at least 1")
+    if arguments.workdir is not None and arguments.config is not None:
+        raise UserError("--workdir has its own config; drop --config and --config.KEY=VALUE")
+    if arguments.model is not None:
+        if arguments.out is None:
+            raise UserError("--model needs --out=FOLDER for the results")
+        config = arguments.config or configs.default()
+        config.student.path = config.teacher.path = arguments.model
+        _set_temperature(config, arguments.temperature)
+        responder, params, label, prompts = *of_model(config), "model", None
+    else:
+        config = run_config(arguments.workdir)
+        _set_temperature(config, arguments.temperature)
+        config.eval.benchmark = ()
+        job = prepare(config)
+        with Progress() as progress, progress.phase("reading the checkpoint"):
+            params, label = restore_params(job, arguments.workdir, arguments.step)
+        responder, prompts = job.responder(), job.prompts
+    greedy = config.rollout.temperature == 0
+    if greedy and (arguments.samples or 1) > 1:
+        raise UserError(f"--samples={arguments.samples}: greedy responses are all the same; drop it")
+    # All are read before the first is answered.
+    heldout = prompts.heldout if prompts else ()
+    exams = answering.prepare(
+        arguments.benchmark, responder.tokenizer, config.data, "--benchmark", heldout
+    )
+    shared = answering.shared_with_training(prompts, exams) if prompts else []
+    if shared:
+        logging.warning("%s", answering.say_shared(shared))
+    folder = Path(arguments.out or Path(arguments.workdir) / answering.FOLDER)
+    make_folder(folder)
+    answering.write_shared(folder, shared)
+    for exam in exams:
+        samples = arguments.samples or (1 if greedy else exam.benchmark.samples)
+        result = answering.answer(exam, responder, params, samples)
+        path = answering.write(folder, f"{label}-greedy" if greedy else str(label), result)
+        del result["rows"]
+        if jax.process_index() == 0:
+            show(result | {"written to": path})
 
 
-def restore(job, workdir, wanted: str) -> tuple[dict, int]:
-    """(parameters, steps done) of a run's checkpoint: latest, best, or a number."""
-    with Checkpoints.of_run(workdir, job.config.checkpoint.keep) as checkpoints:
-        step = checkpoints.find(wanted)
-        return checkpoints.restore(step, job.abstract_state())[0].params, step
+def _set_temperature(config, temperature: float | None):
+    if temperature is not None:
+        if temperature < 0:
+            raise UserError(f"--temperature={temperature} is out of range; it must be at least 0")
+        config.rollout.temperature = temperature
+        config.eval.samples = 1  # that of training is not used here
 
 
 def show(result: dict):
@@ -241,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_float("temperature", None, "Sampling temperature, 0 is greedy; the config's by default.")
     flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/benchmarks by default.")
     flags.DEFINE_string("step", "latest", "Which checkpoint of it: latest, best, or a number.")
-    run(main, changed=str(Path(default.__file__)))
+    run(main, without_file=True)

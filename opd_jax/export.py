@@ -10,15 +10,13 @@ it with the same --out on a shared disk.
 import jax
 from absl import flags
 
-from opd_jax import distributed, sharding, tokenizers
-from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.evaluate import run_config
-from opd_jax.models import hf, source, transformer
-from opd_jax.models.config import ModelConfig
-from opd_jax.outputs import unwritable
+from opd_jax.models import ModelConfig, tokenizers, transformer
+from opd_jax.models.files import hf, source
+from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress
+from opd_jax.run import Checkpoints, run_config, unwritable
 
 DTYPES = ("float32", "bfloat16", "float16")
 

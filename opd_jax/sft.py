@@ -21,28 +21,15 @@ import numpy as np
 import optax
 from absl import flags
 
-from opd_jax import (
-    compile_cache,
-    data,
-    distributed,
-    job,
-    metrics,
-    objectives,
-    programs,
-    scoring,
-    sharding,
-    sizes,
-    tokenizers,
-    trainable,
-)
-from opd_jax import train_step as steps
-from opd_jax.checkpoint import Checkpoints
+from opd_jax import data
 from opd_jax.config import run, validate
+from opd_jax.distill import Rollouts, objectives, scoring, trainable
+from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
+from opd_jax.models import ModelConfig, tokenizers, transformer
+from opd_jax.parallel import compile_cache, distributed, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.rollout import Rollouts
+from opd_jax.run import Checkpoints, job, metrics, programs, sizes
 
 
 class Exchange(NamedTuple):
@@ -243,7 +230,7 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
         else:
             abstract = programs.placed(programs.abstract_state(model, optimizer), shardings)
             state, position = checkpoints.restore(done, abstract)
-    prompts = data.batches(
+    prompts = data.training_batches(
         [e.prompt for e in exchanges],
         c.rollout.batch,
         c.data.prompt_tokens,

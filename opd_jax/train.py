@@ -14,17 +14,16 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from opd_jax import benchmark_run, data, distributed, metrics, sharding
-from opd_jax.checkpoint import Checkpoints
+from opd_jax import data
 from opd_jax.config import run
+from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
-from opd_jax.evaluate import evaluate
-from opd_jax.job import Job, prepare
+from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import evaluate
+from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.train_step import TrainState
-from opd_jax.transcripts import transcripts
+from opd_jax.run import Checkpoints, Job, Key, metrics, prepare, transcripts
 
-SAMPLING_KEY, RELEASE_KEY = 0, 2  # evaluations use 1, benchmarks 3
 # What the devices do, by the names under which the loop has its clock watch them.
 DOING = {"sample": "sampling", "train": "scoring and updating", "gradient_noise": "the gradient's noise"}
 
@@ -88,7 +87,7 @@ def train(
                 teacher_params = job.teacher_params()
 
         # ---- Prompts and draws.
-        prompts = data.batches(
+        prompts = data.training_batches(
             job.prompts.train,
             job.prompt_batch,
             c.data.prompt_tokens,
@@ -99,8 +98,8 @@ def train(
             parts=job.prompts.parts,
             buckets=c.data.prompt_buckets,
         )
-        key, release_key = job.key(SAMPLING_KEY), job.key(RELEASE_KEY)
-        responder = job.responder(job.key(benchmark_run.KEY))
+        key, release_key = job.key(Key.SAMPLING), job.key(Key.RELEASE)
+        responder = job.responder()
 
         # ---- The loop. Metrics of a step are read after the next one is on its way.
         preemption = stack.enter_context(distributed.Preemption())
@@ -257,7 +256,7 @@ class Reader:
             index_Q, rollouts, supervision = jax.device_get(shown)
             right = self._job.graded(index_Q, rollouts)
             self._writer.write_rollouts(
-                transcripts(self._job.tokenizer, step, rollouts, supervision, right)
+                transcripts.records(self._job.tokenizer, step, rollouts, supervision, right)
             )
 
 

@@ -1,6 +1,6 @@
 """Figures and tables of the longer run: text, margins and release points, early and late in training.
 
-    python -m opd_jax.study.longer --runs=runs/smollm2 --out=docs/smollm2
+    python -m studies.longer --runs=runs/smollm2 --out=docs/smollm2
 
 RUNS holds the sweep of configs/smollm2.py, and as arm "teacher" the run of configs/smollm2_teacher.py. Early
 and late are the first and the last third of the steps. Writes OUT/quality.svg, OUT/margin.svg,
@@ -18,15 +18,12 @@ import numpy as np
 from absl import flags
 from matplotlib.lines import Line2D
 
-from opd_jax import config
-from opd_jax.change_point import change_point
-from opd_jax.compare import read_lines
+from opd_jax.config import flags as config
 from opd_jax.errors import UserError
-from opd_jax.estimates import bootstrap_ratio
-from opd_jax.metrics import EVALUATIONS_FILE
-from opd_jax.outputs import make_folder
-from opd_jax.run_record import Run, column, read_run
-from opd_jax.study.report import draw
+from opd_jax.evaluation import bootstrap_ratio, read_lines
+from opd_jax.release import change_point
+from opd_jax.run import EVALUATIONS_FILE, Run, column, make_folder, read_run
+from studies.report import draw
 
 # Blue and vermilion of Okabe and Ito, which the colour-blind tell apart; markers and dashes besides.
 LINES = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s", "linestyle": "--"})

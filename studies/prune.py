@@ -1,6 +1,6 @@
 """The sorting study's student: its teacher without the weights of least magnitude.
 
-    python -m opd_jax.study.prune --model=models/teacher --share=0.4 --out=models/student
+    python -m studies.prune --model=models/teacher --share=0.4 --out=models/student
 
 Distillation is then to heal what pruning broke. Nothing holds the pruned weights at 0 while it does.
 Source: magnitude pruning within each layer, Han et al. 2015 (arXiv 1506.02626).
@@ -14,9 +14,9 @@ from absl import flags
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import config
+from opd_jax.config import flags as config
 from opd_jax.errors import UserError
-from opd_jax.models import hf
+from opd_jax.models.files import hf
 
 WEIGHTS = "model.safetensors"
 

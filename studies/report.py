@@ -1,6 +1,6 @@
 """Tables and plots of the study, from the workdirs of its three sweeps.
 
-    python -m opd_jax.study.report --sorting=runs/study/sorting --pair=runs/study/pair --out=docs/study
+    python -m studies.report --sorting=runs/study/sorting --pair=runs/study/pair --out=docs/study
 
 Writes OUT/sorting_runs.csv, OUT/sorting_rescale_runs.csv and OUT/pair_runs.csv (every evaluation of every
 run), OUT/sorting_rollouts.csv (every logged rollout of the sorting task's `release` arm), OUT/*.svg, and
@@ -19,10 +19,10 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from opd_jax import config
+from opd_jax.config import flags as config
 from opd_jax.errors import UserError
-from opd_jax.outputs import make_folder
-from opd_jax.study import releases, runs, tables
+from opd_jax.run import make_folder
+from studies import releases, runs, tables
 
 GRID = {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd"}
 KL = {"kl": "held-out KL, nats/token"}

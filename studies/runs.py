@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.compare import read_lines
 from opd_jax.errors import UserError
-from opd_jax.run_record import read_run
-from opd_jax.study import sorting
+from opd_jax.evaluation import read_lines
+from opd_jax.run import read_run
+from studies import sorting
 
 QUESTION = re.compile(r"Sort [\d ]+ (?:upwards|downwards)\.")
 SEED = re.compile(r"seed-\d+")

@@ -1,6 +1,6 @@
 """A task whose first wrong sentence can be found exactly: sorting numbers, one sentence a step.
 
-    python -m opd_jax.study.sorting --out=runs/sorting
+    python -m studies.sorting --out=runs/sorting
 
 writes the problems (reasoning-gym's number_sorting), worked in sentences, and OUT/shape, the teacher's model
 folder without weights. A response to "Sort 42 17 93 upwards." reads "The smallest of 42 17 93 is 17. The
@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers as hf_tokenizers
 from absl import flags
 
-from opd_jax import config
+from opd_jax.config import flags as config
 from opd_jax.errors import UserError
 
 LEAST, MOST = 4, 7  # numbers to sort

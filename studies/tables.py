@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from opd_jax.errors import UserError
-from opd_jax.estimates import seed_interval
+from opd_jax.evaluation import seed_interval
 
 
 def table(rows: Sequence[Mapping[str, Any]], quantity: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import runpy
 import signal
 import sys
 
-from opd_jax.metrics import METRICS_FILE, MetricWriter
+from opd_jax.run.metrics import METRICS_FILE, MetricWriter
 
 
 def kill():

@@ -12,11 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from tests.report.test_report import rollout, train_line, write_run
 
-from configs import default
-from opd_jax import config_table, report_display, run_record
+from opd_jax.config import default
+from opd_jax.config import table as config_table
 from opd_jax.errors import UserError
-from tests.test_report import rollout, train_line, write_run
+from opd_jax.report import display as report_display
+from opd_jax.run import run_record
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,12 +47,12 @@ def messages():
 
 def test_page_of_fields_is_up_to_date():
     page = config_table.page(config_table.DEFAULT.read_text())
-    remedy = "run: python -m opd_jax.config_table > docs/configs.md"
+    remedy = "run: python -m opd_jax.config.table > docs/configs.md"
     assert (ROOT / "docs/configs.md").read_text() == page, remedy
 
 
 def test_page_of_fields_has_every_field_of_the_config():
-    flat = {key for key, _ in run_record._leaves(default.get_config().to_dict())}
+    flat = {key for key, _ in run_record._leaves(default().to_dict())}
     assert {field.key for field in config_table.fields(config_table.DEFAULT.read_text())} == flat
 
 

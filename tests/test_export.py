@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import transformers
 
-from opd_jax import tokenizers
-from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import UserError
 from opd_jax.export import export
-from opd_jax.job import prepare
-from opd_jax.models import hf, transformer
+from opd_jax.models import tokenizers, transformer
+from opd_jax.models.files import hf
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.job import prepare
 from tests import tiny
 
 

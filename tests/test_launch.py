@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax import distributed
+from opd_jax.parallel import distributed
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

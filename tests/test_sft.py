@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import data, distributed, sft, tokenizers
-from opd_jax import train_step as steps
+from opd_jax import data, sft
+from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.models import source, transformer
+from opd_jax.models import tokenizers, transformer
+from opd_jax.models.files import source
+from opd_jax.parallel import distributed
 from tests import tiny
 
 
@@ -66,7 +68,7 @@ def test_the_first_steps_loss_is_the_mean_negative_log_likelihood_of_the_batchs_
     sft.train(c, tmp_path / "run")
     tokenizer = tokenizers.load(c.student.path)
     train, heldout, _ = sft.read(c, tokenizer, {tiny.END})
-    first = next(data.batches([e.prompt for e in train], 8, 48, tiny.PAD, c.seed))
+    first = next(data.training_batches([e.prompt for e in train], 8, 48, tiny.PAD, c.seed))
     model, params = source.load(c.student.path)
 
     @jax.jit

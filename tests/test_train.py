@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import distributed, sharding
-from opd_jax.checkpoint import Checkpoints
-from opd_jax.job import Job, prepare
-from opd_jax.progress import Progress
+from opd_jax.parallel import distributed, sharding
+from opd_jax.progress.progress import Progress
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.job import Job, prepare
 from opd_jax.train import train, work
 from tests import tiny
 

@@ -13,10 +13,11 @@ import numpy as np
 import tokenizers as hf_tokenizers
 import transformers
 
-from configs import default
-from opd_jax.models import hf, transformer
+from opd_jax.config import default
+from opd_jax.distill.rollout import Rollouts
+from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
-from opd_jax.rollout import Rollouts
+from opd_jax.models.files import hf
 
 PAD, START, END = 256, 257, 258
 # For jax.jit(compiler_options=...): as a user's program; tests/conftest.py's flags round a little otherwise.
@@ -98,7 +99,7 @@ def save_pair(folder) -> None:
 
 def config(folder, **overrides):
     """The default config with the pair of `save_pair`, tiny sizes, and dotted keys replaced."""
-    c = default.get_config()
+    c = default()
     values = {
         "student.path": str(folder / "student"),
         "teacher.path": str(folder / "teacher"),

@@ -5,9 +5,9 @@
 Cost: 21 runs of about 3 minutes on two cores, on the demo's models (README.md).
 """
 
-from opd_jax.arms import grid
 from opd_jax.config import load
-from opd_jax.objectives import OBJECTIVES
+from opd_jax.distill import OBJECTIVES
+from opd_jax.sweep import grid
 
 SEEDS = (0, 1, 2)
 

@@ -33,8 +33,8 @@ chat_template into the teacher's folder. For a dense teacher give --config.teach
 
 from pathlib import PurePath
 
-from configs import paper
-from opd_jax.benchmarks import BOXED
+from opd_jax import config
+from opd_jax.evaluation import BOXED
 
 SEEDS = (0,)
 STUDENTS = ("1.7B", "4B", "8B")
@@ -44,7 +44,7 @@ MEAN = BENCHMARKS  # the paper's in-domain ones: GPQA is not among them
 
 def get_config(shared="/shared"):
     """What all arms share; student.path is the first arm's."""
-    c = paper.get_config()
+    c = config.load("paper")
     c.student.path = f"{shared}/models/Qwen3-1.7B"
     c.teacher.path = f"{shared}/models/Qwen3-30B-A3B-Instruct-2507"
     c.data.source = "deepmath"

@@ -5,9 +5,11 @@
 Cost: 93 runs of about 3 minutes on two cores, on the demo's models (README.md).
 """
 
-from configs.ablations import rule
+from opd_jax import config
 from opd_jax.config import load
 from opd_jax.release import RESCALES
+
+rule = config.load_module("ablations/rule")
 
 SEEDS = (0, 1, 2)
 

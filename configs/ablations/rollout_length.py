@@ -8,8 +8,8 @@ the shortest one, rather than the KL, across lengths.
 Cost: 18 runs of 1 to 3 minutes on two cores, on the demo's models (README.md).
 """
 
-from opd_jax.arms import grid
 from opd_jax.config import load
+from opd_jax.sweep import grid
 
 SEEDS = (0, 1, 2)
 

@@ -3,15 +3,16 @@
     python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
 """
 
-from configs import demo
-from configs.study.sorting import arms  # noqa: F401
+from opd_jax import config
+
+arms = config.load_module("study/sorting").arms
 
 SEEDS = (0, 1, 2)
 
 
 def get_config():
     """Ten steps of the demo's run; each evaluates before, between and after."""
-    c = demo.get_config()
+    c = config.load("demo")
     c.objective.end_weight = 0.0  # what is compared is the rule alone
     c.train.steps = 10
     c.eval.every = 5

@@ -5,8 +5,9 @@
 
 from pathlib import Path
 
-from configs import default
-from configs.ablations import rule
+from opd_jax import config
+
+rule = config.load_module("ablations/rule")
 
 SEEDS = (0, 1, 2, 3, 4)
 NAMES = ("full", "release", "shuffled", "random", "prefix", "suffix", "advantage_std", "iw_opd")
@@ -15,7 +16,7 @@ MODELS = Path(__file__).with_name("models")
 
 def get_config():
     """Each run: 40 steps of 32 responses, 15 seconds on two cores."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = str(MODELS / "student")
     c.teacher.path = str(MODELS / "teacher")
     c.student.products = c.teacher.products = "compute"  # the same digits on every machine

@@ -2,12 +2,14 @@
 
     python -m opd_jax.sweep --config=configs/study/sorting_rescale.py --out=runs/study/sorting_rescale
 
-`opd_jax.study.report` compares each arm, seed by seed, with the one of configs/study/sorting.py whose name it
+`studies.report` compares each arm, seed by seed, with the one of configs/study/sorting.py whose name it
 begins with: the same rule and seed, with the rescale.
 """
 
-from configs.study import sorting
-from configs.study.sorting import SEEDS, get_config  # noqa: F401
+from opd_jax import config
+
+sorting = config.load_module("study/sorting")
+SEEDS, get_config = sorting.SEEDS, sorting.get_config
 
 CUTTING = ("release", "shuffled", "random", "prefix", "suffix", "advantage_std")
 WITHOUT = "+rescale=none"

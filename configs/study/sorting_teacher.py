@@ -1,15 +1,15 @@
 """Teaches the sorting study's teacher by worked problems.
 
-    python -m opd_jax.study.sorting --out=runs/sorting
+    python -m studies.sorting --out=runs/sorting
     python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
 """
 
-from configs import default
+from opd_jax import config
 
 
 def get_config():
     """From random weights to a teacher, some minutes on two cores."""
-    c = default.get_config()
+    c = config.default()
     c.student.path = "random:runs/sorting/shape"
     c.student.products = "compute"  # the same digits on every machine
     c.data.source = "jsonl"

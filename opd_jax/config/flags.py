@@ -12,9 +12,16 @@ import types
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import layouts, objectives, release, rules
+from opd_jax import release
+from opd_jax.distill import objectives
 from opd_jax.errors import UserError, fail, nearest
-from opd_jax.segments import check_kind
+from opd_jax.parallel import layouts
+from opd_jax.release import rules
+from opd_jax.release.segments import check_kind
+
+# Where recipes lie: in an installed package, and in a checkout.
+DEFAULT = pathlib.Path(__file__).with_name("fields.py")
+RECIPES = tuple(pathlib.Path(__file__).parents[n] / name for n, name in ((1, "recipes"), (2, "configs")))
 
 ALLOWED = {
     "student.compute_dtype": ("auto", "float32", "bfloat16"),
@@ -195,14 +202,30 @@ def load(path: str, *arguments: str) -> ConfigDict:
         return module.get_config(*arguments)
 
 
+def find(path: str) -> pathlib.Path:
+    """The file that a path, or the name of a recipe such as demo or ablations/rule, stands for.
+
+    Raises:
+      UserError: there is none.
+    """
+    named = (folder / f"{path}.py" for folder in RECIPES)
+    for file in (pathlib.Path(path), *named):
+        if file.is_file():
+            return file
+    known = sorted({file.stem for folder in RECIPES for file in folder.glob("*.py") if file.stem[0] != "_"})
+    raise UserError(
+        f"--config={path}: no such file or recipe{nearest(path, known)}; give a Python file, or one of "
+        f"{', '.join(known)}"
+    )
+
+
 def load_module(path: str) -> types.ModuleType:
-    """A Python file of configs.
+    """A Python file of configs, or a recipe by its name.
 
     Raises:
       UserError: there is no such file, or Python cannot run it.
     """
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--config={path}: no such file; give a file of configs/, such as configs/demo.py")
+    path = str(find(path))
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     with _running(path):
@@ -225,23 +248,27 @@ def _running(path: str):
         ) from error
 
 
-def run(main, *, config: str | None = None, changed: str | None = None):
+def run(main, *, config: str | None = None, without_file: bool = False):
     """Parses the command line and runs main(argv); a user's mistake ends in one line and status 2.
 
     Args:
       main: called with the remaining arguments once flags are parsed.
       config: default of --config=FILE, whose fields --config.key=value replaces.
-      changed: the same where there is a --config.key=value alone.
+      without_file: --config.key=value alone changes the default of every field.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is not there
-    config_flags.DEFINE_config_file("config", config, "A file of configs/.", lock_config=True)
+    default = str(find(config)) if config else None
+    about = "A Python file with get_config(), or a recipe by its name."
+    config_flags.DEFINE_config_file("config", default, about, lock_config=True)
 
     def parse(argv):
         given = _config_argument(argv)
-        if not given and changed and any(a.startswith("--config.") for a in argv):
-            given = changed
-            argv = [argv[0], f"--config={changed}", *argv[1:]]
-        path, *arguments = (given or config or "").split(":", 1)
+        if not given and without_file and any(a.startswith("--config.") for a in argv):
+            given = str(DEFAULT)
+            argv = [argv[0], f"--config={given}", *argv[1:]]
+        path, *arguments = (given or default or "").split(":", 1)
+        if given:
+            argv = _with_file(argv, given, ":".join([str(find(path)), *arguments]))
         try:
             if path:
                 known = _flat(load(path, *arguments))
@@ -268,6 +295,16 @@ def _config_argument(argv) -> str | None:
         if name in ("--config", "-config"):
             return value if equals else following
     return None
+
+
+def _with_file(argv: list[str], given: str, file: str) -> list[str]:
+    """The words of a command with the file in place of the recipe's name that --config gives."""
+    joined = {f"{dash}config={given}": f"{dash}config={file}" for dash in ("--", "-")}
+    before = ["", *argv]
+    return [
+        file if a == given and b in ("--config", "-config") else joined.get(a, a)
+        for a, b in zip(argv, before)
+    ]
 
 
 def _check_fields(argv, known: list[str]):

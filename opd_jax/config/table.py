@@ -1,6 +1,6 @@
 """configs/default.py as a page: every field with its default, its allowed values and its comment.
 
-    python -m opd_jax.config_table > docs/configs.md
+    python -m opd_jax.config.table > docs/configs.md
 """
 
 import ast
@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from opd_jax import config
+from opd_jax.config import flags as config
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "default.py"
 HEAD = """\
 # Every field of a config
 
-Written by `python -m opd_jax.config_table > docs/configs.md` from `configs/default.py`: change that file
+Written by `python -m opd_jax.config.table > docs/configs.md` from `configs/default.py`: change that file
 instead. On a command line a field is `--config.release.rule=none`; in a recipe, `c.release.rule = "none"`.
 Unknown fields and values are refused before anything is compiled.
 """

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from opd_jax import tokenizers
+from opd_jax.data.prompts import sources
 from opd_jax.errors import UserError, nearest
-from opd_jax.prompts import sources
+from opd_jax.models import tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,7 @@ def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[
     return [p for p in prompts if p.text not in held_set], [first[text] for text in held]
 
 
-def batches(
+def training_batches(
     prompts: Sequence[Prompt],
     batch: int,
     prompt_tokens: int,
@@ -236,7 +236,7 @@ def batches(
 
 
 class PromptIterator:
-    """See `batches`. Each `next` is a pure function of (prompts, batch, seed, step)."""
+    """See `training_batches`. Each `next` is a pure function of (prompts, batch, seed, step)."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class PromptIterator:
         return result
 
     def state(self) -> dict[str, Any]:
-        """What `batches(start=...)` needs to go on after the last batch taken; JSON-able."""
+        """What `training_batches(start=...)` needs to go on after the last batch taken; JSON-able."""
         return {"step": self._step, **self._origin}
 
 
@@ -315,7 +315,7 @@ def heldout_batches(
     """The prompts once, in order; prompt 0 fills up the last batch, with `valid_B` False.
 
     Args:
-      rows: as in `batches`.
+      rows: as in `training_batches`.
     """
     rows = np.arange(batch) if rows is None else rows
     for first in range(0, len(prompts), batch):

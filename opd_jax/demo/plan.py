@@ -5,8 +5,8 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
-from opd_jax import costs
 from opd_jax.config import get
+from opd_jax.preflight import costs
 
 # All of these were read off runs of the demo on two cores.
 STEP_PASSES = 2.6  # scoring and updating over the comparison of an evaluation, both models' forward passes

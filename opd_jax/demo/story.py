@@ -1,12 +1,4 @@
-"""A real language model heals a smaller one: full supervision against the release rule, side by side.
-
-    make demo
-    make demo ARGS="--minutes=20 --config.seed=1"
-    python -m opd_jax.demo --out=runs/demo
-
-It measures the machine first, and does as much as fits into --minutes: held-out prompts, steps of training,
-and long answers in the end.
-"""
+"""The demo's story: measure, choose sizes, train both arms, look at long answers, and tell it."""
 
 import copy
 import dataclasses
@@ -19,18 +11,28 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from opd_jax import cpu, demo_plan, report, report_long
-from opd_jax.config import run
+from opd_jax.demo import plan as demo_plan
+from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
-from opd_jax.evaluate import evaluate, evaluate_teacher
-from opd_jax.job import Job, prepare
-from opd_jax.look import long_job, look
-from opd_jax.metrics import EVALUATIONS_FILE
-from opd_jax.outputs import write_text
+from opd_jax.evaluation import evaluate, evaluate_teacher
+from opd_jax.models import cpu
 from opd_jax.progress import Progress, own
-from opd_jax.run_record import Run, column, phase_seconds, read_config, read_run
+from opd_jax.report import build as report
+from opd_jax.report import long as report_long
+from opd_jax.run import (
+    EVALUATIONS_FILE,
+    Job,
+    Run,
+    column,
+    long_job,
+    phase_seconds,
+    prepare,
+    preview,
+    read_config,
+    read_run,
+    write_text,
+)
 from opd_jax.train import train, work
-from opd_jax.train_step import TrainState
 
 ARMS = {"full": "none", "release": "paper"}
 LONG_FILE = "long_answers.jsonl"
@@ -111,7 +113,7 @@ def carry_out(config, out: Path, budget: demo_plan.Budget, progress: Progress) -
     progress.expect(LOOK, 0, measured.look(answers, tokens))
     progress.say(f"— {answers} long answers of up to {tokens} tokens", sys.stdout)
     with progress.work(LOOK, "long answers"):
-        records = look(long_job(config, answers, tokens, progress), params, teacher_params, progress)
+        records = preview(long_job(config, answers, tokens, progress), params, teacher_params, progress)
     write_text(out / LONG_FILE, "".join(json.dumps(record) + "\n" for record in records))
     return read_arms(out), records
 
@@ -322,9 +324,3 @@ def _evaluations(workdir: Path) -> dict[int, dict[int, dict]]:
         row = json.loads(line)
         found.setdefault(row["step"], {})[row["prompt"]] = row
     return found
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "Folder of both runs; runs/demo-DATE-TIME if not given.")
-    flags.DEFINE_float("minutes", 8.0, "Time for all of it; 0 sets no limit.")
-    run(main, config="configs/demo.py")

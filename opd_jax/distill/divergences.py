@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from opd_jax import vocabulary
+from opd_jax.distill import vocabulary
 
 
 @jax.custom_vjp

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import scoring, sharding, trainable
-from opd_jax.models.config import ModelConfig
-from opd_jax.train_step import make_loss, response_tokens, supervise
+from opd_jax.distill import scoring, trainable
+from opd_jax.distill.train_step import make_loss, response_tokens, supervise
+from opd_jax.models import ModelConfig
+from opd_jax.parallel import sharding
 
 # kept: the tokens and weights that the step trains on. all: every response token, with weight 1.
 # released: those that the rule leaves out, with weight 1.

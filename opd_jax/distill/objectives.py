@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import divergences, scoring
-from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
+from opd_jax.distill import divergences, scoring
+from opd_jax.models import ModelConfig, transformer
 
 
 @struct.dataclass

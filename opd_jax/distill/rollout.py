@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import vocabulary
-from opd_jax.models import attention, transformer
+from opd_jax.distill import vocabulary
+from opd_jax.models import ModelConfig, attention, transformer
 from opd_jax.models import cache as kv
-from opd_jax.models.config import ModelConfig
 
 
 @struct.dataclass

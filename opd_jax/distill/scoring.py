@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import divergences, vocabulary
-from opd_jax.models import moe, transformer
-from opd_jax.models.config import ModelConfig
-from opd_jax.rollout import Rollouts
+from opd_jax.distill import divergences, vocabulary
+from opd_jax.distill.rollout import Rollouts
+from opd_jax.models import ModelConfig, moe, transformer
 
 
 @struct.dataclass

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from opd_jax import objectives, scoring, segments, trainable
 from opd_jax import release as releasing
-from opd_jax.models import moe, transformer
-from opd_jax.models.config import ModelConfig
-from opd_jax.repeats import repeated_tail
-from opd_jax.rollout import Rollouts
+from opd_jax.distill import objectives, scoring, trainable
+from opd_jax.distill.repeats import repeated_tail
+from opd_jax.distill.rollout import Rollouts
+from opd_jax.models import ModelConfig, moe, transformer
+from opd_jax.release.segments import segments
 
 POSITION_BINS = 20
 

@@ -12,16 +12,17 @@ import jax
 import numpy as np
 from absl import logging
 
-from opd_jax import data, distributed, estimates, sharding
-from opd_jax.answers import reference
-from opd_jax.benchmarks import Benchmark, Problem
-from opd_jax.benchmarks import load as load_benchmark
+from opd_jax import data
+from opd_jax.data.prompts import Conversation
 from opd_jax.errors import UserError
-from opd_jax.grading import Grader, Task, Verdict
+from opd_jax.evaluation import estimates
+from opd_jax.evaluation.answers import reference
+from opd_jax.evaluation.grading import Grader, Task, Verdict
+from opd_jax.evaluation.tasks import Benchmark, Problem
+from opd_jax.evaluation.tasks import load as load_benchmark
+from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.prompts.sources import Conversation
 
-KEY = 3  # sampling draws of benchmarks; training uses 0 and 2, evaluations 1
 # What a grader can say, as numbers that processes exchange.
 VERDICTS = (Verdict(True), *(Verdict(False, failed) for failed in ("", "time", "crash", "error")))
 HELD_OUT = "heldout"  # the benchmark of a run's own held-out prompts

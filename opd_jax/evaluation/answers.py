@@ -7,7 +7,7 @@ import fractions
 import re
 import unicodedata
 
-from opd_jax import quantities
+from opd_jax.evaluation import quantities
 
 BRACE = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{$.,]+)")

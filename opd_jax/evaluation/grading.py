@@ -22,6 +22,7 @@ SECONDS = 5.0
 GRACE_SECONDS = 5.0  # after the limit, for the worker to say so itself
 START_SECONDS = 120.0  # for Python and sympy on a busy machine
 MEMORY_BYTES = 4 << 30
+WORKER = "opd_jax.evaluation.grading_worker"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Grader:
 
 
 @functools.cache
-def shared() -> Grader:
+def shared_grader() -> Grader:
     """The pool of this process, for all that grade in it; ended with the process."""
     return Grader()
 
@@ -130,10 +131,10 @@ class _Worker:
         return Verdict(False, "time" if line is None else "crash")
 
     def _start(self):
-        root = str(Path(__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "opd_jax.grading_worker", str(self._seconds), str(MEMORY_BYTES)],
+            [sys.executable, "-m", WORKER, str(self._seconds), str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -142,7 +143,9 @@ class _Worker:
         )
         if not self._read(START_SECONDS):
             self.end()
-            raise RuntimeError("a grading worker did not start; try `python -m opd_jax.grading_worker 5 0`")
+            raise RuntimeError(
+                "a grading worker did not start; try `python -m opd_jax.evaluation.grading_worker 5 0`"
+            )
 
     def _read(self, seconds: float) -> bytes | None:
         """The next line; b"" where the process has ended, None past the limit."""

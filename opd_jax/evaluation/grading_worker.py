@@ -1,6 +1,6 @@
 """A worker of `grading`: reads tasks from standard input, a JSON object a line, and writes verdicts.
 
-    python -m opd_jax.grading_worker SECONDS MEMORY_BYTES
+    python -m opd_jax.evaluation.grading_worker SECONDS MEMORY_BYTES
 
 The tasks are done by a child, which a task may cost: the next child has all imports done and starts at once.
 """
@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 
-from opd_jax import answers
+from opd_jax.evaluation import answers
 
 
 def main():

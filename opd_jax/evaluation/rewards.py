@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from opd_jax import distributed, sharding
-from opd_jax.grading import Grader, Task
+from opd_jax.evaluation.grading import Grader, Task
+from opd_jax.parallel import distributed, sharding
 
 
 def reward_batch(mesh, tokenizer, grader: Grader, answers: Sequence[str | None], rollouts) -> jax.Array:

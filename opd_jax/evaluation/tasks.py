@@ -13,12 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from opd_jax import answers
+from opd_jax.data.prompts import QUESTION_COLUMNS, generate, records
 from opd_jax.errors import UserError
-from opd_jax.prompts import records
-from opd_jax.prompts.sources import QUESTION_COLUMNS, generate
+from opd_jax.evaluation import answers
 
-DEFINITIONS_FILE = Path(__file__).with_name("prompts") / "benchmarks.json"
+DEFINITIONS_FILE = Path(__file__).with_name("tasks.json")
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 LETTER = "Please reason step by step, and end with the letter of the right choice within \\boxed{}."
 TAGGED = "Give your final answer between <answer> and </answer>."

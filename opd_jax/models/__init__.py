@@ -1,5 +1,10 @@
-"""Language models: one Flax NNX class for the supported families, and Hugging Face folders in and out."""
+"""Language models: one Flax NNX transformer for the supported families, its KV cache, and tokenizers.
 
-from opd_jax.models.transformer import prune
+In: a `ModelConfig`, parameters, tokens. Out: logits, hidden states, caches.
+`models.files` reads and writes them.
+May import: parallel and the rooms before it.
+"""
 
-__all__ = ["prune"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

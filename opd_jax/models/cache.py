@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import sharding
 from opd_jax.models import attention, moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
+from opd_jax.parallel import sharding
 
 SLOT_AXES = (3, 2, 3, 3)  # of a layer's keys, values and their scales
 

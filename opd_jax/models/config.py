@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from opd_jax.layouts import DEFAULT, Layout
 from opd_jax.models import rope
+from opd_jax.parallel import DEFAULT, Layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax import sharding
 from opd_jax.models import int8
 from opd_jax.models.config import ModelConfig
+from opd_jax.parallel import sharding
 
 # Logical axes of an expert's matrices as the products need them: whole along fsdp.
 _IN, _OUT = ("experts", None, "ffn"), ("experts", "ffn", None)

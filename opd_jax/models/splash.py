@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from opd_jax import sharding
+from opd_jax.parallel import sharding
 
 LANES = 128  # of a TPU's registers: blocks are multiples of it
 BLOCKS = (512, 256, 128)

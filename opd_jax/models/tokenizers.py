@@ -6,7 +6,7 @@ import json
 import re
 
 from opd_jax.errors import UserError
-from opd_jax.models import gguf, source
+from opd_jax.models.files import gguf, source
 
 # Words, digits, white space, code, accents and an emoji: enough to tell any two merge tables apart.
 _PROBE = (

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opd_jax import sharding
-from opd_jax.layouts import DEFAULT, Layout
 from opd_jax.models import attention, bf16_products, few_rows, int8, moe, splash
 from opd_jax.models.config import ModelConfig
+from opd_jax.parallel import DEFAULT, Layout, sharding
 
 # What the backward pass keeps of each block; see train.remat in configs/default.py.
 REMAT_POLICIES = {

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import UserError
-from opd_jax.layouts import AXES, DEFAULT, Layout, mesh_sizes
+from opd_jax.parallel.layouts import AXES, DEFAULT, Layout, mesh_sizes
 
 BATCH = P(("data", "fsdp"))
 

@@ -7,11 +7,13 @@ import time
 
 import jax
 
-from opd_jax import costs, hlo, programs, sharding, topology
-from opd_jax import gradient_noise as noises
-from opd_jax import train_step as steps
+from opd_jax.distill import gradient_noise as noises
+from opd_jax.distill import train_step as steps
 from opd_jax.models import moe
-from opd_jax.preflight_build import built
+from opd_jax.parallel import sharding
+from opd_jax.preflight import costs, hlo, topology
+from opd_jax.preflight.build import built
+from opd_jax.run import programs
 
 # What the predicted time takes for granted; preflight prints it beside the time.
 ASSUMED = (

@@ -4,7 +4,7 @@ FLOPs are multiplications and additions of matrix products and causal attention,
 those of arrays too large to stay on the chip; docs/preflight.md lists the terms.
 """
 
-from opd_jax.models.config import ModelConfig
+from opd_jax.models import ModelConfig
 
 LOGIT_BYTES = 12  # a logit: written once and read twice in float32
 

@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from opd_jax.errors import UserError
-from opd_jax.preflight_build import Built, shortage
+from opd_jax.preflight.build import Built, shortage
 
 OPTIMISED, BUFFERS, LAST = (
     "*after_optimizations.txt",

@@ -1,6 +1,6 @@
 """How much more a recipe's training step multiplies than the passes of its models need.
 
-    python -m opd_jax.passes configs/small_pod.py configs/paper.py
+    python -m opd_jax.preflight.passes configs/small_pod.py configs/paper.py
 
 The passes: the teacher forward; the student forward, again (rematerialised) and backward, and once more
 forward where scoring recomputes it; attention causal. Traced for one described chip, so that the
@@ -11,9 +11,12 @@ import sys
 
 import jax
 
-from opd_jax import config, costs, hlo, preflight, programs, topology
-from opd_jax import train_step as steps
+from opd_jax.config import flags as config
+from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
+from opd_jax.preflight import costs, hlo, topology
+from opd_jax.preflight import plan as preflight
+from opd_jax.run import programs
 
 CHIP = "v5p:1x1x1"
 

@@ -1,31 +1,8 @@
-"""Compiles a run's programs for a TPU slice that is not attached, and says whether and how fast they run.
+"""The programs of a config for devices that are not attached."""
 
-    python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1
-    python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --search
-    python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --json
-    python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 --stop_after=buffers
-
-Weights and tokenizers are not read where the paths are presets (preset:Qwen3-1.7B). Ends with status 1 where
-memory does not suffice, or a program reaches the host or holds logits of all positions.
-"""
-
-import dataclasses
-import json
-import sys
-import tempfile
-
-import jax
-from absl import flags
-
-from opd_jax import preflight_check as check
-from opd_jax import preflight_dump as dump
-from opd_jax import preflight_search as search
-from opd_jax import preflight_table as table
-from opd_jax import programs, sharding, sizes, topology
-from opd_jax.config import run, validate
-from opd_jax.errors import UserError
-from opd_jax.preflight_build import Built, built
-from opd_jax.progress import Progress
+from opd_jax.config import validate
+from opd_jax.parallel import sharding
+from opd_jax.run import programs, sizes
 
 
 def plan(config, devices) -> programs.Programs:
@@ -44,77 +21,3 @@ def plan(config, devices) -> programs.Programs:
         teacher = teacher.replace(exchanged=(0, config.teacher.end_id))
     sizes.check(config, mesh, student, teacher)
     return programs.Programs.of(config, mesh, student, teacher)
-
-
-def as_dict(report: check.StepReport) -> dict:
-    """A report as --json prints it."""
-    return dataclasses.asdict(report) | {"ok": report.ok, "assumed": check.ASSUMED}
-
-
-def builder(f):
-    """(how programs are compiled, as preflight_build.built; whether whole), by the flags."""
-    if f.only:
-        return dump.only(f.only, f.dump), False
-    if f.from_dump:
-        return dump.reader(f.from_dump), False
-    if f.stop_after:
-        return dump.until_buffers(f.dump or tempfile.mkdtemp(prefix="preflight-"), sys.argv[1:]), False
-    return built, True
-
-
-def announced(build, progress: Progress):
-    """The same way to compile, shown: what is compiled, as it begins."""
-
-    def compile_shown(traced, name: str) -> Built:
-        with progress.phase(f"compiling {name}"):
-            return build(traced, name)
-
-    return compile_shown
-
-
-def main(_):
-    if flags.FLAGS.config is None:
-        raise UserError("--config is not set; give a file of configs/, such as configs/small_pod.py")
-    config = flags.FLAGS.config
-    if flags.FLAGS.search and (flags.FLAGS.stop_after or flags.FLAGS.from_dump or flags.FLAGS.only):
-        raise UserError("--search compiles whole programs; leave out --stop_after, --from_dump and --only")
-    chip, devices = topology.describe(flags.FLAGS.topology)
-    if flags.FLAGS.search:
-        # Each takes minutes: what is known so far goes to standard error, the table alone to standard output.
-        with Progress() as progress:
-            build = announced(built, progress)
-            found = search.search(config, devices, chip, plan, progress.say, build)
-        if not found:
-            raise UserError(
-                "--search found no mesh for these devices that the config's sizes fit (each is named above); "
-                "change rollout.batch, rollout.samples_per_prompt or the model's sizes"
-            )
-        if flags.FLAGS.json:
-            tried = [{"mesh": mesh, "micro_batch": size} | as_dict(step) for mesh, size, step in found]
-            print(json.dumps(tried, indent=1))
-        else:
-            print(table.search(found))
-        sys.exit(0 if any(step.ok for *_, step in found) else 1)
-    build, whole = builder(flags.FLAGS)
-    largest = flags.FLAGS.largest and whole
-    with Progress() as progress:
-        build = announced(build, progress)
-        report = check.check(plan(config, devices), chip, largest=largest, build=build)
-    if flags.FLAGS.json:
-        print(json.dumps(as_dict(report), indent=1))
-    else:
-        print(table.step(report, f"{flags.FLAGS.topology}, {len(devices)} devices"))
-    sys.exit(0 if report.ok else 1)
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # the slice is described, not attached
-    flags.DEFINE_string("topology", "v5e:4x4", "The slice, KIND:SHAPE, such as v5e:4x4 or v5p:4x4x4.")
-    flags.DEFINE_bool("json", False, "Print the report as JSON.")
-    flags.DEFINE_bool("largest", True, "Look for the largest micro-batch: some more compiles.")
-    flags.DEFINE_enum("stop_after", None, ["buffers"], "Stop each compile before it generates code.")
-    flags.DEFINE_string("dump", "", "Folder that --stop_after writes to; a temporary one if not given.")
-    flags.DEFINE_string("from_dump", "", "Read such a folder instead of compiling.")
-    flags.DEFINE_string("only", "", "The one program to compile, without a report; for --stop_after.")
-    flags.DEFINE_bool("search", False, "Compile other mesh shapes and micro-batches, and rank them.")
-    run(main)

@@ -4,10 +4,10 @@ import copy
 
 import jax
 
-from opd_jax import preflight_check as check
-from opd_jax import sharding
 from opd_jax.errors import UserError
-from opd_jax.preflight_build import built
+from opd_jax.parallel import sharding
+from opd_jax.preflight import check
+from opd_jax.preflight.build import built
 
 
 def search(config, devices, chip, planned, tell=lambda line: None, build=built) -> list:

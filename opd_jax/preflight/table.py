@@ -1,6 +1,6 @@
 """Preflight reports as text."""
 
-from opd_jax import preflight_check as check
+from opd_jax.preflight import check
 
 GIB = 2**30
 

@@ -20,7 +20,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from opd_jax.time_left import Plan
+from opd_jax.progress.time_left import Plan
 
 QUIET = 25.0  # seconds without a line after which one says what goes on
 LONG = 20.0  # a phase that took less the last time begins without a line

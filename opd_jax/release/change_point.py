@@ -7,8 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from opd_jax import scans
-from opd_jax.segment_runs import merge_moments
+from opd_jax.release.segment_runs import merge_moments
+from opd_jax.release.segments import scans
 
 
 @flax.struct.dataclass

@@ -7,10 +7,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from opd_jax.change_point import ChangePoint, change_point
 from opd_jax.errors import UserError
-from opd_jax.rules import RULES
-from opd_jax.segment_runs import find_segments
+from opd_jax.release.change_point import ChangePoint, change_point
+from opd_jax.release.rules import RULES
+from opd_jax.release.segment_runs import find_segments
 
 __all__ = ["RESCALES", "ChangePoint", "Release", "change_point", "release"]
 

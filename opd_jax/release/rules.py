@@ -11,9 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from opd_jax import scans
-from opd_jax.change_point import ChangePoint, change_point
-from opd_jax.segment_runs import Segments, segment_mean, segment_std
+from opd_jax.release.change_point import ChangePoint, change_point
+from opd_jax.release.segment_runs import Segments, segment_mean, segment_std
+from opd_jax.release.segments import scans
 
 # Quantiles between which TA-OPD's two factors are stretched to [0, 1].
 LOW_QUANTILE, HIGH_QUANTILE = 0.05, 0.95

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from opd_jax import scans
+from opd_jax.release.segments import scans
 
 
 @flax.struct.dataclass

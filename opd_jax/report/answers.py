@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from opd_jax import report_figures as figures
-from opd_jax import report_html as html
-from opd_jax import rollout_profiles as profiles
-from opd_jax.run_record import Run
+from opd_jax.report import figures, html
+from opd_jax.report import rollout_profiles as profiles
+from opd_jax.run import Run
 
 TITLE = "Right and wrong answers"
 LINES = {"right": "-", "wrong": "--"}

@@ -1,19 +1,13 @@
-"""Entry: a workdir, or several, -> one self-contained HTML page.
-
-    python -m opd_jax.report --workdir=DIR [--workdir=DIR2 ...] [--out=FILE]
-
-Works on a finished run and on one that goes on, and imports no JAX.
-"""
+"""Builds the page of one or several workdirs."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax import report_page
 from opd_jax.errors import UserError, fail
-from opd_jax.outputs import write_text
-from opd_jax.run_record import read_run, summary
+from opd_jax.report import page as report_page
+from opd_jax.run import read_run, summary, write_text
 
 
 def build(
@@ -65,7 +59,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         fail(error)
     print(page)
-
-
-if __name__ == "__main__":
-    main()

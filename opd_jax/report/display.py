@@ -1,10 +1,10 @@
 """A report's figures by themselves, for notebooks and documents: fixed colours, and a key of the runs.
 
-    python -m opd_jax.report_display --workdir=runs/release --out=docs/images/margin.svg
+    python -m opd_jax.report.display --workdir=runs/release --out=docs/images/margin.svg
 
 draws one recorded rollout, sentence by sentence;
 
-    python -m opd_jax.report_display --long=runs/demo/long_answers.jsonl --out=docs/images/long_answers.svg
+    python -m opd_jax.report.display --long=runs/demo/long_answers.jsonl --out=docs/images/long_answers.svg
 
 what make demo saw of long answers: the teacher's margin along them, and what of each is kept.
 """
@@ -16,13 +16,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from opd_jax import report_figures as figures
-from opd_jax import report_long, report_page, rollout_profiles
 from opd_jax.errors import UserError, fail
-from opd_jax.outputs import write_text
-from opd_jax.report_html import SIGNS
-from opd_jax.report_rollouts import supervised
-from opd_jax.run_record import Run, column, phase_seconds, read_lines, read_run
+from opd_jax.report import figures, rollout_profiles
+from opd_jax.report import long as report_long
+from opd_jax.report import page as report_page
+from opd_jax.report.html import SIGNS
+from opd_jax.report.rollouts import supervised
+from opd_jax.run import Run, column, phase_seconds, read_lines, read_run, write_text
 
 KEY_HEIGHT = 18  # points, of the line that names the runs
 
@@ -137,7 +137,7 @@ def clearest(rollouts: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m opd_jax.report_display", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m opd_jax.report.display", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="a run")
     source.add_argument("--long", help="long_answers.jsonl of a demo")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opd_jax import report_html as html
-from opd_jax.run_record import Run, column
+from opd_jax.report import html
+from opd_jax.run import Run, column
 
 TITLE = "Signal and noise of the gradient"
 PARTS = ("kept", "all", "released")  # those of gradient_noise.py, which would import JAX

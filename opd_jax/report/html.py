@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from opd_jax import report_figures as figures
-from opd_jax.run_record import Run, column
+from opd_jax.report import figures
+from opd_jax.run import Run, column
 
 SIGNS = "●■◆▲▼✚✖"  # as figures.MARKERS draws them
 

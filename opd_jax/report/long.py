@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import report_figures as figures
-from opd_jax import report_html as html
-from opd_jax import report_rollouts, rollout_profiles
+from opd_jax.report import figures, html, rollout_profiles
+from opd_jax.report import rollouts as report_rollouts
 
 SHOWN = 3  # answers whose text is shown, the clearest releases first
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import alarms, report_answers, report_gradient, report_rollouts, rollout_profiles
-from opd_jax import report_figures as figures
-from opd_jax import report_html as html
-from opd_jax.run_record import Run, column, differences, phase_seconds
+from opd_jax.report import answers as report_answers
+from opd_jax.report import figures, html, rollout_profiles
+from opd_jax.report import gradient as report_gradient
+from opd_jax.report import rollouts as report_rollouts
+from opd_jax.run import Run, alarms, column, differences, phase_seconds
 
 STYLE_FILE = Path(__file__).with_name("report.css")
 GRADIENT = "gradient norm, nats/token per unit of weight"

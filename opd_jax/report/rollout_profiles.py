@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.estimates import RESAMPLES, bootstrap_ratio
+from opd_jax.evaluation import RESAMPLES, bootstrap_ratio
 
 BINS = 10
 GROUPS = {"right": True, "wrong": False}

@@ -7,8 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
-from opd_jax.train_step import TrainState
 
 FOLDER = "checkpoints"
 

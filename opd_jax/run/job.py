@@ -10,28 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from opd_jax import (
-    benchmark_run,
-    compile_cache,
-    cpu,
-    data,
-    metrics,
-    nltk_segments,
-    programs,
-    punkt,
-    rewards,
-    rollout,
-    segments,
-    sharding,
-    sizes,
-    tokenizers,
-)
-from opd_jax import train_step as steps
+from opd_jax import data
 from opd_jax.config import validate
+from opd_jax.distill import rollout
+from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.grading import shared as shared_grader
-from opd_jax.models import source, transformer
+from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import rewards, shared_grader
+from opd_jax.models import cpu, tokenizers, transformer
+from opd_jax.models.files import source
+from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress, own
+from opd_jax.release.segments import nltk_segments, punkt, segments
+from opd_jax.run import metrics, programs, sizes
+from opd_jax.run.keys import Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +66,12 @@ class Job(programs.Programs):
         """A PRNG key of the run's seed for one purpose, on the mesh."""
         return sharding.key(self.mesh, self.config.seed, purpose)
 
-    def responder(self, key: jax.Array) -> benchmark_run.Responder:
+    @property
+    def evaluation_key(self) -> jax.Array:
+        """The PRNG key of evaluations on held-out prompts."""
+        return self.key(Key.EVALUATION)
+
+    def responder(self) -> benchmark_run.Responder:
         """The student as it answers benchmarks: with the program that samples its rollouts."""
         c = self.config
         return benchmark_run.Responder(
@@ -82,16 +79,15 @@ class Job(programs.Programs):
             batch=c.rollout.batch,
             prompt_tokens=c.data.prompt_tokens,
             pad_id=self.student.pad_id,
-            key=key,
+            key=self.key(Key.BENCHMARKS),
             mesh=self.mesh,
             tokenizer=self.tokenizer,
             grader=shared_grader(),
         )
 
-    def teacher_responder(self, key: jax.Array) -> benchmark_run.Responder:
+    def teacher_responder(self) -> benchmark_run.Responder:
         """The teacher as it answers benchmarks: with the student's sampling, for `teacher_params`."""
-        sample = programs.sample_program(self.mesh, self.teacher, programs.sampling(self.config))
-        return dataclasses.replace(self.responder(key), sample=sample)
+        return dataclasses.replace(self.responder(), sample=self.sample_as_teacher)
 
     def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""

@@ -7,20 +7,21 @@ import math
 import jax
 import numpy as np
 
-from opd_jax import data, sharding
-from opd_jax import train_step as steps
-from opd_jax.job import Job, prepare
-from opd_jax.models import source
+from opd_jax import data
+from opd_jax.distill import train_step as steps
+from opd_jax.models.files import source
+from opd_jax.parallel import sharding
 from opd_jax.progress import Progress, own
-from opd_jax.train import RELEASE_KEY, SAMPLING_KEY
-from opd_jax.transcripts import transcripts
+from opd_jax.run import transcripts
+from opd_jax.run.job import Job, prepare
+from opd_jax.run.keys import Key
 
 # Asks for an answer of several hundred tokens, in sentences; REQUEST_TOKENS is room for it in a prompt.
 AT_LENGTH = "Think it through at length, and explain every step in full sentences."
 REQUEST_TOKENS = 96
 
 
-def look(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> list[dict]:
+def preview(job, params: dict, teacher_params: dict, progress: Progress | None = None) -> list[dict]:
     """The rollouts of a run's first step: same prompts, same draws, scored and cut, and no update.
 
     For one process. Compiles the sampler, which training shares, and scoring. With an objective whose
@@ -35,12 +36,12 @@ def look(job, params: dict, teacher_params: dict, progress: Progress | None = No
       rollout.batch records in the form of rollouts.jsonl, of step 0.
     """
     with own(progress) as shown:
-        return _look(job, params, teacher_params, shown)
+        return _preview(job, params, teacher_params, shown)
 
 
-def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict]:
+def _preview(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict]:
     c, mesh = job.config, job.mesh
-    first = data.batches(
+    first = data.training_batches(
         job.prompts.train,
         job.prompt_batch,
         c.data.prompt_tokens,
@@ -53,7 +54,7 @@ def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict
     batch = sharding.put_batch(mesh, next(first))
     step = jax.device_put(np.int32(0), sharding.replicated(mesh))
     with shown.compiling("the sampler", job.sample_group, batch.tokens_BP.shape[1]):
-        rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(SAMPLING_KEY), step)
+        rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(Key.SAMPLING), step)
 
     def supervise(*arguments):
         scores, release, _ = steps.supervise(job.student, job.teacher, c, *arguments)
@@ -61,11 +62,11 @@ def _look(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict
 
     with shown.phase("compiling what scores, while the student writes"):
         supervision = jax.jit(sharding.on(mesh, supervise))(
-            params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(RELEASE_KEY)
+            params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(Key.RELEASE)
         )
     with shown.phase("sampling and scoring"):
         rollouts, supervision = jax.device_get((rollouts, supervision))
-    return transcripts(job.tokenizer, 0, rollouts, supervision)
+    return transcripts.records(job.tokenizer, 0, rollouts, supervision)
 
 
 def long_job(config, answers: int, answer_tokens: int, progress: Progress | None = None) -> Job:

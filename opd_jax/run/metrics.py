@@ -20,11 +20,11 @@ from typing import Any, Self, TextIO
 import jax
 import numpy as np
 
-from opd_jax import alarms
 from opd_jax.errors import UserError
-from opd_jax.phase_clock import PhaseClock
 from opd_jax.progress import Progress
-from opd_jax.run_record import read_config
+from opd_jax.run import alarms
+from opd_jax.run.phase_clock import PhaseClock
+from opd_jax.run.run_record import read_config
 
 __all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
 

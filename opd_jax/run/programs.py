@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax import cpu, distributed, objectives, repeats, rollout, scoring, segments, sharding, trainable
-from opd_jax import gradient_noise as noises
-from opd_jax import train_step as steps
+from opd_jax.distill import gradient_noise as noises
+from opd_jax.distill import objectives, repeats, rollout, scoring, trainable
+from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.layouts import Layout
-from opd_jax.models import few_rows, source, splash, transformer
-from opd_jax.models.config import ModelConfig
-from opd_jax.run_record import read_config
+from opd_jax.models import ModelConfig, cpu, few_rows, splash, transformer
+from opd_jax.models.files import source
+from opd_jax.parallel import Layout, distributed, sharding
+from opd_jax.release.segments import segments
+from opd_jax.run.run_record import read_config
 
 # Sections of the config that the training step reads; a run's seed and data are arguments of it.
 TRAIN_STEP_READS = (
@@ -138,6 +139,11 @@ class Programs:
         """As `sample`, with the rollout.samples_per_prompt responses a prompt that are trained on."""
         samples = self.config.rollout.samples_per_prompt
         return sample_program(self.mesh, self.student, sampling(self.config, samples))
+
+    @property
+    def sample_as_teacher(self):
+        """As `sample`, by the teacher."""
+        return sample_program(self.mesh, self.teacher, sampling(self.config))
 
     @property
     def sample_teacher(self):

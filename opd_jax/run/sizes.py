@@ -2,11 +2,11 @@
 
 from absl import logging
 
-from opd_jax import gradient_noise as noises
-from opd_jax import sharding, trainable
+from opd_jax.distill import gradient_noise as noises
+from opd_jax.distill import trainable
 from opd_jax.errors import UserError
-from opd_jax.models import transformer
-from opd_jax.models.config import ModelConfig
+from opd_jax.models import ModelConfig, transformer
+from opd_jax.parallel import sharding
 
 
 def check(config, mesh, student: ModelConfig, teacher: ModelConfig):

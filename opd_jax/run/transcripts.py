@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def transcripts(
+def records(
     tokenizer, step: int, rollouts, supervision, right: Sequence[bool | None] | None = None
 ) -> list[dict]:
     """One record a rollout, as rollouts.jsonl holds them.

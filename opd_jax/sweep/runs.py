@@ -1,14 +1,4 @@
-"""An ablation: every arm with every seed, one after another, the teacher once, then one table and one page.
-
-    python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule
-    python -m opd_jax.sweep --config=configs/ablations/rule.py:configs/mine.py --out=runs/rule --jobs=jobs
-    python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule --table
-
-Started again with the same --out it skips what is done and goes on where it stopped. Where eval.benchmark is
-set, the teacher answers the benchmarks too, once; --teacher does that alone. --jobs writes a shell file for
-each run that is not done, in place of running it; with --settings, a settings file of launch/tpu.sh and
-launch/gke.sh. --table makes the table of the runs that are done, and runs nothing.
-"""
+"""The runs of a sweep: one after another in this process, or as job files for others."""
 
 import json
 import re
@@ -23,15 +13,16 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from opd_jax import arms, benchmark_run, distributed, sweep_table
-from opd_jax.arms import Planned
-from opd_jax.compare import read_lines
-from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.metrics import METRICS_FILE, config_conflict
-from opd_jax.outputs import make_folder
+from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import read_lines
+from opd_jax.parallel import distributed
 from opd_jax.progress import Progress, own
-from opd_jax.sweep_table import TEACHER
+from opd_jax.run import METRICS_FILE, config_conflict, make_folder
+from opd_jax.sweep import arms
+from opd_jax.sweep import table as sweep_table
+from opd_jax.sweep.arms import Planned
+from opd_jax.sweep.table import TEACHER
 
 # What the student's start depends on: runs that agree in these share one evaluation of it.
 START_SECTIONS = ("seed", "student", "teacher", "data", "rollout", "scoring", "mesh")
@@ -66,8 +57,8 @@ def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None
     Raises:
       UserError: a workdir holds a run of another config.
     """
-    from opd_jax.evaluate import evaluate
-    from opd_jax.job import prepare
+    from opd_jax.evaluation import evaluate
+    from opd_jax.run import prepare
     from opd_jax.train import train, work
 
     for planned in runs:
@@ -117,7 +108,7 @@ def examine_teacher(planned: Planned, out: Path, progress: Progress | None = Non
 
     Writes OUT/teacher/NAME-model.jsonl and .json; what is there of the same settings stays.
     """
-    from opd_jax.job import prepare
+    from opd_jax.run import prepare
 
     config, folder = planned.config, out / TEACHER
     if not config.eval.benchmark:
@@ -134,7 +125,7 @@ def examine_teacher(planned: Planned, out: Path, progress: Progress | None = Non
         job = prepare(config, progress=shown)
         with shown.phase("reading the teacher's weights"):
             params = job.teacher_params()
-        responder = job.teacher_responder(job.key(benchmark_run.KEY))
+        responder = job.teacher_responder()
         shown.expect("teacher's benchmark", len(job.exams))
         for exam in job.exams:
             result = benchmark_run.answer(
@@ -248,14 +239,3 @@ def _config_arguments(argv: Sequence[str]):
             yield argument.partition("=")[2]
         elif argument == "--config":
             yield following
-
-
-if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "Folder of the sweep.")
-    flags.DEFINE_list("arms", [], "Only these arms, by name.")
-    flags.DEFINE_list("seeds", [], "These seeds in place of the file's.")
-    flags.DEFINE_string("jobs", None, "Write a shell file a run into this folder instead of running.")
-    flags.DEFINE_string("settings", None, "With --jobs: a settings file of launch/ to make one of each run.")
-    flags.DEFINE_bool("teacher", False, "Only the teacher's answers to the benchmarks.")
-    flags.DEFINE_bool("table", False, "Only the table of the runs that are done.")
-    run(main)

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import compare, estimates, report, report_figures
-from opd_jax.arms import Planned
-from opd_jax.compare import Measured
-from opd_jax.run_record import Run, column, phase_seconds, read_run
+from opd_jax.evaluation import Measured, estimates
+from opd_jax.evaluation import paired as compare
+from opd_jax.report import build as report
+from opd_jax.report import figures as report_figures
+from opd_jax.run import Run, column, phase_seconds, read_run
+from opd_jax.sweep.arms import Planned
 
 START, TEACHER, MEAN = "start", "teacher", "mean"  # rows and a column that are no arm and no benchmark
 SECONDS = ("sample", "train", "data", "other")

@@ -11,13 +11,15 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from opd_jax import config, export, job
+from opd_jax import export
+from opd_jax.config import flags as config
 from opd_jax.errors import UserError
-from opd_jax.evaluate import run_config
 from opd_jax.models import transformer
+from opd_jax.run import job
+from opd_jax.run.restore import run_config
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY_NAME = tuple({path[-1] for path in traverse_util.flatten_dict(transformer.abstract(tiny.STUDENT))})
 DEMO = "--config=configs/demo.py"
 

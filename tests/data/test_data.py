@@ -12,8 +12,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from configs import default
 from opd_jax import data
+from opd_jax.config import default
 from opd_jax.errors import UserError
 
 CHATML = (
@@ -50,7 +50,7 @@ def demo_cache(tmp_path_factory):
 
 
 def config(**changes):
-    section = default.get_config().data
+    section = default().data
     section.update({"source": "jsonl", "prompt_tokens": 2048, "heldout": 0} | changes)
     return section
 
@@ -93,7 +93,7 @@ def test_demo_is_built_once_and_then_read_without_the_generator(
 def test_edited_demo_requests_never_meet_an_old_cache_and_building_tells_of_no_download(
     demo_cache, monkeypatch, tmp_path, capfd
 ):
-    from opd_jax.prompts import demo
+    from opd_jax.data.prompts import demo
 
     requests = json.loads(demo.EVERYDAY_FILE.read_text(encoding="utf-8"))
     before = demo.prepare(Path(demo_cache))
@@ -106,7 +106,7 @@ def test_edited_demo_requests_never_meet_an_old_cache_and_building_tells_of_no_d
 
 
 def _prepare(cache, barrier):
-    from opd_jax.prompts import demo
+    from opd_jax.data.prompts import demo
 
     barrier.wait()
     demo.prepare(Path(cache))
@@ -127,7 +127,7 @@ def test_two_processes_that_build_the_demo_at_once_both_succeed(tokenizer, tmp_p
 
 def test_loading_prompts_never_imports_tensorflow(demo_cache):
     program = (
-        "import sys; from opd_jax import data; from opd_jax.prompts import sources;"
+        "import sys; from opd_jax import data; from opd_jax.data.prompts import sources;"
         "assert 'tensorflow_datasets' not in sys.modules, 'slow import at the top';"
         f"sources.read_demo({demo_cache!r}); assert 'tensorflow' not in sys.modules"
     )
@@ -274,7 +274,7 @@ def test_held_out_texts_depend_on_the_texts_alone_and_leave_the_training_set():
 
 def test_batches_are_left_padded_and_the_mask_is_the_prompt():
     prompts = numbered(7)
-    batch = next(data.batches(prompts, 7, 6, pad_id=104, seed=1))
+    batch = next(data.training_batches(prompts, 7, 6, pad_id=104, seed=1))
     assert (batch.tokens_BP.dtype, batch.index_B.dtype) == (np.int32, np.int32)
     assert batch.mask_BP.dtype == bool
     assert batch.valid_B.all()
@@ -286,24 +286,24 @@ def test_batches_are_left_padded_and_the_mask_is_the_prompt():
 
 
 def test_every_epoch_holds_every_prompt_once_in_a_new_order():
-    index = take(data.batches(numbered(10), 5, 6, 0, seed=3), 8).reshape(4, 10)
+    index = take(data.training_batches(numbered(10), 5, 6, 0, seed=3), 8).reshape(4, 10)
     assert (np.sort(index, axis=1) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in index}) == 4
-    other_seed = take(data.batches(numbered(10), 5, 6, 0, seed=4), 2).reshape(10)
+    other_seed = take(data.training_batches(numbered(10), 5, 6, 0, seed=4), 2).reshape(10)
     assert tuple(other_seed) != tuple(index[0])
 
 
 def test_batch_larger_than_the_set_of_prompts_wraps_around():
-    index_B = next(data.batches(numbered(3), 8, 6, 0, seed=0)).index_B
+    index_B = next(data.training_batches(numbered(3), 8, 6, 0, seed=0)).index_B
     assert np.bincount(index_B, minlength=3).min() >= 2
 
 
 def test_resumed_iterator_goes_on_exactly_where_the_state_was_taken():
-    whole = take(data.batches(numbered(10), 4, 6, 0, seed=5), 9)
-    first = data.batches(numbered(10), 4, 6, 0, seed=5)
+    whole = take(data.training_batches(numbered(10), 4, 6, 0, seed=5), 9)
+    first = data.training_batches(numbered(10), 4, 6, 0, seed=5)
     head = take(first, 4)
     state = json.loads(json.dumps(first.state()))
-    tail = take(data.batches(numbered(10), 4, 6, 0, seed=5, start=state), 5)
+    tail = take(data.training_batches(numbered(10), 4, 6, 0, seed=5, start=state), 5)
     np.testing.assert_array_equal(np.concatenate([head, tail]), whole)
 
 
@@ -312,15 +312,15 @@ def test_resumed_iterator_goes_on_exactly_where_the_state_was_taken():
     [(9, 4, 5, "prompts"), (10, 2, 5, "batch"), (10, 4, 6, "seed")],
 )
 def test_state_of_other_data_is_refused(count, batch, seed, name):
-    state = data.batches(numbered(10), 4, 6, 0, seed=5).state()
+    state = data.training_batches(numbered(10), 4, 6, 0, seed=5).state()
     with pytest.raises(UserError, match=name):
-        data.batches(numbered(count), batch, 6, 0, seed=seed, start=state)
+        data.training_batches(numbered(count), batch, 6, 0, seed=seed, start=state)
 
 
 def test_processes_together_read_the_batch_of_a_single_process():
-    alone = data.batches(numbered(10), 6, 6, 0, seed=2)
+    alone = data.training_batches(numbered(10), 6, 6, 0, seed=2)
     rows = np.array([0, 1, 4]), np.array([2, 3, 5])
-    shares = [data.batches(numbered(10), 6, 6, 0, 2, own) for own in rows]
+    shares = [data.training_batches(numbered(10), 6, 6, 0, 2, own) for own in rows]
     for _ in range(5):
         expected = next(alone)
         parts = [next(share) for share in shares]
@@ -331,9 +331,9 @@ def test_processes_together_read_the_batch_of_a_single_process():
 
 def test_a_batch_takes_the_least_bucket_that_holds_its_longest_prompt():
     prompts = numbered(10)
-    plain = data.batches(prompts, 2, 6, 0, seed=2)
+    plain = data.training_batches(prompts, 2, 6, 0, seed=2)
     seen = set()
-    for _, batch in zip(range(40), data.batches(prompts, 2, 6, 0, seed=2, buckets=(4, 2))):
+    for _, batch in zip(range(40), data.training_batches(prompts, 2, 6, 0, seed=2, buckets=(4, 2))):
         want = next(plain)
         longest = max(len(prompts[i].ids) for i in want.index_B)
         width = 2 if longest <= 2 else 4 if longest <= 4 else 6
@@ -346,9 +346,9 @@ def test_a_batch_takes_the_least_bucket_that_holds_its_longest_prompt():
 
 
 def test_a_resumed_iterator_takes_the_buckets_of_an_uninterrupted_one():
-    first = data.batches(numbered(10), 2, 6, 0, seed=2, buckets=(2, 4))
+    first = data.training_batches(numbered(10), 2, 6, 0, seed=2, buckets=(2, 4))
     take(first, 3)
-    again = data.batches(numbered(10), 2, 6, 0, seed=2, start=first.state(), buckets=(2, 4))
+    again = data.training_batches(numbered(10), 2, 6, 0, seed=2, start=first.state(), buckets=(2, 4))
     for _ in range(9):
         for want, got in zip(next(first), next(again), strict=True):
             np.testing.assert_array_equal(got, want)
@@ -356,7 +356,7 @@ def test_a_resumed_iterator_takes_the_buckets_of_an_uninterrupted_one():
 
 def test_processes_with_shares_of_a_batch_take_the_same_bucket():
     settings = {"buckets": (1, 2, 3, 4)}
-    shares = [data.batches(numbered(10), 2, 6, 0, 2, np.array([row]), **settings) for row in (0, 1)]
+    shares = [data.training_batches(numbered(10), 2, 6, 0, 2, np.array([row]), **settings) for row in (0, 1)]
     widths = [[next(share).tokens_BP.shape[1] for _ in range(40)] for share in shares]
     assert widths[0] == widths[1]
     assert len(set(widths[0])) > 2

@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from configs import default
 from opd_jax import data
+from opd_jax.config import default
+from opd_jax.data.prompts import records, sources
 from opd_jax.errors import UserError
-from opd_jax.prompts import records, sources
 from tests import tiny
 
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 
 def load(tokenizer, **changes):
-    section = default.get_config().data
+    section = default().data
     section.update({"prompt_tokens": 2048, "heldout": 0, "source": "jsonl"} | changes)
     return data.load(section, tokenizer)
 
@@ -236,7 +236,7 @@ def test_a_mixture_takes_rows_by_weight_whatever_the_sizes(tokenizer, tmp_path):
     assert not {p.text for p in prompts.train} & {p.text for p in prompts.heldout}
 
     def rows(steps, start=None):
-        batches = data.batches(prompts.train, 8, 64, 0, seed=1, start=start, parts=prompts.parts)
+        batches = data.training_batches(prompts.train, 8, 64, 0, seed=1, start=start, parts=prompts.parts)
         taken = np.concatenate([next(batches).index_B for _ in range(steps)])
         return [prompts.train[i].text for i in taken], batches.state()
 
@@ -248,7 +248,7 @@ def test_a_mixture_takes_rows_by_weight_whatever_the_sizes(tokenizer, tmp_path):
     tail, _ = rows(25, json.loads(json.dumps(state)))
     assert head + tail == texts
     with pytest.raises(UserError, match="weights"):
-        data.batches(
+        data.training_batches(
             prompts.train, 8, 64, 0, seed=1, start=state, parts=[(n, w + 1) for n, w in prompts.parts]
         )
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from opd_jax import demo, demo_plan
+from opd_jax.demo import plan as demo_plan
+from opd_jax.demo import story as demo
 from opd_jax.errors import UserError
-from opd_jax.progress import Progress
+from opd_jax.progress.progress import Progress
 from tests import tiny
 
 MEASURED = demo_plan.Measured(sample=2.0, compare=1.0, compiling=8.0, batch=8, prompt_tokens=64, tokens=96)

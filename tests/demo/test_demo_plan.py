@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from configs import demo
-from opd_jax import demo_plan
-from opd_jax.demo_plan import SHORT, SMALL, WHOLE, Measured
+from opd_jax.config import load
+from opd_jax.demo import plan as demo_plan
+from opd_jax.demo.plan import SHORT, SMALL, WHOLE, Measured
 from tests import tiny
 
 # Batches of 8 answers of 96 tokens to prompts of 128: a fast machine and one at a third of its speed.
@@ -43,7 +43,7 @@ def test_more_time_never_makes_less():
 
 
 def test_sizes_follow_the_rate_of_the_machine_and_only_lower_those_of_the_config():
-    config = demo.get_config()
+    config = load("demo")
     sizes = {"vocab_size": 49152, "width": 576, "heads": 9, "kv_heads": 3, "head_size": 64, "ffn": 1536}
     models = [tiny.STUDENT.replace(layers=layers, **sizes) for layers in (27, 30)]
     assert demo_plan.choose_sizes(*models, config, rate=450e9, left=470) == WHOLE

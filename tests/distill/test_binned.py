@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import train_step
+from opd_jax.distill import train_step
 
 BINS = train_step.POSITION_BINS
 

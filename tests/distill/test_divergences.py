@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from opd_jax import divergences
+from opd_jax.distill import divergences
 
 SHAPE, VALID, ROWS, K = (2, 3), 197, 210, 7
 BETAS = (0.1, 0.5, 0.9)
@@ -156,7 +156,7 @@ def test_jsd_at_0_is_the_forward_kl_and_at_1_the_reverse_kl():
         np.testing.assert_array_equal(divergences.generalised_jsd(s_V, t_V, beta), kl(s_V, t_V))
 
 
-TRL = np.load(Path(__file__).parent / "golden" / "trl_jsd.npz")
+TRL = np.load(Path(__file__).parents[1] / "golden" / "trl_jsd.npz")
 
 
 @pytest.mark.parametrize("number", range(len(TRL["beta"])), ids=[f"beta {beta}" for beta in TRL["beta"]])

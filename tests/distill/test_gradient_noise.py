@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import segments, sizes, train_step
+from opd_jax.distill import train_step
+from opd_jax.distill.gradient_noise import PARTS, cut, group_count, make_gradient_noise
 from opd_jax.errors import UserError
-from opd_jax.gradient_noise import PARTS, cut, group_count, make_gradient_noise
+from opd_jax.release.segments import segments
+from opd_jax.run import sizes
 from tests import tiny
 
 WIDTH = 48

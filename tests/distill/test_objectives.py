@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import objectives, scoring
+from opd_jax.distill import objectives, scoring
+from opd_jax.distill.rollout import Rollouts
 from opd_jax.models import transformer
-from opd_jax.rollout import Rollouts
 from tests import tiny
 
 B, P, T, V = 4, 5, 11, 96

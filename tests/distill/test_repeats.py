@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax.repeats import repeated_tail
+from opd_jax.distill.repeats import repeated_tail
 
 T = 24
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from opd_jax import hlo, rollout, sharding
+from opd_jax.distill import rollout
 from opd_jax.models import transformer
+from opd_jax.parallel import sharding
+from opd_jax.preflight import hlo
 from tests import tiny
 
 B, P, T = 8, 6, 10

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from opd_jax import scoring
+from opd_jax.distill import scoring
+from opd_jax.distill.rollout import Rollouts
 from opd_jax.models import transformer
-from opd_jax.rollout import Rollouts
 from tests import tiny
 
 B, P, T, V, K, TOP_K = 4, 5, 11, 64, 4, 6

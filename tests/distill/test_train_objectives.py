@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import sharding
-from opd_jax.job import prepare
+from opd_jax.parallel import sharding
+from opd_jax.run.job import prepare
 from opd_jax.train import train
 from tests import tiny
 
@@ -37,7 +37,7 @@ def test_sft_trains_on_what_the_teacher_writes_and_grades_nothing(models, tmp_pa
     def never(*_):
         raise AssertionError("graded without a reward.weight")
 
-    monkeypatch.setattr("opd_jax.rewards.reward_batch", never)
+    monkeypatch.setattr("opd_jax.evaluation.rewards.reward_batch", never)
     job, state, records = run(models, tmp_path, **{"objective.name": "sft", "release.rule": "none"})
     assert int(state.step) == len(records) == 3
     assert job.teacher_writes
@@ -74,7 +74,7 @@ def test_samples_of_one_prompt_are_graded_by_its_answer_and_train_together(
         seen.append((answers, [tokenizer.decode(row[row < tiny.PAD]) for row in tokens_BL]))
         return sharding.put_batch(mesh, np.ones(len(answers), np.float32))
 
-    monkeypatch.setattr("opd_jax.rewards.reward_batch", graded)
+    monkeypatch.setattr("opd_jax.evaluation.rewards.reward_batch", graded)
     overrides = {
         "rollout.batch": 16,
         "rollout.samples_per_prompt": 2,

@@ -11,10 +11,8 @@ import optax
 import pytest
 
 from opd_jax import release as releasing
-from opd_jax import scoring, segments, sharding
-from opd_jax.job import prepare
-from opd_jax.release import Release
-from opd_jax.train_step import (
+from opd_jax.distill import scoring
+from opd_jax.distill.train_step import (
     Supervision,
     TrainState,
     learning_rate,
@@ -22,6 +20,10 @@ from opd_jax.train_step import (
     make_train_step,
     measure,
 )
+from opd_jax.parallel import sharding
+from opd_jax.release.release import Release
+from opd_jax.release.segments import segments
+from opd_jax.run.job import prepare
 from tests import tiny
 
 WIDTH = 96

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from opd_jax import vocabulary
+from opd_jax.distill import vocabulary
 
 SIZES = pytest.mark.parametrize("v", [7, 128, 200, 1000])
 LAST_UNIFORM = 1 - 2.0**-24

@@ -11,12 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import benchmark_run, benchmarks, compare, distributed, evaluate_benchmarks
-from opd_jax.benchmarks import Benchmark, Problem
+from opd_jax import evaluate
+from opd_jax.data.prompts.sources import Conversation
 from opd_jax.errors import UserError
-from opd_jax.grading import Grader, Verdict
-from opd_jax.job import prepare
-from opd_jax.prompts.sources import Conversation
+from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import paired as compare
+from opd_jax.evaluation import tasks as benchmarks
+from opd_jax.evaluation.grading import Grader, Verdict
+from opd_jax.run import of_model
+from opd_jax.evaluation.tasks import Benchmark, Problem
+from opd_jax.parallel import distributed
+from opd_jax.run.job import prepare
 from opd_jax.train import train
 from tests import tiny
 
@@ -123,7 +128,7 @@ def scripted(job, replies):
         finished_B = np.array([not text.startswith("long") for text in texts])
         return benchmark_run.sharding.put_batch(job.mesh, rollouts.replace(finished_B=finished_B))
 
-    return dataclasses.replace(job.responder(job.key(benchmark_run.KEY)), sample=sample)
+    return dataclasses.replace(job.responder(), sample=sample)
 
 
 def test_every_response_is_counted_once_with_its_own_problem(job):
@@ -269,14 +274,14 @@ def test_mistakes_on_the_command_line_are_refused_in_one_line(given, said):
     options = {"workdir": None, "model": None, "config": None, "step": "latest", "samples": None}
     options |= {"temperature": None, "out": None, "benchmark": ["champ"]} | given
     with pytest.raises(UserError, match=said) as caught:
-        evaluate_benchmarks.main(types.SimpleNamespace(**options))
+        evaluate.answer_benchmarks(types.SimpleNamespace(**options))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_alone_answers_in_the_dtype_of_the_config(models, dtype):
     settings = tiny.config(models, **{"student.compute_dtype": dtype})
-    _, params = evaluate_benchmarks.of_model(settings)
+    _, params = of_model(settings)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from opd_jax import estimates
+from opd_jax.evaluation import estimates
 
 CASES = [(1, 1, 1), (5, 0, 3), (5, 2, 3), (6, 5, 2), (8, 3, 4), (4, 4, 4)]
 

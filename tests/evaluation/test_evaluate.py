@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from opd_jax import metrics
-from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import UserError
-from opd_jax.estimates import bootstrap_ratio
-from opd_jax.evaluate import evaluate, evaluate_teacher, main, run_config
-from opd_jax.job import prepare
+from opd_jax.evaluate import main
+from opd_jax.evaluation.estimates import bootstrap_ratio
+from opd_jax.evaluation.heldout import evaluate, evaluate_teacher
+from opd_jax.run import metrics
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.job import prepare
+from opd_jax.run.restore import run_config
 from tests import tiny
 
 NONE_HELD_OUT = {"data.heldout": 0, "eval.every": 0}

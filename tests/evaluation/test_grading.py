@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax import answers
-from opd_jax.grading import Grader, Task
+from opd_jax.evaluation import answers
+from opd_jax.evaluation.grading import Grader, Task
 
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = Path(__file__).parents[1] / "golden"
 SETS = ("grading.jsonl", "grading_unseen.jsonl", "grading_fresh.jsonl", "grading_third.jsonl")
 HOSTILE_SECONDS = 1.0
 

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import answers, rewards, sharding
-from opd_jax.grading import Grader
-from opd_jax.job import prepare
+from opd_jax.evaluation import answers, rewards
+from opd_jax.evaluation.grading import Grader
+from opd_jax.parallel import sharding
+from opd_jax.run.job import prepare
 from tests import tiny
 
 RIGHT = [

@@ -21,8 +21,8 @@ import numpy as np
 import transformers
 
 from benchmarks.segments import Qwen3, pad, segment
-from opd_jax import tokenizers
-from opd_jax.segments import SegmentTable
+from opd_jax.models import tokenizers
+from opd_jax.release.segments.segments import SegmentTable
 
 TEXTS = (
     "<think>\nLet x = 3. Then x^2 = 9, e.g. by Dr. Smith's rule... So yes!\n</think>\n\n"

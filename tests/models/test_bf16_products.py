@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import rollout, scoring
+from opd_jax.distill import rollout, scoring
 from opd_jax.models import bf16_products, transformer
 from tests import tiny
 

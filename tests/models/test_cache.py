@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from scipy import special
 
-from opd_jax import programs, rollout, sharding
+from opd_jax.distill import rollout
 from opd_jax.models import attention, int8, transformer
+from opd_jax.parallel import sharding
+from opd_jax.run import programs
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(layers=8, head_size=64, max_positions=1024)

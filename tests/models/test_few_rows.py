@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import programs, rollout, sharding, topology
+from opd_jax.distill import rollout
 from opd_jax.models import cache, few_rows, int8, transformer
+from opd_jax.parallel import sharding
+from opd_jax.preflight import topology
+from opd_jax.run import programs
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(width=32, ffn=40, layers=2, qk_norm=True, attention_bias=True)

@@ -13,7 +13,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from opd_jax.errors import UserError
-from opd_jax.models import gguf, hf, rope, source
+from opd_jax.models import rope
+from opd_jax.models.files import gguf, hf, source
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"t{i}" for i in range(117))]

@@ -11,8 +11,8 @@ import pytest
 # Its Python half alone; the reader beside it needs torch.
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
-from opd_jax import tokenizers
-from opd_jax.models import gguf, source, transformer
+from opd_jax.models import tokenizers, transformer
+from opd_jax.models.files import gguf, source
 from tests.golden import gguf_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf, source, transformer, weights
+from opd_jax.models import transformer
+from opd_jax.models.files import hf, source, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))

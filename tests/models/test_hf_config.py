@@ -8,7 +8,8 @@ import pytest
 import transformers
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf_config, presets, rope, weights
+from opd_jax.models import rope
+from opd_jax.models.files import hf_config, presets, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA3 = {

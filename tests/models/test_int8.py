@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import programs, scoring, sharding
-from opd_jax.job import prepare
-from opd_jax.models import hf, int8, transformer
+from opd_jax.distill import scoring
+from opd_jax.models import int8, transformer
+from opd_jax.models.files import hf
+from opd_jax.parallel import sharding
+from opd_jax.run import programs
+from opd_jax.run.job import prepare
 from tests import tiny
 
 MODEL = tiny.TEACHER.replace(layers=2, tie_embeddings=False, weights="int8", exchanged=(254, tiny.END))

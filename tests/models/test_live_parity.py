@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import rollout
-from opd_jax.models import hf, source, transformer
+from opd_jax.distill import rollout
+from opd_jax.models import transformer
+from opd_jax.models.files import hf, source
 from tests.golden import gguf_files
 
 make_goldens = pytest.importorskip("tests.golden.make_goldens", reason="needs torch")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import rollout, sharding
+from opd_jax.distill import rollout
 from opd_jax.models import cache, moe, transformer
+from opd_jax.parallel import sharding
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(

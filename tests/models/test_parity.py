@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import rollout
-from opd_jax.models import source, transformer, weights
+from opd_jax.distill import rollout
+from opd_jax.models import transformer
+from opd_jax.models.files import source, weights
 from tests import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"

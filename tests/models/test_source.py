@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf, source
+from opd_jax.models.files import hf, source
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import hlo, programs, sharding
 from opd_jax.errors import UserError
 from opd_jax.models import attention, splash, transformer
+from opd_jax.parallel import sharding
+from opd_jax.preflight import hlo
+from opd_jax.run import programs
 from tests import tiny
 
 B, L, C = 4, 384, 128  # three blocks of 128
@@ -79,7 +81,7 @@ def test_the_kernels_blocks_above_the_diagonal_are_not_counted():
 
 def chosen(kernel, *, platform="tpu", tensor=2, response=256, head_size=C):
     """attention_kernel of a model with 2 kv heads for prompts of 128 tokens."""
-    config = tiny.default.get_config()
+    config = tiny.default()
     config.attention.kernel = kernel
     config.data.prompt_tokens, config.rollout.max_tokens = 128, response
     mesh = types.SimpleNamespace(

@@ -10,11 +10,11 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, models
 
-from opd_jax import tokenizers
 from opd_jax.errors import UserError
-from opd_jax.models import source
+from opd_jax.models import tokenizers
+from opd_jax.models.files import source
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import models, sharding
+from opd_jax import models
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.parallel import sharding
 
 BASE = ModelConfig(
     family="llama",

@@ -7,8 +7,8 @@ import time
 import jax
 import pytest
 
-from opd_jax import compile_cache, distributed
 from opd_jax.errors import UserError
+from opd_jax.parallel import compile_cache, distributed
 
 
 @pytest.fixture

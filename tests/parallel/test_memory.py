@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from opd_jax import memory
+from opd_jax.parallel import memory
 from tests import tiny
 
 

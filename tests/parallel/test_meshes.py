@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax import programs, segments, sharding
-from opd_jax import train_step as steps
-from opd_jax.config import validate
-from opd_jax.layouts import DEFAULT, Layout
+from opd_jax.config.flags import validate
+from opd_jax.distill import train_step as steps
+from opd_jax.parallel import sharding
+from opd_jax.parallel.layouts import DEFAULT, Layout
+from opd_jax.release.segments import segments
+from opd_jax.run import programs
 from tests import tiny
 
 SPARSE = {"family": "qwen3_moe", "qk_norm": True, "ffn": 16, "experts": 8, "experts_per_token": 2}

@@ -12,16 +12,16 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import distributed
-from opd_jax.checkpoint import Checkpoints
-from opd_jax.job import prepare
-from opd_jax.models import hf
+from opd_jax.models.files import hf
+from opd_jax.parallel import distributed
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.job import prepare
 from opd_jax.train import train
 from tests import tiny
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = {
     "train.steps": 2,
     "rollout.max_tokens": 6,
@@ -142,8 +142,8 @@ TOLD_BETWEEN = """
 import os, signal, sys, time
 import jax, numpy
 from opd_jax import distributed, sharding
-from opd_jax.checkpoint import Checkpoints
-from opd_jax.train_step import TrainState
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.distill.train_step import TrainState
 
 distributed.initialize()
 mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})

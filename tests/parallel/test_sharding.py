@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax import layouts, objectives, sharding
+from opd_jax.distill import objectives
+from opd_jax.distill.rollout import Rollouts
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
-from opd_jax.rollout import Rollouts
+from opd_jax.parallel import layouts, sharding
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(

@@ -12,10 +12,10 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
-from opd_jax import notebooks
 from opd_jax.errors import UserError
+from opd_jax.preflight import notebook as notebooks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def read(name: str):

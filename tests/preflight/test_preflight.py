@@ -14,21 +14,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import small_pod
-from opd_jax import (
-    costs,
-    hlo,
-    passes,
-    preflight,
-    preflight_build,
-    preflight_check,
-    preflight_dump,
-    preflight_search,
-    preflight_table,
-    sharding,
-    topology,
-)
 from opd_jax.errors import UserError
-from opd_jax.models import presets, source, splash, transformer
+from opd_jax.models import splash, transformer
+from opd_jax.models.files import presets, source
+from opd_jax.parallel import sharding
+from opd_jax.preflight import build as preflight_build
+from opd_jax.preflight import check as preflight_check
+from opd_jax.preflight import costs, hlo, passes, topology
+from opd_jax.preflight import dump as preflight_dump
+from opd_jax.preflight import plan as preflight
+from opd_jax.preflight import search as preflight_search
+from opd_jax.preflight import table as preflight_table
 from tests import tiny
 
 CHIP = topology.CHIPS["v5e"]
@@ -525,7 +521,7 @@ for kind, text in {files!r}.items():
     (pathlib.Path(folder) / name / f"m.after_optimizations{{kind}}.txt").write_text(text)
 time.sleep(600)
 """
-    script = tmp_path / "opd_jax/preflight.py"
+    script = tmp_path / "opd_jax/preflight/plan.py"
     script.parent.mkdir()
     (script.parent / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -559,7 +555,7 @@ def test_what_slices_send_each_other_is_counted_apart():
 
 
 def test_make_preflight_checks_every_recipe_on_the_slices_that_its_docstring_names():
-    folder = Path(__file__).parents[1]
+    folder = Path(__file__).parents[2]
     lines = (folder / "Makefile").read_text().partition("\npreflight:")[2].partition("\n\n")[0]
     made = re.findall(r"opd_jax\.preflight (--config=\S+ --topology=\S+)", lines)
     named = [

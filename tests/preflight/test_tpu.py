@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from opd_jax import hlo, preflight, preflight_build, preflight_check, sharding, topology
+from opd_jax.parallel import sharding
+from opd_jax.preflight import build as preflight_build
+from opd_jax.preflight import check as preflight_check
+from opd_jax.preflight import hlo, topology
+from opd_jax.preflight import plan as preflight
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("tpu_compiler")
 
 RECIPES = {
     path.stem: re.findall(r"opd_jax\.preflight --config=\S+ --topology=(\S+)", path.read_text())
-    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
     if '.path = "preset:' in path.read_text()  # models of a pod; the others run on a CPU
 }
 # The pair of one_chip.py at its smallest: two blocks teach two, of the same widths and vocabulary.

@@ -8,9 +8,9 @@ import threading
 import jax
 import pytest
 
-from opd_jax import progress as progresses
-from opd_jax.phase_clock import PhaseClock
-from opd_jax.progress import Progress, own
+from opd_jax.progress import progress as progresses
+from opd_jax.progress.progress import Progress, own
+from opd_jax.run.phase_clock import PhaseClock
 
 
 class Clock:

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tests.release.test_change_point import collectives, host_calls, reference_bics
 
-from configs import default
 from opd_jax import release as rel
+from opd_jax.config import default
+from opd_jax.distill.scoring import Scores
 from opd_jax.errors import UserError
-from opd_jax.scoring import Scores
-from tests.test_change_point import collectives, host_calls, reference_bics
 
 
 def config(**fields):
-    c = default.get_config().release
+    c = default().release
     c.update(fields)
     return c
 

@@ -19,8 +19,9 @@ from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer, load_
 
 from benchmarks import held_out_texts, segment_texts
 from benchmarks.segments import Comparison, Qwen3, SmolLM2, pad, segment
-from opd_jax import nltk_segments, punkt, segments, sentences, tokenizers
 from opd_jax.errors import UserError
+from opd_jax.models import tokenizers
+from opd_jax.release.segments import nltk_segments, punkt, segments, sentences
 from tests.golden import make_qwen3
 
 ROWS, POSITIONS = 64, 128
@@ -109,7 +110,7 @@ def test_texts_are_cut_as_nltk_cuts_them(comparison, kind, share):
 
 
 def test_qwen3s_tokenizer_json_has_the_bytes_and_sentences_of_the_golden_file(tmp_path):
-    golden = json.loads((Path(__file__).parent / "golden" / "qwen3.json").read_text("utf-8"))
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "qwen3.json").read_text("utf-8"))
     load("qwen3").vocabulary.tokenizer.save_pretrained(tmp_path)
     read = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     token_bytes = tokenizers.token_bytes(read)

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from opd_jax import (
-    report,
-    report_answers,
-    report_display,
-    report_figures,
-    report_html,
-    report_page,
-    report_rollouts,
-    run_record,
-)
 from opd_jax.errors import UserError
+from opd_jax.report import answers as report_answers
+from opd_jax.report import build as report
+from opd_jax.report import display as report_display
+from opd_jax.report import figures as report_figures
+from opd_jax.report import html as report_html
+from opd_jax.report import page as report_page
+from opd_jax.report import rollouts as report_rollouts
+from opd_jax.run import run_record
 
 BINS = 4
 

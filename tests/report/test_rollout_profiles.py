@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opd_jax import rollout_profiles as profiles
+from opd_jax.report import rollout_profiles as profiles
 
 BINS = profiles.BINS
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from opd_jax import alarms, metrics, run_record
-from opd_jax.alarms import WINDOW, Alarms
+from opd_jax.run import alarms, metrics, run_record
+from opd_jax.run.alarms import WINDOW, Alarms
 
 SOUND = {
     "stop_probability": 0.01,

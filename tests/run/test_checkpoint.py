@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax.checkpoint import Checkpoints
+from opd_jax.distill.train_step import TrainState
 from opd_jax.errors import UserError
-from opd_jax.job import prepare
-from opd_jax.train_step import TrainState
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.job import prepare
 from tests import tiny
 
 

@@ -5,8 +5,9 @@ import json
 import jax
 import pytest
 
-from opd_jax.job import prepare
-from opd_jax.look import AT_LENGTH, long_job, look
+from opd_jax.run import long_job
+from opd_jax.run.job import prepare
+from opd_jax.run.look import AT_LENGTH, preview
 from opd_jax.train import train
 from tests import tiny
 
@@ -38,7 +39,7 @@ def test_look_shows_the_rollouts_of_the_first_step_and_learns_nothing(models, tm
     job = prepare(tiny.config(models, **sizes, **off, **mesh, **settings))
     start = job.start()
     before = jax.device_get(start.params)
-    seen = look(job, start.params, job.teacher_params())
+    seen = preview(job, start.params, job.teacher_params())
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before, jax.device_get(start.params)))
     train(job, tmp_path / "run")
     recorded = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
@@ -59,7 +60,7 @@ def test_a_look_at_long_answers_asks_for_length_and_cuts_by_the_papers_rule(mode
     config = tiny.config(models, **{"release.rule": "none", "eval.every": 2})
     job = long_job(config, answers=8, answer_tokens=16)
     assert config.release.rule == "none" and config.data.instruction == ""  # the run's own stays
-    records = look(job, job.start().params, job.teacher_params())
+    records = preview(job, job.start().params, job.teacher_params())
     assert len(records) == 8
     for record in records:
         assert AT_LENGTH in record["prompt"]

@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from opd_jax import metrics
 from opd_jax.errors import UserError
+from opd_jax.run import metrics
 
 
 def lines(path) -> list[dict]:

@@ -3,14 +3,16 @@
 import jax
 import pytest
 
-from configs import demo
-from opd_jax import preflight, sharding, sizes
+from opd_jax.config import load
 from opd_jax.errors import UserError
+from opd_jax.parallel import sharding
+from opd_jax.preflight import plan as preflight
+from opd_jax.run import sizes
 from tests import tiny
 
 
 def test_the_demos_sizes_can_be_cut_over_the_devices_of_two_processes(models, caplog):
-    config = demo.get_config()
+    config = load("demo")
     pair = {f"{model}.path": str(models / model) for model in ("student", "teacher")}
     config.update_from_flattened_dict(pair | {"student.drop_layers": ()})
     with caplog.at_level("WARNING"):

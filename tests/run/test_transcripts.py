@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from opd_jax.release import Release
-from opd_jax.scoring import Scores
-from opd_jax.train_step import Supervision
-from opd_jax.transcripts import transcripts
+from opd_jax.distill.scoring import Scores
+from opd_jax.distill.train_step import Supervision
+from opd_jax.release.release import Release
+from opd_jax.run import transcripts
 from tests import tiny
 
 SENTENCES = ("First it is so. ", "Then it is not. ", "End.")
@@ -59,7 +59,7 @@ def records():
         gain_B=np.array([4.5, 0.0], np.float32),
     )
     supervision = Supervision(scores=scores, release=release)
-    return transcripts(tiny.tokenizer(), 7, rollouts, supervision, right=[True, None])
+    return transcripts.records(tiny.tokenizer(), 7, rollouts, supervision, right=[True, None])
 
 
 def test_the_sentences_join_to_the_response(records):

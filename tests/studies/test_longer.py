@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from opd_jax import arms
-from opd_jax.config import load
-from opd_jax.run_record import read_run
-from opd_jax.study import longer, report
+from opd_jax.config.flags import load
+from opd_jax.run.run_record import read_run
+from opd_jax.sweep import arms
+from studies import longer, report
 from tests import tiny
 
-CONFIG = str(Path(__file__).parents[1] / "configs" / "smollm2.py")
+CONFIG = str(Path(__file__).parents[2] / "configs" / "smollm2.py")
 REFERENCE = CONFIG.replace("smollm2.py", "smollm2_teacher.py")
 STEPS = 9
 
@@ -183,6 +183,6 @@ def test_figures_name_their_axes_units_and_arms(workdir, tmp_path):
 
 def test_a_folder_without_the_teachers_run_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "runs" / "policy_gradient" / "seed-0").mkdir(parents=True)
-    done = tiny.entry("opd_jax.study.longer", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}")
+    done = tiny.entry("studies.longer", f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 2 and "lacks teacher/seed-0" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -15,10 +15,10 @@ import scipy.stats
 from configs.study import sorting as sorting_config
 from configs.study import sorting_rescale
 from opd_jax.errors import UserError
-from opd_jax.models import source
-from opd_jax.study import prune, releases, report, runs, sorting, tables
+from opd_jax.models.files import source
+from studies import prune, releases, report, runs, sorting, tables
 
-TEACHER = Path(__file__).parents[1] / "configs" / "study" / "models" / "teacher"
+TEACHER = Path(__file__).parents[2] / "configs" / "study" / "models" / "teacher"
 
 
 def test_a_solution_takes_one_number_a_sentence_and_ends_in_the_order():
@@ -68,7 +68,7 @@ def test_every_number_is_one_token_and_the_model_is_small(tmp_path):
 
 def share_of(text):
     """--share of the command that prunes the study's student."""
-    return float(re.search(r"opd_jax.study.prune --model=models/teacher --share=(0\.\d+) ", text)[1])
+    return float(re.search(r"studies.prune --model=models/teacher --share=(0\.\d+) ", text)[1])
 
 
 def test_the_studys_student_is_its_teacher_pruned_as_the_model_card_says(tmp_path):
@@ -258,7 +258,7 @@ def test_sweeps_that_cannot_be_reported_are_refused_in_one_line_that_names_them(
 
 def run_module(command, folder, *arguments):
     """The finished `python -m` of a module of this repository, run in a folder."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     line = [sys.executable, "-m", command.__name__, *arguments]
     return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
 

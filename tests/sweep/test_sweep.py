@@ -12,11 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_jax import arms, config, objectives, release, report_figures, rules, sweep, sweep_table
+from opd_jax import release
+from opd_jax.config import flags as config
+from opd_jax.distill import objectives
 from opd_jax.errors import UserError
+from opd_jax.release import rules
+from opd_jax.report import figures as report_figures
+from opd_jax.sweep import arms
+from opd_jax.sweep import runs as sweep
+from opd_jax.sweep import table as sweep_table
 from tests import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "configs" / "ablations" / "paper.py"
 ABLATIONS = sorted(set((ROOT / "configs" / "ablations").glob("[a-z]*.py")) - {PAPER})
 STEPS = 8

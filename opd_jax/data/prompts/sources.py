@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opd_jax.data.prompts import records
 from opd_jax.errors import UserError, nearest, reason
-from opd_jax.prompts import records
 
 QUESTION_COLUMNS = ("prompt", "question", "problem")
 PROMPT_COLUMNS = ("messages", *QUESTION_COLUMNS)
@@ -126,7 +126,7 @@ def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]
     """
     import tensorflow_datasets as tfds  # half a second to three, so only where it is used
 
-    from opd_jax.prompts import demo
+    from opd_jax.data.prompts import demo
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
     folder = demo.prepare(Path(cache or base).expanduser())

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.errors import UserError
-from opd_jax.models import rope, weights
+from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.files import weights
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 

@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf_config, safetensors_out, transformer, weights
+from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.files import hf_config, safetensors_out, weights
 
 # Largest weight file that `save` writes, bytes.
 SHARD_BYTES = 5 * 10**9

@@ -1,8 +1,8 @@
 """Published models by name: what their config.json says, where shapes are needed and no weights."""
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf_config
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.files import hf_config
 
 PREFIX = "preset:"
 

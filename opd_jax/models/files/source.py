@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.errors import UserError
-from opd_jax.models import gguf, hf, presets, transformer
+from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.files import gguf, hf, presets
 
 
 class Source(NamedTuple):

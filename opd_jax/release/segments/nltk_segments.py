@@ -10,9 +10,9 @@ import collections
 import jax
 import numpy as np
 
-from opd_jax import punkt
 from opd_jax.errors import UserError
-from opd_jax.segments import SegmentTable
+from opd_jax.release.segments import punkt
+from opd_jax.release.segments.segments import SegmentTable
 
 
 class Cutter:

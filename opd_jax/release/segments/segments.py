@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import punkt, scans, sentences, tokenizers
 from opd_jax.errors import UserError, nearest
+from opd_jax.models import tokenizers
+from opd_jax.release.segments import punkt, scans, sentences
 
 KINDS = ("punkt", "punkt_untrained", "newline", "fixed:N", "token", "nltk")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from opd_jax import punkt, scans
+from opd_jax.release.segments import punkt, scans
 
 
 @flax.struct.dataclass

@@ -7,7 +7,7 @@ can be changed on the command line: --config.release.rule=none. Unknown fields a
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def default() -> ConfigDict:
     """The default of every field; student.path and teacher.path have none and must be set."""
     c = ConfigDict()
 
@@ -269,7 +269,7 @@ def get_config() -> ConfigDict:
     c.mesh.fsdp = 0
     c.mesh.tensor = 0
 
-    # Which mesh axes cut which axes of an array; the tables are data in opd_jax/layouts.py.
+    # Which mesh axes cut which axes of an array; the tables are data in opd_jax/parallel/layouts.py.
     c.sharding = ConfigDict()
     # The student's weights, gradients and moments: fsdp (width over fsdp; heads, ffn, vocabulary and experts
     # over tensor; a block's weights are gathered over fsdp when its turn comes), tensor (over tensor alone:
@@ -325,3 +325,6 @@ def get_config() -> ConfigDict:
     # Weights & Biases project; "" stays off. Needs `pip install wandb`.
     c.metrics.wandb = ""
     return c
+
+
+get_config = default  # as a recipe has it

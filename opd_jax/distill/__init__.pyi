@@ -1,0 +1,15 @@
+from . import gradient_noise as gradient_noise
+from . import objectives as objectives
+from . import repeats as repeats
+from . import rollout as rollout
+from . import scoring as scoring
+from . import train_step as train_step
+from . import trainable as trainable
+from .objectives import OBJECTIVES as OBJECTIVES
+from .rollout import Rollouts as Rollouts
+from .rollout import Sampling as Sampling
+from .rollout import sample as sample
+from .scoring import Scores as Scores
+from .scoring import score as score
+from .train_step import TrainState as TrainState
+from .train_step import make_train_step as make_train_step

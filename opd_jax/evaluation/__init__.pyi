@@ -1,0 +1,16 @@
+from . import answering as answering
+from . import estimates as estimates
+from . import paired as paired
+from . import rewards as rewards
+from .answering import Responder as Responder
+from .estimates import RESAMPLES as RESAMPLES
+from .estimates import bootstrap_ratio as bootstrap_ratio
+from .estimates import seed_interval as seed_interval
+from .grading import shared_grader as shared_grader
+from .heldout import evaluate as evaluate
+from .heldout import evaluate_teacher as evaluate_teacher
+from .paired import Measured as Measured
+from .paired import compare as compare
+from .paired import read_lines as read_lines
+from .paired import statement as statement
+from .tasks import BOXED as BOXED

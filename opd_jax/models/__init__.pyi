@@ -1,0 +1,11 @@
+from . import attention as attention
+from . import cache as cache
+from . import cpu as cpu
+from . import few_rows as few_rows
+from . import moe as moe
+from . import splash as splash
+from . import tokenizers as tokenizers
+from . import transformer as transformer
+from .config import ModelConfig as ModelConfig
+from .files.hf import load as load
+from .files.hf import save as save

@@ -1,0 +1,2 @@
+from .progress import Progress as Progress
+from .progress import own as own

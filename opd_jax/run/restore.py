@@ -1,0 +1,69 @@
+"""What is read back of a run: its config and its checkpoints; and a whole model as it answers benchmarks."""
+
+from ml_collections import ConfigDict
+
+from opd_jax.config import default, validate
+from opd_jax.errors import UserError
+from opd_jax.evaluation import Responder, shared_grader
+from opd_jax.models import tokenizers
+from opd_jax.models.files import source
+from opd_jax.parallel import compile_cache, sharding
+from opd_jax.progress import Progress
+from opd_jax.run import programs, sizes
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.keys import Key
+from opd_jax.run.run_record import read_config
+
+
+def run_config(workdir) -> ConfigDict:
+    """The config of the run in a workdir; fields that are newer than the run have their defaults.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    found = read_config(workdir)
+    if found is None:
+        raise UserError(f"--workdir={workdir} holds no run (no config.json)")
+    config = default()
+    try:
+        config.update(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--workdir={workdir}: config.json has a field that does not fit configs/default.py ({error}); "
+            "restore it"
+        ) from error
+    return config
+
+
+def restore_params(job, workdir, wanted: str) -> tuple[dict, int]:
+    """(parameters, steps done) of a run's checkpoint: latest, best, or a number."""
+    with Checkpoints.of_run(workdir, job.config.checkpoint.keep) as checkpoints:
+        step = checkpoints.find(wanted)
+        return checkpoints.restore(step, job.abstract_state())[0].params, step
+
+
+def of_model(config) -> tuple[Responder, dict]:
+    """(Responder, parameters) of the whole model that `student.path` names, in student.compute_dtype."""
+    validate(config)
+    compile_cache.enable(config.compile.cache)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, "rollout.batch", config.rollout.batch)
+    path = config.student.path
+    model = programs.model(path, "--model", mesh, config.student.compute_dtype)
+    sizes.check_length(config, "--model", model)
+    tokenizer = tokenizers.load(path, "--model")
+    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, config.rollout.end_ids))
+    shardings = programs.param_shardings(mesh, model)
+    with Progress() as progress, progress.phase("reading the weights"):
+        _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=model.dtype)
+    responder = Responder(
+        sample=programs.sample_program(mesh, model, programs.sampling(config)),
+        batch=config.rollout.batch,
+        prompt_tokens=config.data.prompt_tokens,
+        pad_id=model.pad_id,
+        key=sharding.key(mesh, config.seed, Key.BENCHMARKS),
+        mesh=mesh,
+        tokenizer=tokenizer,
+        grader=shared_grader(),
+    )
+    return responder, params

@@ -1,0 +1,1 @@
+from .arms import grid as grid
