@@ -50,7 +50,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
         "nltk": ["nltk"],  # segments.kind=nltk
-        "dev": ["basedpyright", "pre-commit", "ruff"],
+        "dev": ["pyright[nodejs]", "pre-commit", "ruff"],
         "test": [
             *DEMO,
             *BENCHMARKS,
