@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opd_jax", "opd_jax.*"]),
-    package_data={"opd_jax": ["py.typed", "report.css", "prompts/*.json"]},
+    package_data={"": ["*.pyi"], "opd_jax": ["py.typed", "report/report.css", "**/*.json"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -29,6 +29,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
         "jinja2",
+        "lazy_loader>=0.4",
         "math-verify>=0.9",
         "matplotlib",
         "ml-collections>=1.0",

@@ -18,6 +18,18 @@ RESCALES = ("sequence", "batch", "none")
 
 
 @flax.struct.dataclass
+class Margins:
+    """The part of `distill.Scores` that the paper's rule reads, for a trainer with scores of its own.
+
+    Attributes:
+      contrast_BT: the teacher's margin in nats: how far the best of the student's candidates is ahead of the
+        second best, by the teacher's log-probabilities.
+    """
+
+    contrast_BT: jax.Array
+
+
+@flax.struct.dataclass
 class Release:
     """The supervision of each response token.
 
@@ -61,7 +73,7 @@ def release(
     """Decides which response tokens the teacher still supervises, and how much.
 
     Args:
-      scores: scoring.Scores; each rule reads what it needs of it.
+      scores: `distill.Scores`, of which each rule reads what it needs; `Margins` has enough for the paper's.
       segment_BT: int32 sentence number, non-decreasing along the response; outside it, anything.
       mask_BT: response tokens.
       config: the `release` sub-config.

@@ -3,3 +3,5 @@ from . import punkt as punkt
 from . import scans as scans
 from . import segments as segments
 from .segments import check_kind as check_kind
+from .segments import SegmentTable as SegmentTable
+from .segments import segment as segment
