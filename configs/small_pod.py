@@ -5,8 +5,8 @@
       --config.student.path=~/models/Qwen3-1.7B --config.teacher.path=~/models/Qwen3-8B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-The mesh is the best one of the search in docs/preflight.md. Chunks of the loss are long, because each chunk
-sums the gradient of the output matrix over the slice.
+The mesh is chosen from the search in docs/preflight.md. Chunks of the loss are long, because each chunk sums
+the gradient of the output matrix over the slice.
 
 Cost: at least 16 chip-hours for 100 steps, predicted by the roofline below. Preflight prints (jax 0.10.2,
 libtpu 0.0.42.1):
