@@ -1,7 +1,7 @@
 /* Runs a program as on a CPU without AVX-512, AMX, AVX-VNNI and bfloat16 instructions.
 
-   CPUID is made to trap (Linux 4.12 and later, Intel CPUs with CPUID faulting: "cpuid_fault" in /proc/cpuinfo) and its
-   answer is masked, so every library and compiler in the process takes its AVX2 code.
+   Makes CPUID trap and masks its answer, so every library and compiler in the process uses its AVX2 code.
+   Needs Linux 4.12 or later and an Intel CPU with CPUID faulting ("cpuid_fault" in /proc/cpuinfo).
 
    gcc -O2 -shared -fPIC -o avx2_only.so avx2_only.c -ldl
    LD_PRELOAD=$PWD/avx2_only.so python ... */

@@ -1,10 +1,11 @@
-"""Times of a decode step's products, by how the weight is stored and which operand it is.
+"""Times the matrix products of a decode step for each layout of the weight and order of the operands.
 
     python benchmarks/few_rows.py ROWS,IN,OUT [ROWS,IN,OUT ...]
     BENCH_DTYPE=bfloat16 python benchmarks/few_rows.py 8,576,1536
 
-For each product the least wall time and the mean processor time of all threads, microseconds. The second
-depends less on what else the machine does. The forms run in turn, over several copies of the weight.
+Prints for each product the least wall time and the mean processor time of all threads, in microseconds.
+Processor time depends less on the other load of the machine. The forms run in turn, over several copies of
+the weight.
 """
 
 import os

@@ -1,7 +1,9 @@
-"""Texts on which nothing was tuned, by kind: `python -m benchmarks.segments --texts=held_out`.
+"""Texts that the segmenter was not tuned on, by kind.
 
-They come from installed packages (those of the test extra; gensim and pyjokes by
-`pip install --no-deps gensim pyjokes`), the standard library and the machine's man pages.
+    python -m benchmarks.segments --texts=held_out
+
+They come from installed packages, the standard library and the machine's man pages. The packages are those
+of the test extra, and gensim and pyjokes: `pip install --no-deps gensim pyjokes`.
 """
 
 import ast
@@ -17,14 +19,14 @@ import sysconfig
 
 from opd_jax.errors import UserError
 
-PARAGRAPHS = 40  # of a long document, to one text
+PARAGRAPHS = 40  # in one text cut from a long document
 
 
 def documents(kind: str, share: float = 1.0) -> list[str]:
-    """Documents of one of SOURCES, in a fixed order; `share` of them, spread over the whole.
+    """Documents of one kind of SOURCES, in a fixed order; a `share` of them, evenly spread.
 
     Raises:
-      UserError: the package that they come from is not installed.
+      UserError: their package is not installed.
     """
     step = max(round(1 / share), 1)
     return [text for text in SOURCES[kind]()[::step] if text.strip()]
@@ -42,19 +44,19 @@ def _stdlib() -> pathlib.Path:
 
 
 def _pieces(text):
-    """A long text as texts of PARAGRAPHS paragraphs."""
+    """A long text cut into texts of PARAGRAPHS paragraphs."""
     parts = re.split(r"\n\s*\n", text)
     return ["\n\n".join(parts[i : i + PARAGRAPHS]) for i in range(0, len(parts), PARAGRAPHS)]
 
 
 def _modules(package, step=1, pattern="*.py"):
-    """The text of every `step`-th file of a package that is no test, of those above 4 kB."""
+    """The text of every `step`-th file of a package; tests and files up to 4 kB are left out."""
     files = sorted(path for path in _folder(package).rglob(pattern) if "test" not in str(path.parent))
     return [path.read_text("utf-8") for path in files if path.stat().st_size > 4000][::step]
 
 
 def _docstrings(package, step):
-    """The docstrings of each module, joined; modules with little of them left out."""
+    """The docstrings of each module, joined; modules with few of them are left out."""
     texts = []
     for code in _modules(package, step):
         nodes = ast.walk(ast.parse(code))
@@ -86,7 +88,7 @@ def _reviews():
 
 
 def _jokes():
-    """One text a language."""
+    """One text for each language."""
     texts = []
     for path in sorted(_folder("pyjokes").glob("jokes_*.py")):
         nodes = ast.walk(ast.parse(path.read_text("utf-8")))

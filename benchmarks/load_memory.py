@@ -1,12 +1,13 @@
-"""How much host memory loading a checkpoint takes beside the arrays it fills, as a Markdown table.
+"""Measures the host memory that loading a checkpoint needs beyond the arrays; prints a Markdown table.
 
     python -m benchmarks.load_memory [--folder=DIR] [--only=dense|sparse]
 
-Writes a synthetic sharded checkpoint of 4.2 GB (dense) and one of 2.4 GB (64 experts a block), in bfloat16,
-loads each in a fresh process, and deletes it. Linux. On a CPU the arrays themselves are host memory, so their
-bytes are taken off: what is left is what a host with accelerators would need. Memory is that which
-the process has of its own (RssAnon, looked at every 2 ms); pages of the mapped files, which the system
-takes back when it needs them, are not counted.
+Writes two synthetic sharded checkpoints in bfloat16, one of 4.2 GB (dense) and one of 2.4 GB (64 experts a
+block). Loads each in a fresh process, then deletes it. Needs Linux.
+
+On a CPU the arrays themselves are in host memory. Their bytes are subtracted, so the rest is what a host with
+accelerators would need. Memory is the process's own (RssAnon, sampled every 2 ms). Pages of the mapped files
+are not counted, because the system can reclaim them.
 """
 
 import argparse
@@ -49,7 +50,7 @@ CHECKPOINTS = {"dense": DENSE, "sparse": SPARSE}
 
 
 def write(folder: Path, raw: dict) -> int:
-    """Writes the folder with noise for weights; returns the bytes of all tensors."""
+    """Writes a model folder with random weights; returns the bytes of all tensors."""
     dtype = np.dtype(jnp.bfloat16)
     noise = (np.random.default_rng(0).normal(size=1 << 20) / 32).astype(dtype)
     files, room = [], 0
@@ -71,13 +72,13 @@ def write(folder: Path, raw: dict) -> int:
 
 
 def own_memory() -> int:
-    """RssAnon of this process, bytes."""
+    """RssAnon of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def measure(folder: Path):
-    """Loads the folder; prints JSON of bytes: the arrays', and the most there was above the start."""
+    """Loads the folder; prints as JSON the bytes of the arrays and the peak above the start."""
     jax.block_until_ready(jax.jit(jnp.zeros_like)(jnp.ones(8)))
     start, peak, done = own_memory(), 0, threading.Event()
 

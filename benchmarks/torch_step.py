@@ -1,16 +1,16 @@
-"""One on-policy distillation step in PyTorch and transformers, timed as opd_jax.bench does its own.
+"""Times one on-policy distillation step in PyTorch and transformers, as opd_jax.bench times ours.
 
     python benchmarks/torch_step.py LAYERS WIDTH FFN HEADS KV_HEADS HEAD_SIZE VOCABULARY \\
-        BATCH PROMPT RESPONSE [--teacher_layers=N] [--sample_only]
+        BATCH PROMPT RESPONSE [--teacher_layers=N] [--sample_only] [--autocast]
 
-sample: generate() with its default KV cache, temperature 1, nothing truncated, no early stop; the
-        logits are kept.
-score:  one teacher forward under no_grad: log p_T of the response, and the margin of the teacher's
-        best two among the student's four most likely tokens.
-update: student forward and backward of the policy gradient, clipping, fused AdamW.
+sample: generate() with its default KV cache, temperature 1, no truncation, no early stop. The logits
+        are kept.
+score:  one forward pass of the teacher under no_grad: log p_T of the response, and the margin between
+        the teacher's best two of the student's four most likely tokens.
+update: forward and backward pass of the student under the policy gradient, clipping, fused AdamW.
 
-Weights are random and float32, embeddings are tied, attention is sdpa. Outside generate(), logits
-exist at response positions only.
+Weights are random and float32, embeddings are tied, attention is sdpa. Outside generate(), logits are
+computed only at response positions.
 """
 
 import argparse
@@ -23,12 +23,12 @@ import transformers
 
 NAMES = ["layers", "width", "ffn", "heads", "kv_heads", "head_size", "vocabulary"]
 NAMES += ["batch", "prompt", "response"]
-MATMUL = 2048  # side of the square product that stands for the machine
+MATMUL = 2048  # size of the square product that measures the machine
 CANDIDATES = 4  # K, the student's top tokens within which the margin is taken
 
 
 def best_seconds(fn, *args, repeats: int):
-    """Least wall time of fn(*args) over some runs after one not counted, and the last result."""
+    """Least wall time of fn(*args) over `repeats` runs after a warm-up run, and the last result."""
     fn(*args)
     seconds = []
     for _ in range(repeats):
@@ -67,7 +67,7 @@ def response_logits(model, tokens_BL, t: int):
 
 
 def sample(student, prompt_BP, t: int):
-    """Tokens [B, P + t] and t arrays of the student's logits [B, V]."""
+    """Tokens [B, P + t], and the student's logits as t arrays [B, V]."""
     out = student.generate(
         prompt_BP,
         attention_mask=torch.ones_like(prompt_BP),

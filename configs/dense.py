@@ -5,8 +5,8 @@
       --config.student.path=~/models/Qwen3-8B --config.teacher.path=~/models/Qwen3-32B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 85.2 chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu
-0.0.42.1):
+Cost: at least 85.2 chip-hours for 100 steps, predicted by the roofline below. Preflight prints (jax 0.10.2,
+libtpu 0.0.42.1):
 
                             sample          train_step      evaluation
     arguments, GiB          0.48            2.40            1.43
@@ -33,7 +33,7 @@ from opd_jax import config
 
 
 def get_config():
-    """The default config with this recipe's models and sizes."""
+    """The default config with the models and sizes of this recipe."""
     c = config.default()
     c.student.path = "preset:Qwen3-8B"
     c.teacher.path = "preset:Qwen3-32B"

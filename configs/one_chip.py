@@ -5,9 +5,11 @@
       --config.student.path=~/models/Qwen3-0.6B --config.teacher.path=~/models/Qwen3-1.7B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 0.14 chip-hours for 100 steps, by the roofline below. Adam's first moment is bfloat16: with
-float32, micro-batches of 2 fill the memory. docs/preflight.md has what optimizer.memory=host makes room for.
-Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+Adam's first moment is bfloat16; in float32, micro-batches of 2 would fill the memory. docs/preflight.md says
+what fits with optimizer.memory=host.
+
+Cost: at least 0.14 chip-hours for 100 steps, predicted by the roofline below. Preflight prints (jax 0.10.2,
+libtpu 0.0.42.1):
 
                            sample          train_step      evaluation
     arguments, GiB         2.22            8.76            5.43
@@ -30,7 +32,7 @@ from opd_jax import config
 
 
 def get_config():
-    """The default config with this recipe's models and sizes."""
+    """The default config with the models and sizes of this recipe."""
     c = config.default()
     c.student.path = "preset:Qwen3-0.6B"
     c.teacher.path = "preset:Qwen3-1.7B"

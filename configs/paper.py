@@ -6,9 +6,11 @@
       --config.student.path=~/models/Qwen3-1.7B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 1.59 (v5p) or 2.19 (v6e) chip-hours a step with responses of full length, by the
-roofline below; most of it is sampling, a read of the cache a token. Keys, values and the teacher are int8.
-Preflight's tables (jax 0.10.2, libtpu 0.0.42.1).
+Keys, values and the teacher's weights are int8.
+
+Cost: at least 1.59 (v5p) or 2.19 (v6e) chip-hours a step with responses of full length, predicted by the
+roofline below. Most of it is sampling, which reads the whole cache for each token. Preflight prints (jax
+0.10.2, libtpu 0.0.42.1):
 
 On v5p:4x4x4, a predicted step of 89.2 s, 2757 response tokens a second a chip:
 
@@ -55,7 +57,7 @@ from opd_jax import config
 
 
 def get_config():
-    """The default config with this recipe's models and sizes."""
+    """The default config with the models and sizes of this recipe."""
     c = config.default()
     c.student.path = "preset:Qwen3-1.7B"
     c.teacher.path = "preset:Qwen3-30B-A3B"

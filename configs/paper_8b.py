@@ -5,9 +5,10 @@
       --config.student.path=~/models/Qwen3-8B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 2.66 chip-hours a step with responses of full length, by the roofline below; most of it is
-sampling, a read of the cache a token. The cache fills the memory: on v5p no smaller slice holds it
-(docs/preflight.md). Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+The KV cache fills the memory: no smaller v5p slice holds it (docs/preflight.md).
+
+Cost: at least 2.66 chip-hours a step with responses of full length, predicted by the roofline below. Most of
+it is sampling, which reads the whole cache for each token. Preflight prints (jax 0.10.2, libtpu 0.0.42.1):
 
                             sample               train_step         evaluation
     arguments, GiB          1.91                 7.57               3.74

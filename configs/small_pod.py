@@ -5,9 +5,11 @@
       --config.student.path=~/models/Qwen3-1.7B --config.teacher.path=~/models/Qwen3-8B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-Cost: at least 16 chip-hours for 100 steps, by the roofline below. The mesh is the search's of
-docs/preflight.md. Chunks are long, since every chunk of the loss sums the output matrix's gradient over the
-slice. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+The mesh is chosen from the search in docs/preflight.md. Chunks of the loss are long, because each chunk sums
+the gradient of the output matrix over the slice.
+
+Cost: at least 16 chip-hours for 100 steps, predicted by the roofline below. Preflight prints (jax 0.10.2,
+libtpu 0.0.42.1):
 
                             sample          train_step     evaluation
     arguments, GiB          0.40            2.17           1.36
@@ -34,7 +36,7 @@ from opd_jax import config
 
 
 def get_config():
-    """The default config with this recipe's models and sizes."""
+    """The default config with the models and sizes of this recipe."""
     c = config.default()
     c.student.path = "preset:Qwen3-1.7B"
     c.teacher.path = "preset:Qwen3-8B"

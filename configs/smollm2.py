@@ -1,8 +1,8 @@
-"""A longer run of the demo's pair: five blocks removed, longer responses, two objectives.
+"""A longer run of the demo's models: five blocks removed, longer responses, two objectives.
 
 Teacher: SmolLM2-135M-Instruct. Student: the same model without blocks 4, 9, 14, 20 and 25. Both objectives
-use the release rule and start from the same student, prompts and seeds; smollm2_teacher.py is what they are
-held against. Results: docs/smollm2.md.
+use the release rule and start from the same student, prompts and seeds. smollm2_teacher.py is the reference
+that they are compared with. Results: docs/smollm2.md.
 
     make smollm2
     python -m opd_jax.sweep --config=configs/smollm2.py --out=runs/smollm2
@@ -20,18 +20,18 @@ def get_config():
     c.student.drop_layers = (4, 9, 14, 20, 25)
     c.rollout.max_tokens = 160
     c.objective.name = OBJECTIVES[0]
-    c.objective.end_weight = 0.0  # docs/smollm2.md shows what endings do without it
+    c.objective.end_weight = 0.0  # docs/smollm2.md shows how responses end without it
     c.optimizer.learning_rate = 2e-4
     c.train.steps = 36
     c.eval.every = 12
     c.checkpoint.every = 12
     c.checkpoint.keep = 1
     c.metrics.rollouts_every = 1
-    c.metrics.rollouts = 8  # all of them, for the release points
+    c.metrics.rollouts = 8  # the whole batch, for the release points
     c.metrics.tensorboard = False
     return c
 
 
 def arms(config):
-    """One arm an objective; the first is the paper's."""
+    """One arm for each objective; the first is the paper's."""
     return {name: {"objective.name": name} for name in OBJECTIVES}

@@ -5,10 +5,12 @@
       --config.student.path=~/models/Qwen3-0.6B --config.teacher.path=~/models/Qwen3-1.7B \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-A slice holds a copy of both models, and the gradients of every micro-batch, in bfloat16 and block by block,
-are summed over the two: a larger micro-batch crosses the network less often. Each decoded token asks all
-slices whether any row is left, 768 messages of a few bytes whose latency is not counted. Cost: at least 0.7
-chip-hours for 100 steps, by the roofline below. Preflight's table (jax 0.10.2, libtpu 0.0.42.1):
+Each slice holds a copy of both models. The gradients of every micro-batch are summed over the two slices, in
+bfloat16 and block by block, so a larger micro-batch crosses the network less often. After each decoded token
+the slices agree whether any row is left: 768 messages of a few bytes, whose latency is not counted.
+
+Cost: at least 0.7 chip-hours for 100 steps, predicted by the roofline below. Preflight prints (jax 0.10.2,
+libtpu 0.0.42.1):
 
                            sample           train_step     evaluation
     arguments, GiB         0.56             2.20           1.36
@@ -37,7 +39,7 @@ from opd_jax import config
 
 
 def get_config():
-    """The pair of one_chip.py with four times its rollouts, data across the slices."""
+    """The models of one_chip.py with four times its rollouts; the data axis runs across the slices."""
     c = config.load("one_chip")
     c.mesh.preset = "slices"
     c.rollout.batch = 128

@@ -49,7 +49,7 @@ def summary(rows) -> str:
     parts += [f"released {name}: {share:.0%}" for name, (share, _) in shares(rows).items()]
     if released:
         parts.append(
-            f"first released less first wrong sentence: median {np.median(both):+.0f}, "
+            f"first released minus first wrong sentence: median {np.median(both):+.0f}, "
             f"from {np.percentile(both, 25):+.0f} to {np.percentile(both, 75):+.0f} (quartiles)"
         )
         at, far = np.mean(both == 0), np.mean(np.abs(both))
@@ -112,7 +112,7 @@ def release_figure(figure, released) -> None:
     axes.hist(distance, bins=edges, edgecolor="white", label="as released")
     share = np.histogram(chance, edges)[0] / EXCHANGES
     axes.stairs(share, edges, color="black", linewidth=1.4, label="release points exchanged")
-    axes.set(xlabel="first released sentence less first wrong one, sentences", ylabel="responses")
+    axes.set(xlabel="first released sentence minus first wrong one, sentences", ylabel="responses")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 

@@ -89,7 +89,7 @@ def rescale_figure(figure, rows, without, shown: Mapping[str, str]) -> None:
             style = look(number) | {"linestyle": "none", "capsize": 3}
             compared = ("the same with it", "full supervision")[number]
             heights = [place + 0.2 * number for place in at]
-            axes.errorbar(means, heights, xerr=np.abs(ends - means), label=f"less {compared}", **style)
+            axes.errorbar(means, heights, xerr=np.abs(ends - means), label=f"minus {compared}", **style)
         axes.set_yticks(at, [row["arm"] for row in found])
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(xlabel=f"difference of {label}")

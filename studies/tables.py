@@ -45,7 +45,7 @@ def table(rows: Sequence[Mapping[str, Any]], quantity: str) -> list[dict[str, An
 def markdown(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     """`table` as Markdown."""
     lines = [
-        f"| arm | {name} | less full, equal steps | less full, equal supervised tokens | supervised |",
+        f"| arm | {name} | minus full, equal steps | minus full, equal supervised tokens | supervised |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
@@ -67,8 +67,9 @@ def rescaled(
       without: those of the same arms with release.rescale=none, named ARM+rescale=none.
 
     Returns:
-      with, without: means; less: without it less with it, seed by seed, and less_full: less full
-      supervision; each with Student's interval at 95% over seeds as NAME_interval.
+      with, without: means. less: the value without the rescale minus the value with it, seed by seed.
+      less_full: the value without it minus full supervision's. Each has a 95% Student's t interval over
+      seeds as NAME_interval.
 
     Raises:
       UserError: a run has no counterpart of its seed.
@@ -99,7 +100,7 @@ def rescaled(
 def rescaled_markdown(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     """`rescaled` as Markdown."""
     lines = [
-        f"| rule | {name}, with the rescale | without | without less with | without less full |",
+        f"| rule | {name}, with the rescale | without | without minus with | without minus full |",
         "|---|---|---|---|---|",
     ]
     for row in rows:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 NAMES = re.findall(r"^::: (\S+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 STABLE = {

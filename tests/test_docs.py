@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from tests.report.test_report import rollout, train_line, write_run
 
 from opd_jax.config import default
 from opd_jax.config import table as config_table
 from opd_jax.errors import UserError
 from opd_jax.report import display as report_display
 from opd_jax.run import run_record
+from tests.report.test_report import rollout, train_line, write_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,21 +69,17 @@ def test_fields_carry_their_comment_and_nothing_of_their_neighbours():
     assert "Unit: tokens.\n\n```\n  a  b\n```" in config_table.page(source)
 
 
-def test_every_error_message_has_its_remedy_and_every_remedy_its_message():
+def test_every_message_that_the_page_explains_exists():
     text = (ROOT / "docs/troubleshooting.md").read_text()
     rows = re.findall(r"^\| (`+)(.*?)\1 \| \S.* \|$", text, re.MULTILINE)
-    entries = [entry.replace("\\|", "|") for _, entry in rows]
+    quotes = [quote.replace("\\|", "|") for _, quote in rows]
+    assert len(quotes) > 40 and all(len(quote.replace("…", "")) > 10 for quote in quotes)
     found = list(messages())
     assert len(found) > 50 and sum(path.suffix == ".sh" for path, _ in found) > 10
-    patterns = [re.compile("…*" + "…+".join(map(re.escape, parts)) + "…*") for _, parts in found]
-    missing = [
-        f"{path}: {'…'.join(parts)}"
-        for (path, parts), pattern in zip(found, patterns)
-        if not any(map(pattern.fullmatch, entries))
-    ]
-    assert not missing, "add to docs/troubleshooting.md:\n" + "\n".join(missing)
-    stale = [entry for entry in entries if not any(pattern.fullmatch(entry) for pattern in patterns)]
-    assert not stale, "no such message; remove from docs/troubleshooting.md:\n" + "\n".join(stale)
+    known = ["…".join(parts) for _, parts in found]
+    patterns = {quote: re.compile(".*".join(map(re.escape, quote.split("…")))) for quote in quotes}
+    stale = [quote for quote, pattern in patterns.items() if not any(map(pattern.search, known))]
+    assert not stale, "no such message; correct docs/troubleshooting.md:\n" + "\n".join(stale)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -99,10 +95,6 @@ def test_index_lists_every_page():
     index = (ROOT / "docs/README.md").read_text()
     assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == {p.name for p in PAGES if p.name != "README.md"}
     assert "](../benchmarks/README.md)" in index
-
-
-def test_readme_stays_one_page():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_readmes_python_example_prints_what_it_says(capsys):

@@ -1,8 +1,10 @@
-"""K, how many of the student's top tokens the teacher's margin is taken within; the paper's best is 4.
+"""Varies K, the number of the student's top tokens among which the teacher's margin is measured.
+
+The paper's best value is 4.
 
     python -m opd_jax.sweep --config=configs/ablations/candidates.py --out=runs/candidates
 
-Cost: 12 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 12 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load
@@ -17,5 +19,5 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """The paper's values, its own first."""
+    """The paper's values, its best first."""
     return grid({"scoring.candidates": (4, 2, 16, 32)}, {"release.rule": "paper"})

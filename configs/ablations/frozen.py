@@ -1,8 +1,8 @@
-"""Which of the student's parameters keep their values, under full supervision.
+"""Varies which of the student's parameters are frozen, under full supervision.
 
     python -m opd_jax.sweep --config=configs/ablations/frozen.py --out=runs/frozen
 
-Cost: 9 runs of 3 to 4 minutes on two cores, on the demo's models (README.md).
+Cost: 9 runs of 3 to 4 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load
@@ -16,7 +16,7 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """Everything trains; all but the embedding (and the head tied to it); the feed-forward layers alone."""
+    """Trained: everything; all but the embedding and the head tied to it; only the feed-forward layers."""
     attention = ("query", "key", "value", "output")
     choices = {"all": (), "blocks": ("embedding",), "feed_forward": ("embedding", *attention)}
     return {name: {"train.frozen": frozen, "release.rule": "none"} for name, frozen in choices.items()}

@@ -1,8 +1,10 @@
-"""Fewest sentences in which a drop is looked for; at 2 any drop fires. The paper leaves it open.
+"""Varies the least number of sentences in which the rule looks for a drop.
+
+With 2 sentences any drop is accepted. The paper does not give a value.
 
     python -m opd_jax.sweep --config=configs/ablations/min_segments.py --out=runs/min_segments
 
-Cost: 15 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 15 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load

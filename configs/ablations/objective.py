@@ -1,8 +1,8 @@
-"""What the student minimises at each position, under full supervision.
+"""Varies the objective that the student minimises at each position, under full supervision.
 
     python -m opd_jax.sweep --config=configs/ablations/objective.py --out=runs/objective
 
-Cost: 21 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 21 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load

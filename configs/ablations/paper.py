@@ -1,8 +1,10 @@
 """The table of the paper (arXiv 2605.13643): students of 1.7B, 4B and 8B, full supervision against the rule.
 
-The word after the colon is a folder that every worker sees. It holds models/Qwen3-1.7B, -4B, -8B and the
-teacher, data/deepmath-*.parquet (DeepMath-103K) and benchmarks/ with aime25.jsonl, hmmt25_feb.jsonl,
-hmmt25_nov.jsonl, math500.jsonl, minerva.jsonl and gpqa.csv (columns: docs/evaluation.md).
+The part of --config after the colon is a folder that every worker sees, here /shared. It holds
+- models/: Qwen3-1.7B, Qwen3-4B, Qwen3-8B and the teacher, Qwen3-30B-A3B-Instruct-2507;
+- data/: deepmath-*.parquet (DeepMath-103K);
+- benchmarks/: aime25.jsonl, hmmt25_feb.jsonl, hmmt25_nov.jsonl, math500.jsonl, minerva.jsonl and gpqa.csv
+  (columns: docs/evaluation.md).
 
     python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper \
       --jobs=runs/paper --settings=launch/settings.sh
@@ -10,9 +12,9 @@ hmmt25_nov.jsonl, math500.jsonl, minerva.jsonl and gpqa.csv (columns: docs/evalu
     python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper --teacher
     python -m opd_jax.sweep --config=configs/ablations/paper.py:/shared --out=/shared/runs/paper --table
 
-The last but one is run on every worker of a slice: the teacher answers the benchmarks, once. The paper's
-columns are the table's rows: the start of each student ("base"), its arms, the teacher; "mean" is of the five
-in-domain benchmarks. The paper's, per cent:
+Run the command with --teacher on every worker of a slice: the teacher answers the benchmarks, once. The last
+command makes the table. Its rows are the columns of the paper's table: the start of each student ("base"),
+its arms, and the teacher. "mean" is over the five in-domain benchmarks. The paper's means, in per cent:
 
               base   full   release   controls of 1.7B: best fixed prefix 39.4, shuffled 38.0,
     1.7B      24.9   36.8   40.1      std of the advantage 38.8
@@ -22,13 +24,15 @@ in-domain benchmarks. The paper's, per cent:
 Cost: 12 runs of 100 steps, 1.93, 2.75 or 3.50 v5p chip-hours a step (1.7B, 4B, 8B; docs/preflight.md): 2800
 chip-hours, predicted for responses of full length, without the evaluations.
 
-Not run by us. Sizes, the int8 teacher and the int8 cache are those of configs/paper.py, whose programs are
-compiled for v5p and v6e slices (docs/preflight.md; the larger students': paper_4b.py, paper_8b.py); for
-bfloat16, --config.teacher.weights=float --config.rollout.cache_dtype=auto. The paper's learning rate,
-instruction and responses a problem are not known to us: here the rate is the default, the instruction
-that of the benchmarks, and 8 responses are averaged. Students answer without thinking; should their
-template then write what the teacher's does not, the run says so and stops: put the student's
-chat_template into the teacher's folder. For a dense teacher give --config.teacher.path.
+This table has not been run.
+- Sizes, the int8 teacher and the int8 cache are those of configs/paper.py. Its programs are compiled for v5p
+  and v6e slices (docs/preflight.md; for the larger students see paper_4b.py and paper_8b.py). For bfloat16
+  add --config.teacher.weights=float --config.rollout.cache_dtype=auto.
+- We do not know the paper's learning rate, instruction and number of responses a problem. Here the rate is
+  the default, the instruction is that of the benchmarks, and 8 responses are averaged.
+- Students answer without thinking. If their chat template then renders something that the teacher's does not,
+  the run stops and says so. In that case put the student's chat_template into the teacher's folder.
+- For a dense teacher set --config.teacher.path.
 """
 
 from pathlib import PurePath
@@ -39,11 +43,11 @@ from opd_jax.evaluation import BOXED
 SEEDS = (0,)
 STUDENTS = ("1.7B", "4B", "8B")
 BENCHMARKS = ("aime25", "hmmt25_feb", "hmmt25_nov", "math500", "minerva")
-MEAN = BENCHMARKS  # the paper's in-domain ones: GPQA is not among them
+MEAN = BENCHMARKS  # the paper's in-domain benchmarks, so without GPQA
 
 
 def get_config(shared="/shared"):
-    """What all arms share; student.path is the first arm's."""
+    """The config that all arms share; student.path is the first arm's."""
     c = config.load("paper")
     c.student.path = f"{shared}/models/Qwen3-1.7B"
     c.teacher.path = f"{shared}/models/Qwen3-30B-A3B-Instruct-2507"
@@ -65,7 +69,7 @@ def get_config(shared="/shared"):
 
 
 def arms(config):
-    """Each student with and without the rule, and the controls of the smallest one."""
+    """Each student with and without the rule; for the smallest one also the controls."""
     models = PurePath(config.student.path).parent
     both = {"full": {"release.rule": "none"}, "release": {"release.rule": "paper"}}
     rules = {size: dict(both) for size in STUDENTS}
@@ -81,5 +85,5 @@ def arms(config):
 
 
 def against(arm):
-    """Full supervision of the same student."""
+    """The arm that `arm` is compared with: full supervision of the same student."""
     return f"{arm.partition('-')[0]}-full"

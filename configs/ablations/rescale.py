@@ -1,8 +1,10 @@
-"""The loss-mass rescale, with each rule that leaves tokens out or weighs them: it is a confounder of its own.
+"""Varies the loss-mass rescale of each rule that leaves tokens out or weights them.
+
+A rule and its rescale both change the loss. This separates the two effects.
 
     python -m opd_jax.sweep --config=configs/ablations/rescale.py --out=runs/rescale
 
-Cost: 93 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 93 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax import config
@@ -20,7 +22,7 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """The arms of rule.py by rescale; full supervision once, since it has nothing to rescale."""
+    """Each arm of rule.py with each rescale; full supervision once, since it has nothing to rescale."""
     known = rule.arms(config)
     found = {"full": known.pop("full")}
     for name, overrides in known.items():

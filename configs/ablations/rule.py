@@ -1,9 +1,9 @@
-"""Which positions are supervised: everything, the paper's prefix, its controls, and rival rules.
+"""Varies which positions are supervised: all, the paper's release rule, its controls, and rival rules.
 
     python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule
     python -m opd_jax.sweep --config=configs/ablations/rule.py:configs/mine.py --out=runs/rule
 
-Cost: 33 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 33 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load
@@ -17,7 +17,7 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """Rules by name; a fixed prefix keeps a share of each response, and FOPD's grows to the longest one."""
+    """Rules by name. The fixed prefix keeps a share of each response; FOPD's grows to the length limit."""
     longest = config.rollout.max_tokens
     fopd = {"fopd_start": max(1, longest // 8), "fopd_end": longest, "fopd_steps": config.train.steps}
     return {

@@ -1,8 +1,10 @@
-"""What a segment is: the paper's sentences, lines, blocks of tokens, single tokens. (nltk equals punkt.)
+"""Varies what a segment is: the paper's sentences, lines, blocks of tokens, single tokens.
+
+The kind nltk has no arm, since it finds the same sentences as punkt.
 
     python -m opd_jax.sweep --config=configs/ablations/segment_kind.py --out=runs/segment_kind
 
-Cost: 18 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 18 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load
@@ -16,7 +18,7 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """Sentences first; blocks are a sixth and a twelfth of the longest response."""
+    """Sentences first; blocks are a sixth and a twelfth of the length limit."""
     kinds = {name: name for name in ("punkt", "punkt_untrained", "newline", "token")}
     for parts in (6, 12):
         kinds[f"block_{parts}th"] = f"fixed:{max(1, config.rollout.max_tokens // parts)}"

@@ -1,10 +1,11 @@
-"""Dtype of the teacher's weights and activations, and int8 weights.
+"""Varies the dtype of the teacher's weights and activations, and stores the weights as int8.
 
-The held-out KL of each arm is to its own teacher: read the accuracy of a benchmark, rather, across arms.
+The held-out KL of each arm is measured against its own teacher, so it cannot be compared across arms. Compare
+the accuracy on a benchmark.
 
     python -m opd_jax.sweep --config=configs/ablations/teacher_precision.py --out=runs/teacher_precision
 
-Cost: 12 runs of about 3 minutes on two cores, on the demo's models (README.md).
+Cost: 12 runs of about 3 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load

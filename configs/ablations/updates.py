@@ -1,8 +1,10 @@
-"""Optimizer updates on each rollout batch; more than one uses the clipped importance ratio.
+"""Varies the number of optimizer updates on each batch of rollouts.
+
+With more than one update, the loss uses the clipped importance ratio.
 
     python -m opd_jax.sweep --config=configs/ablations/updates.py --out=runs/updates
 
-Cost: 9 runs of 3 to 8 minutes on two cores, on the demo's models (README.md).
+Cost: 9 runs of 3 to 8 minutes on two cores, with the demo's models.
 """
 
 from opd_jax.config import load
@@ -17,6 +19,6 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config):
-    """Powers of two, with the release rule and the objective that reads the ratio."""
+    """Powers of two, with the release rule and the objective that uses the ratio."""
     fixed = {"release.rule": "paper", "objective.name": "policy_gradient"}
     return grid({"train.updates_per_rollout": (1, 2, 4)}, fixed)

@@ -1,4 +1,4 @@
-"""The study on the demo's pair of language models.
+"""The study of docs/study.md on the demo's pair of language models.
 
     python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
 """
@@ -11,9 +11,9 @@ SEEDS = (0, 1, 2)
 
 
 def get_config():
-    """Ten steps of the demo's run; each evaluates before, between and after."""
+    """Ten steps of the demo's run, evaluated before, halfway and after."""
     c = config.load("demo")
-    c.objective.end_weight = 0.0  # what is compared is the rule alone
+    c.objective.end_weight = 0.0  # so that only the rule differs from full supervision
     c.train.steps = 10
     c.eval.every = 5
     c.checkpoint.every = 0

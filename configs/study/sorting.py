@@ -1,4 +1,4 @@
-"""The study on sorting: a small teacher heals itself pruned, graded exactly.
+"""The study of docs/study.md on sorting: a small teacher teaches a pruned copy of itself; grading is exact.
 
     python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting
 """
@@ -15,11 +15,11 @@ MODELS = Path(__file__).with_name("models")
 
 
 def get_config():
-    """Each run: 40 steps of 32 responses, 15 seconds on two cores."""
+    """40 steps of 32 responses; a run takes 15 seconds on two cores."""
     c = config.default()
     c.student.path = str(MODELS / "student")
     c.teacher.path = str(MODELS / "teacher")
-    c.student.products = c.teacher.products = "compute"  # the same digits on every machine
+    c.student.products = c.teacher.products = "compute"  # auto would depend on the machine
     c.data.source = "jsonl"
     c.data.path = "runs/sorting/prompts.jsonl"
     c.data.prompt_tokens = 16
@@ -40,6 +40,6 @@ def get_config():
 
 
 def arms(config):
-    """The arms of configs/ablations/rule.py that the study compares; the first is the reference."""
+    """The arms of configs/ablations/rule.py that the study compares. The first is the reference."""
     known = rule.arms(config)
     return {name: known[name] for name in NAMES}

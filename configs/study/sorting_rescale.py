@@ -1,9 +1,9 @@
-"""The study's truncating rules on sorting without the loss-mass rescale, a confounder of its own.
+"""The cutting rules of the sorting study without the loss-mass rescale.
 
     python -m opd_jax.sweep --config=configs/study/sorting_rescale.py --out=runs/study/sorting_rescale
 
-`studies.report` compares each arm, seed by seed, with the one of configs/study/sorting.py whose name it
-begins with: the same rule and seed, with the rescale.
+`studies.report` compares each arm, seed by seed, with the arm of configs/study/sorting.py that has the
+same rule, with the rescale. An arm's name is that arm's name plus "+rescale=none".
 """
 
 from opd_jax import config

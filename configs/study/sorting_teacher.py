@@ -1,4 +1,4 @@
-"""Teaches the sorting study's teacher by worked problems.
+"""Trains the teacher of the sorting study on worked problems.
 
     python -m studies.sorting --out=runs/sorting
     python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
@@ -8,10 +8,10 @@ from opd_jax import config
 
 
 def get_config():
-    """From random weights to a teacher, some minutes on two cores."""
+    """Starts from random weights; takes some minutes on two cores."""
     c = config.default()
     c.student.path = "random:runs/sorting/shape"
-    c.student.products = "compute"  # the same digits on every machine
+    c.student.products = "compute"  # auto would depend on the machine
     c.data.source = "jsonl"
     c.data.path = "runs/sorting/worked.jsonl"
     c.data.prompt_tokens = 16

@@ -12,5 +12,5 @@ from .rollout import sample as sample
 from .scoring import Scores as Scores
 from .scoring import score as score
 from .train_step import TrainState as TrainState
-from .train_step import make_train_step as make_train_step
 from .train_step import make_optimizer as make_optimizer
+from .train_step import make_train_step as make_train_step

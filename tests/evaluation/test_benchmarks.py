@@ -18,9 +18,9 @@ from opd_jax.evaluation import answering as benchmark_run
 from opd_jax.evaluation import paired as compare
 from opd_jax.evaluation import tasks as benchmarks
 from opd_jax.evaluation.grading import Grader, Verdict
-from opd_jax.run import of_model
 from opd_jax.evaluation.tasks import Benchmark, Problem
 from opd_jax.parallel import distributed
+from opd_jax.run import of_model
 from opd_jax.run.job import prepare
 from opd_jax.train import train
 from tests import tiny

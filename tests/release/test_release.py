@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tests.release.test_change_point import collectives, host_calls, reference_bics
 
 from opd_jax import release as rel
 from opd_jax.config import default
 from opd_jax.distill.scoring import Scores
 from opd_jax.errors import UserError
+from tests.release.test_change_point import collectives, host_calls, reference_bics
 
 
 def config(**fields):

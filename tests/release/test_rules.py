@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import special
-from tests.release.test_change_point import collectives, host_calls, reference_bics
 
 from opd_jax import release as rel
 from opd_jax.config import default
 from opd_jax.distill.scoring import Scores
 from opd_jax.release import rules
+from tests.release.test_change_point import collectives, host_calls, reference_bics
 
 B, T, K = 8, 48, 4
 HIGH, LOW = np.expm1(2.0), np.expm1(1.0)  # means whose segment scores are 2 and 1

@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from tests.report.test_report import train_line, write_run
 
 from opd_jax.report import build as report
 from opd_jax.report import display as report_display
 from opd_jax.report import long as report_long
+from tests.report.test_report import train_line, write_run
 
 
 def record(margins, kept: int, tokens: int = 10, **more) -> dict:

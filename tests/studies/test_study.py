@@ -277,7 +277,7 @@ def test_the_report_of_both_sorting_sweeps_shows_the_rescale_and_every_axis_has_
     labels = {
         "sorting_shares": "share with an accepted release",
         "sorting_margin": "place, sentences after the first wrong one",
-        "sorting_release": "first released sentence less first wrong one, sentences",
+        "sorting_release": "first released sentence minus first wrong one, sentences",
         "sorting_rescale": "difference of held-out KL, nats/token",
         "sorting_curves": "supervised tokens, thousands",
     }
