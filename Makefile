@@ -1,4 +1,4 @@
-# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · ablations · study · smollm2 · preflight
+# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · row · ablations · study · smollm2 · preflight
 # Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ s=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 1)); [ $$((s % 20))
 beat=$$!; trap "kill $$beat" EXIT; $(1)/bin/pip install -q $(2)
 endef
 
-.PHONY: demo test parity lint types docs serve dev lock bench ablations study smollm2 preflight clean
+.PHONY: demo test parity lint types docs serve dev lock bench row ablations study smollm2 preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -75,6 +75,11 @@ lock: $(LOCK)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.bench $(SHAPE) $(ARGS)
+
+# A row of docs/convergence.md: the demo's recipe on this machine, evaluated every six steps.
+row: $(VENV)/.installed
+	$(BIN)/python -m opd_jax.train --config=configs/demo.py --workdir=runs/row --config.eval.every=6 $(ARGS)
+	$(BIN)/python -m benchmarks.row runs/row --add
 
 # Three rules with one seed, on the demo's models; ARGS=--seeds=0,1,2 gives intervals over seeds.
 ablations: $(VENV)/.installed

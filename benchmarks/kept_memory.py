@@ -1,4 +1,4 @@
-"""Measures what keeping freed memory saves (opd_jax/parallel/memory.py): CPU seconds and page faults of each program.
+"""What keeping freed memory saves (opd_jax/parallel/memory.py): CPU seconds and page faults of each program.
 
     python -m benchmarks.kept_memory
 

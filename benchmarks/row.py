@@ -4,20 +4,21 @@
     python -m benchmarks.row runs/row            # of any run, prints the row
     python -m benchmarks.row runs/row --add      # and adds it to docs/convergence.md
 
-The run counts up to the first evaluation at which the KL is at most half of that at the start. Seconds are those of
-training steps, without evaluations and compilation of anything but the steps. Tokens are the student's response tokens.
+A run counts up to the first evaluation with at most half of the start's KL. Minutes are those of training
+steps, without evaluations. Tokens are those that the student wrote.
 """
 
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from opd_jax.errors import UserError, fail
 from opd_jax.models import cpu
-from opd_jax.run import METRICS_FILE, read_config
+from opd_jax.run import METRICS_FILE, VERSIONS_FILE, read_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "convergence.md"
@@ -25,7 +26,7 @@ END = "<!-- rows end here -->"
 
 
 def halved(lines: list[dict]) -> tuple[int, float, int, float, float] | None:
-    """(steps, seconds, tokens, KL at the start, KL then) at the first evaluation with half of the KL, or None.
+    """(steps, seconds, tokens, KL before, KL after) at the first evaluation with half of the KL, or None.
 
     Args:
       lines: of metrics.jsonl, as `MetricWriter` writes them.
@@ -58,11 +59,14 @@ def row(workdir: Path, recipe: str) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    devices = json.loads((workdir / "versions.json").read_text()).get("devices", cpu.name())
+    versions = json.loads((workdir / VERSIONS_FILE).read_text())
+    machine = f"{os.cpu_count()} cores of {cpu.name()}"
+    if versions["backend"] != "cpu":
+        machine = f"{versions['devices']} × {versions['device_kind']}"
     cells = [
         datetime.datetime.now(datetime.UTC).date().isoformat(),
         f"`{commit}`" if commit else "–",
-        str(devices),
+        machine,
         f"`{recipe}`, `release.rule={config['release']['rule']}`, seed {config['seed']}",
         f"{before:.3f} → {after:.3f}",
         str(steps),

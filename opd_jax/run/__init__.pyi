@@ -12,6 +12,7 @@ from .look import long_job as long_job
 from .look import preview as preview
 from .metrics import EVALUATIONS_FILE as EVALUATIONS_FILE
 from .metrics import METRICS_FILE as METRICS_FILE
+from .metrics import VERSIONS_FILE as VERSIONS_FILE
 from .metrics import config_conflict as config_conflict
 from .outputs import make_folder as make_folder
 from .outputs import unwritable as unwritable
