@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from opd_jax.config import table as config_table
 from opd_jax.errors import UserError
 from opd_jax.report import display as report_display
 from opd_jax.run import run_record
+from tests import tiny
 from tests.report.test_report import rollout, train_line, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -97,12 +99,16 @@ def test_index_lists_every_page():
     assert "](../benchmarks/README.md)" in index
 
 
-def test_the_readmes_python_example_prints_what_it_says(capsys):
+def test_the_readmes_python_example_weighs_the_tokens_before_the_drop():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(code.splitlines()) <= 6
-    exec(compile(code, "README.md", "exec"), {})
-    said = re.search(r"print\(.*\)  # (.*?):", code)[1]
-    assert capsys.readouterr().out.strip() == said
+    names = {"tokenizer": tiny.tokenizer()}
+    exec(compile(code, "README.md", "exec"), names)
+    text = "".join(f"Sentence number {n} is here. " for n in range(8))
+    tokens_BT = np.array([names["tokenizer"](text)["input_ids"]])
+    late_BT = np.cumsum(tokens_BT == ord("."), axis=1) >= 3
+    logp_BTK = np.where(late_BT[..., None], [-1.0, -1.1, -1.2], [-0.1, -3.0, -4.0])
+    weight_BT = jax.jit(names["weights"])(logp_BTK, tokens_BT, np.ones(tokens_BT.shape, bool))
+    np.testing.assert_array_equal(weight_BT > 0, np.arange(tokens_BT.shape[1])[None] < len(text) * 3 // 8)
 
 
 # What the demo's recipe is at the size of a test; everything else of a block is the page's own.

@@ -94,7 +94,7 @@ def test_the_compiled_loop_multiplies_the_weight_from_the_left():
     shapes = transformer.abstract(COLUMNS), *prompts(4), jax.random.key(1)
     sample = jax.jit(lambda *a: rollout.sample(COLUMNS, *a, SAMPLING), compiler_options=tiny.OPTIMISED)
     text = sample.lower(*shapes).compile().as_text()
-    # Gate and up together are [80, 32] times [4, 32]: the compiler has not exchanged them to save the transpose.
+    # Gate and up together are [80, 32] times [4, 32]: the compiler keeps the order, and the transpose.
     products = re.findall(r"f32\[(\d+,\d+)\]\S* (?:fusion|dot)\(.*while/body/decode/ffn/dot_general", text)
     assert {"80,4", "32,4"} <= set(products) and not {"4,80", "4,32"} & set(products)
     assert re.search(r"f32\[264,4\]\S* (?:fusion|dot)\(.*while/body/head/dot_general", text)
