@@ -12,7 +12,7 @@
 # Name of the slice, of the job and of the run's folder: lower-case letters, digits and hyphens.
 NAME=opd-first
 # What to run: a config file, and the fields to change in it.
-CONFIG=configs/default.py
+CONFIG=configs/demo.py
 CONFIG_ARGS=(
   --config.student.path=/shared/models/Qwen3-1.7B
   --config.teacher.path=/shared/models/Qwen3-8B
