@@ -12,6 +12,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from opd_jax import export
+from opd_jax.config import default as defaults
 from opd_jax.config import flags as config
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
@@ -239,7 +240,7 @@ def test_a_config_read_back_from_json_is_the_same_job(models):
 def test_every_recipe_has_the_fields_of_the_default():
     recipes = sorted((ROOT / "configs").rglob("[a-z]*.py"))
     fields = {path: config.load(str(path)).to_dict() for path in recipes}
-    default = fields.pop(ROOT / "configs" / "default.py")
+    default = defaults().to_dict()
     assert fields
     for path, recipe in fields.items():
         assert recipe.keys() == default.keys(), path
