@@ -1,7 +1,7 @@
 """How a config field is declared: its default, its text and what it may be, in one place.
 
-Fields of the whole run are declared in `opd_jax.config`. A rule or an objective declares the fields that it alone
-reads beside its code: `parameters("release", "prefix", {...})`. Default config, checks and docs/configs.md follow.
+The fields that several parts of a run read are declared in `opd_jax.config`. A rule or an objective declares
+the fields that it alone reads beside its code. The default config, its checks and docs/configs.md follow from both.
 """
 
 import dataclasses
@@ -68,5 +68,5 @@ def parameters(section: str, name: str, fields: Mapping[str, Field]) -> None:
     for (other_section, other), declared in PARAMETERS.items():
         twice = sorted(fields.keys() & declared.keys())
         if twice and other_section == section and other != name:
-            raise ValueError(f"{section}.{twice[0]} of {name!r} is a field of {other!r} too; rename one of them")
+            raise ValueError(f"{section}.{twice[0]} of {name} is a field of {other} too; rename one of them")
     PARAMETERS[section, name] = dict(fields)

@@ -1,7 +1,7 @@
 """The objectives by name: per-token losses, each declared with its own fields of the config.
 
-An objective is one function of `Tokens` that returns a loss for each position. `@objective(name)` registers it,
-and `objective.name = name` selects it. See docs/objectives.md.
+An objective is one function of `Tokens` that returns a loss for each position. `@objective(name)` registers
+it, and `objective.name = name` selects it. See docs/objectives.md.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class Options:
 
     Attributes:
       clip_ratio: train.clip_ratio, or None where each rollout gets one update.
-      others: the fields of the config's `objective` section by their names, such as beta; see docs/configs.md.
-        One that is not given has its default.
+      others: the fields of the config's `objective` section by their names, such as beta. One that is not
+        given has its default. See docs/configs.md.
     """
 
     clip_ratio: float | None

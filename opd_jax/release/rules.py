@@ -1,9 +1,8 @@
 """Which positions the teacher supervises, and how much: the paper's rule and its rivals, by name.
 
-A rule is one function registered with `@rule(name)`; `release.rule = name` selects it. Fields of the
-config that it alone reads are declared there too. It proposes non-negative weights; release.py masks, rescales
-and counts them. docs/rules.md says which part of each
-is its source's and which is our reading.
+A rule is one function registered with `@rule(name)`; `release.rule = name` selects it. Fields of the config
+that it alone reads are declared there too. It proposes non-negative weights; release.py masks, rescales and
+counts them. docs/rules.md says which part of each is its source's and which is our reading.
 """
 
 from collections.abc import Callable
@@ -188,7 +187,7 @@ def _random_cut(scores, segments: Segments, config, step, key) -> Proposal:
 @rule(
     "iw_opd",
     iw_gamma=Field(
-        0.5, "gamma. The first token weighs 1 + gamma; the weights fall to about 1 along the response.", least=0
+        0.5, "The first token weighs 1 + gamma; weights fall to about 1 along the response.", least=0
     ),
 )
 def _importance(scores, segments: Segments, config, step, key) -> Proposal:
