@@ -11,6 +11,7 @@ tokens to other experts.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +91,12 @@ def split_axes(logical_axes: dict) -> dict:
     A scale is whole along the width: it is small, and a piece a device would cost a message a use.
     """
 
+    def scale_axes(axes, summed) -> Any:  # names, where a Quantised of arrays has an array
+        return tuple(None if i in summed or axis == "embed" else axis for i, axis in enumerate(axes))
+
     def split(path, axes):
         summed = summed_axes(path[-1].key, axes)
-        if not summed:
-            return axes
-        scale = (None if i in summed or axis == "embed" else axis for i, axis in enumerate(axes))
-        return Quantised(axes, tuple(scale))
+        return Quantised(axes, scale_axes(axes, summed)) if summed else axes
 
     return jax.tree_util.tree_map_with_path(split, logical_axes, is_leaf=lambda node: isinstance(node, tuple))
 

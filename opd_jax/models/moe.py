@@ -123,7 +123,7 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
         first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * others[-1].shape[0]
         # JAX 0.10 does not sum the gradient of a gather over an axis that cuts its indices alone.
         x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
-        return jax.lax.psum(_held_experts(x_BLD, *others, first), cut_by)
+        return jax.lax.psum(_held_experts(x_BLD, *others, first=first), cut_by)
 
     def spread_part(*arrays):
         rows, weights = arrays[:3], arrays[3:]
@@ -131,7 +131,7 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
         x_BLD, *chosen = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in rows)
         x_BLD = jax.lax.pcast(x_BLD, "tensor", to="varying")
         first = jax.lax.axis_index(experts_cut_by) * weights[-1].shape[0]
-        out_BLD = _held_experts(x_BLD, *chosen, *weights, first)
+        out_BLD = _held_experts(x_BLD, *chosen, *weights, first=first)
         return jax.lax.psum(jax.lax.psum_scatter(out_BLD, "fsdp", tiled=True), "tensor")
 
     cut_part = spread_part if spread else part

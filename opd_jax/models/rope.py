@@ -7,7 +7,7 @@ Llama 3.1 release. Each is what transformers computes (modeling_rope_utils.py).
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -126,17 +126,18 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
     if kind == "yarn":
         fields = _with_attention_factor(fields)
     declared = {field.name: field for field in dataclasses.fields(KINDS[kind])}
+    types = get_type_hints(KINDS[kind])
     for name, value in fields.items():
         if name not in declared:
             raise ValueError(f"rotary scaling field {name!r} of {kind!r}")
-        flag = declared[name].type is bool
+        flag = types[name] is bool
         positive = isinstance(value, int | float) and 0 < value < math.inf
         if isinstance(value, bool) != flag or not (flag or positive):
             raise ValueError(f"rotary scaling {kind!r} with {name}={value!r}")
     for name, field in declared.items():
         if name not in fields and field.default is dataclasses.MISSING:
             raise ValueError(f"rotary scaling {kind!r} without {name!r}")
-    numbers = {name: declared[name].type(value) for name, value in fields.items()}
+    numbers = {name: types[name](value) for name, value in fields.items()}
     if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise ValueError("rotary scaling 'llama3' whose low_freq_factor is not below high_freq_factor")
     return KINDS[kind](**numbers)

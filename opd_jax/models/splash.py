@@ -66,4 +66,6 @@ def _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret):
     )
     segment_BL = mask_BL.astype(jnp.int32)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BLHC * c**-0.5, k_BLKC, v_BLKC))
-    return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segment_BL, segment_BL)).swapaxes(1, 2)
+    out_BHLC = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segment_BL, segment_BL))
+    # A tuple only with save_residuals, which this kernel is made without.
+    return out_BHLC.swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]

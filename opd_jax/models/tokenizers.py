@@ -4,8 +4,10 @@ import functools
 import itertools
 import json
 import re
+from collections.abc import Iterable
 
 from opd_jax.errors import UserError
+from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import gguf, source
 
 # Words, digits, white space, code, accents and an emoji: enough to tell any two merge tables apart.
@@ -120,7 +122,7 @@ def check_pair(student, teacher, options: dict | None = None):
             refuse("the chat template renders", ours, theirs, "use one chat template in both")
 
 
-def check_ends(ours, theirs, exchanged: tuple[int, int] | None):
+def check_ends(ours: Iterable[int], theirs: Iterable[int], exchanged: tuple[int, int] | None):
     """Refuses a teacher that other ids end than the student.
 
     Args:
@@ -139,7 +141,7 @@ def check_ends(ours, theirs, exchanged: tuple[int, int] | None):
         )
 
 
-def end_ids(tokenizer, config, chosen=(), key: str = "student.path") -> tuple[int, ...]:
+def end_ids(tokenizer, config: ModelConfig, chosen=(), key: str = "student.path") -> tuple[int, ...]:
     """Ids that end a response: the model's, the tokenizer's, and what ends the template's turns.
 
     Args:

@@ -4,6 +4,7 @@ Parameters are a plain nested dict ("params") with every block's weights stacked
 axis; the forward pass is a pure function that scans over it, so compile time does not grow with depth.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -244,11 +245,10 @@ def embed(config: ModelConfig, params: dict, tokens):
     return sharding.constrain(x, "batch")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table_VD, ids, layout: Layout = DEFAULT):
+def _look_up(table_VD, ids, layout: Layout = DEFAULT) -> jax.Array:
     """Rows [..., D] of a table; the gradient is summed over LOOKED_UP ids at a time.
 
-    A TPU sorts the indices of a scatter-add first: a million of them are a minute of the compiler's time.
+    A TPU first sorts the indices of a scatter-add. For a million of them the compiler takes a minute.
     """
     return table_VD[ids]
 
@@ -272,6 +272,7 @@ def _look_up_gradient(layout, residuals, grad):
     return jax.lax.scan(add, zero_VD, (cut(ids), cut(grad)))[0], None
 
 
+look_up = jax.custom_vjp(_look_up, nondiff_argnums=(2,))
 look_up.defvjp(lambda table_VD, ids, _: (table_VD[ids], (table_VD, ids)), _look_up_gradient)
 
 
@@ -302,13 +303,13 @@ def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, r
     def step(x_BLD, p):
         p = gather_block(config, p)
         x_BLD, _, routing = block(config, p, x_BLD, rope, attend, narrow=config.narrow)
-        return x_BLD, moe.block_load(config, routing, mask_BL) if config.experts else None
+        return x_BLD, None if routing is None else moe.block_load(config, routing, mask_BL)
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     x_BLD, load = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
     if load is not None:
-        load = load.replace(tokens=load.tokens[0])
+        load = dataclasses.replace(load, tokens=load.tokens[0])
     x_BLD = sharding.constrain(x_BLD, "batch")  # what follows goes through the positions chunk by chunk
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load
 

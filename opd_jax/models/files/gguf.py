@@ -6,6 +6,7 @@ Architectures: llama, qwen2 and qwen3, dense, with a byte-level BPE tokenizer.
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
             f"{key}: the GGUF file is one of several parts; merge them with gguf-split first"
         )
 
-    def number(name, default=None):
+    def number(name: str, default: float | None = None) -> Any:
         value = _value(reader, f"{family}.{name}", default)
         if type(value) not in (int, float) or value <= 0:
             raise UserError(
@@ -310,7 +311,7 @@ def _reader(file: Path, modified: int) -> gguf.GGUFReader:
     return gguf.GGUFReader(file)
 
 
-def _value(reader: gguf.GGUFReader, name: str, default=None):
+def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
     """One metadata value as a Python object."""
     field = reader.get_field(name)
     return default if field is None else field.contents()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,9 @@ def _agree(act, failed: Exception | None = None):
         raise UserError("the model could not be saved; the process that failed says why")
 
 
-def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int):
+def _save_weights(
+    folder: Path | None, config: ModelConfig, params: dict, dtype, shard_bytes: int
+) -> tuple[str, Exception | None]:
     """Writes the safetensors files and, for several, their index.
 
     Args:
@@ -241,12 +244,11 @@ def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int):
         block = fetch(tensor.path, tensor.index[:1])
         for name in tensor.index[1:]:
             block = block[name]
-        names = functools.reduce(dict.__getitem__, tensor.path, axes)
-        return weights.to_stored(tensor, block.astype(dtype), names)
+        return weights.to_stored(tensor, block.astype(dtype), _leaf(axes, tensor.path))
 
     def gather(tensor):
-        """This process's part in bringing a tensor together."""
-        fetch(tensor.path, tensor.index[:1])
+        """This process's part in bringing a tensor together, which another process writes."""
+        return fetch(tensor.path, tensor.index[:1])
 
     index, total, failed = {}, 0, None
     for number, file in enumerate(files, 1):
@@ -275,12 +277,17 @@ def _save_weights(folder: Path | None, config, params, dtype, shard_bytes: int):
 
 def _fetch(params: dict, path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
     """A parameter, or one block of it, on the host of every process."""
-    value = functools.reduce(dict.__getitem__, path, params)
+    value = _leaf(params, path)
     for layer in index:
         value = value[layer]
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)
+
+
+def _leaf(tree: dict, path: tuple[str, ...]) -> Any:
+    """The leaf of a nested dict at a path of keys."""
+    return functools.reduce(dict.__getitem__, path, tree)
 
 
 def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:

@@ -6,6 +6,7 @@ approximately.
 """
 
 import math
+from typing import Any
 
 from opd_jax.errors import UserError
 from opd_jax.models import rope
@@ -62,13 +63,16 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
         raise UserError(f"{key}: model type {family!r} is not supported; supported: {supported}")
     raw = _DEFAULTS[family] | raw
 
-    def positive(name, default=None, kinds=(int,)):
-        value = raw.get(name)
+    def checked(name: str, default: float | None, *kinds: type) -> Any:
+        value: Any = raw.get(name)
         value = default if value is None else value
         if type(value) not in kinds or not 0 < value < math.inf:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{key}: config.json needs a positive {names} {name!r}, it has {value!r}")
         return value
+
+    def positive(name: str, default: int | None = None) -> int:
+        return checked(name, default, int)
 
     layers, max_positions = positive("num_hidden_layers"), positive("max_position_embeddings")
     rope_theta, rope_scaling = _rope(raw, family, max_positions, key)
@@ -87,7 +91,7 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
     pad_id = raw.get("pad_token_id")
     if pad_id is None or not 0 <= pad_id < vocab_size:
         pad_id = eos_ids[0] if eos_ids else 0
-    experts = {}
+    experts: dict[str, Any] = {}
     if family == "qwen3_moe":
         raw.setdefault("num_local_experts", raw["num_experts"])
         experts = {
@@ -112,7 +116,7 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
         ffn=positive("moe_intermediate_size" if experts else "intermediate_size"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        norm_eps=float(positive("rms_norm_eps", 1e-6, (int, float))),
+        norm_eps=float(checked("rms_norm_eps", 1e-6, int, float)),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qk_norm=family in ("qwen3", "qwen3_moe"),
         attention_bias=family == "qwen2",
@@ -181,8 +185,8 @@ def _check_types(raw: dict, key: str):
         for name in names:
             value = raw.get(name)
             right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if what == "a list of names":
-                right = right and all(isinstance(item, str) for item in value)
+            if what == "a list of names" and isinstance(value, list):
+                right = all(isinstance(item, str) for item in value)
             if value is not None and not right:
                 raise UserError(f"{key}: config.json needs {what} {name!r}, it has {value!r}")
 

@@ -6,6 +6,7 @@ padded with spaces to a multiple of 8; the tensors' bytes, in the header's order
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ def write(path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, values: Ite
     Returns:
       Bytes of tensors written.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shapes.items():
         start, end = end, end + int(np.prod(shape)) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [start, end]}

@@ -15,7 +15,12 @@ from opd_jax.models.files import gguf, hf, presets
 
 
 class Source(NamedTuple):
-    """A model on this machine's disk; path is the folder or the GGUF file, and exists."""
+    """A model on this machine's disk.
+
+    Attributes:
+      kind: "folder", "gguf", or "random" for a folder whose weights are drawn at random.
+      path: the folder or the GGUF file, which exists.
+    """
 
     kind: Literal["folder", "gguf", "random"]
     path: Path

@@ -74,9 +74,13 @@ _SPREAD = {"layers": "layer", "experts": "expert"}
 
 
 class Tensor(NamedTuple):
-    """One stored tensor: its name and shape in the file, the parameter it belongs to and where in it.
+    """One stored tensor.
 
-    `index` holds the block's number, or the block's and the expert's, or nothing.
+    Attributes:
+      name: in the file.
+      shape: in the file.
+      path: keys of the parameter that it is a part of.
+      index: its place in that parameter: the block's number, the block's and the expert's, or nothing.
     """
 
     name: str
@@ -205,9 +209,11 @@ def read_tree(
     return jax.tree_util.tree_map_with_path(build, declared, axes, shardings)
 
 
-def _ways(sharding) -> int:
+def _ways(sharding: NamedSharding | None) -> int:
     """Into how many parts a sharding cuts the first axis."""
-    axes = sharding.spec[0] if sharding is not None and sharding.spec else None
+    if sharding is None or not sharding.spec:
+        return 1
+    axes = sharding.spec[0]
     axes = axes if isinstance(axes, tuple) else (axes,)
     return math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
 
