@@ -8,6 +8,8 @@ that they are compared with. Results: docs/smollm2.md.
     python -m opd_jax.sweep --config=configs/smollm2.py --out=runs/smollm2
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax import config
 
 SEEDS = (0,)
@@ -33,6 +35,6 @@ def get_config():
     return c
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """One arm for each objective; the first is the paper's."""
     return {name: {"objective.name": name} for name in OBJECTIVES}

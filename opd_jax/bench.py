@@ -16,11 +16,13 @@ products at the rate of a large one, and its bytes at the rate of a long copy.
 import functools
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from opd_jax import release
 from opd_jax.config import default, run
@@ -145,7 +147,13 @@ def main(argv):
         _measure(config, student, teacher, sizes, progress)
 
 
-def _measure(config, student, teacher, sizes, progress):
+def _measure(
+    config: ConfigDict,
+    student: ModelConfig,
+    teacher: ModelConfig,
+    sizes: dict[str, int],
+    progress: Progress,
+):
     """Times each phase, and prints its line of the table once it is known."""
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
     say = functools.partial(progress.say, file=sys.stdout)
@@ -180,7 +188,11 @@ def _measure(config, student, teacher, sizes, progress):
         candidates=config.scoring.candidates,
         cache_stages=flags.FLAGS.cache_stages,
     )
-    sample = jax.jit(lambda *a: rollout.sample(student, *a, jax.random.key(3), sampling))
+    sample = jax.jit(
+        lambda params, tokens_BP, mask_BP: rollout.sample(
+            student, params, tokens_BP, mask_BP, jax.random.key(3), sampling
+        )
+    )
     sampled = best_seconds(sample, params, *prompts, progress=progress, name="the sampler")
     rounds = t // flags.FLAGS.cache_stages
     products = hlo.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds)
@@ -203,7 +215,13 @@ def _measure(config, student, teacher, sizes, progress):
 
 
 def _train_seconds(
-    config, student, teacher, params, rollouts, progress, measured
+    config: ConfigDict,
+    student: ModelConfig,
+    teacher: ModelConfig,
+    params: dict,
+    rollouts: rollout.Rollouts,
+    progress: Progress,
+    measured: Callable[..., None],
 ) -> tuple[float, np.ndarray]:
     """What follows sampling: score, release, update, and train_step, which is all three.
 
@@ -258,7 +276,16 @@ def _train_seconds(
     return step, np.subtract(with_rule, without)
 
 
-def _step_seconds(config, student, teacher, params, teacher_params, rollouts, table, progress):
+def _step_seconds(
+    config: ConfigDict,
+    student: ModelConfig,
+    teacher: ModelConfig,
+    params: dict,
+    teacher_params: dict,
+    rollouts: rollout.Rollouts,
+    table: segments.SegmentTable,
+    progress: Progress,
+) -> tuple[list[float], list[float]]:
     """Seconds of donated train_steps, [PAIRS] with the paper's rule and [PAIRS] with none, run in turn.
 
     A step with none still counts its segments; here they are of fixed length, which reads no text. Each run

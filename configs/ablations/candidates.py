@@ -7,6 +7,8 @@ The paper's best value is 4.
 Cost: 12 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 from opd_jax.sweep import grid
 
@@ -18,6 +20,6 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """The paper's values, its best first."""
     return grid({"scoring.candidates": (4, 2, 16, 32)}, {"release.rule": "paper"})

@@ -5,6 +5,8 @@
 Cost: 9 runs of 3 to 4 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 
 SEEDS = (0, 1, 2)
@@ -15,7 +17,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Trained: everything; all but the embedding and the head tied to it; only the feed-forward layers."""
     attention = ("query", "key", "value", "output")
     choices = {"all": (), "blocks": ("embedding",), "feed_forward": ("embedding", *attention)}

@@ -7,6 +7,8 @@ With 2 sentences any drop is accepted. The paper does not give a value.
 Cost: 15 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 from opd_jax.sweep import grid
 
@@ -18,6 +20,6 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """The default first."""
     return grid({"release.min_segments": (4, 2, 3, 6, 8)}, {"release.rule": "paper"})

@@ -5,6 +5,8 @@
 Cost: 21 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 from opd_jax.distill import OBJECTIVES
 from opd_jax.sweep import grid
@@ -17,7 +19,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Every objective, the sampled-token policy gradient first."""
     names = sorted(OBJECTIVES, key=lambda name: name != "policy_gradient")
     return grid({"objective.name": names}, {"release.rule": "none"})

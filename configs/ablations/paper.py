@@ -37,6 +37,8 @@ This table has not been run.
 
 from pathlib import PurePath
 
+from ml_collections import ConfigDict
+
 from opd_jax import config
 from opd_jax.evaluation import BOXED
 
@@ -68,11 +70,11 @@ def get_config(shared="/shared"):
     return c
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Each student with and without the rule; for the smallest one also the controls."""
     models = PurePath(config.student.path).parent
     both = {"full": {"release.rule": "none"}, "release": {"release.rule": "paper"}}
-    rules = {size: dict(both) for size in STUDENTS}
+    rules: dict[str, dict[str, dict]] = {size: dict(both) for size in STUDENTS}
     for tokens in (1024, 2048, 4096, 8192):
         rules["1.7B"][f"prefix_{tokens}"] = {"release.rule": "prefix", "release.prefix_tokens": tokens}
     for rule in ("shuffled", "advantage_std"):

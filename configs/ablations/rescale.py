@@ -7,6 +7,8 @@ A rule and its rescale both change the loss. This separates the two effects.
 Cost: 93 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax import config
 from opd_jax.config import load
 from opd_jax.release import RESCALES
@@ -21,7 +23,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Each arm of rule.py with each rescale; full supervision once, since it has nothing to rescale."""
     known = rule.arms(config)
     found = {"full": known.pop("full")}

@@ -8,6 +8,8 @@ accuracy on a benchmark whose answers fit into the shortest limit.
 Cost: 18 runs of 1 to 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 from opd_jax.sweep import grid
 
@@ -19,7 +21,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """The recipe's limit, a half of it, a quarter."""
     longest = config.rollout.max_tokens
     lengths = tuple(max(1, longest // part) for part in (1, 2, 4))

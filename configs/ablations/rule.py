@@ -6,6 +6,8 @@
 Cost: 33 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 
 SEEDS = (0, 1, 2)
@@ -16,7 +18,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Rules by name. The fixed prefix keeps a share of each response; FOPD's grows to the length limit."""
     longest = config.rollout.max_tokens
     fopd = {"fopd_start": max(1, longest // 8), "fopd_end": longest, "fopd_steps": config.train.steps}

@@ -7,6 +7,8 @@ The kind nltk has no arm, since it finds the same sentences as punkt.
 Cost: 18 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 
 SEEDS = (0, 1, 2)
@@ -17,7 +19,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Sentences first; blocks are a sixth and a twelfth of the length limit."""
     kinds = {name: name for name in ("punkt", "punkt_untrained", "newline", "token")}
     for parts in (6, 12):

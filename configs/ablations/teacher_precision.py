@@ -8,6 +8,8 @@ the accuracy on a benchmark.
 Cost: 12 runs of about 3 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 from opd_jax.sweep import grid
 
@@ -19,7 +21,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """float32 first, with the release rule."""
     return grid(
         {"teacher.dtype": ("float32", "bfloat16"), "teacher.weights": ("float", "int8")},

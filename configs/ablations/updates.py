@@ -7,6 +7,8 @@ With more than one update, the loss uses the clipped importance ratio.
 Cost: 9 runs of 3 to 8 minutes on two cores, with the demo's models.
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import load
 from opd_jax.sweep import grid
 
@@ -18,7 +20,7 @@ def get_config(recipe="configs/demo.py"):
     return load(recipe)
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """Powers of two, with the release rule and the objective that uses the ratio."""
     fixed = {"release.rule": "paper", "objective.name": "policy_gradient"}
     return grid({"train.updates_per_rollout": (1, 2, 4)}, fixed)

@@ -5,6 +5,8 @@
 
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from opd_jax import config
 
 rule = config.load_module("ablations/rule")
@@ -39,7 +41,7 @@ def get_config():
     return c
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """The arms of configs/ablations/rule.py that the study compares. The first is the reference."""
     known = rule.arms(config)
     return {name: known[name] for name in NAMES}

@@ -6,6 +6,8 @@
 same rule, with the rescale. An arm's name is that arm's name plus "+rescale=none".
 """
 
+from ml_collections import ConfigDict
+
 from opd_jax import config
 
 sorting = config.load_module("study/sorting")
@@ -15,7 +17,7 @@ CUTTING = ("release", "shuffled", "random", "prefix", "suffix", "advantage_std")
 WITHOUT = "+rescale=none"
 
 
-def arms(config):
+def arms(config: ConfigDict) -> dict[str, dict]:
     """The arms of configs/study/sorting.py that cut responses, with release.rescale=none."""
     known = sorting.arms(config)
     return {name + WITHOUT: known[name] | {"release.rescale": "none"} for name in CUTTING}

@@ -5,7 +5,10 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import get
+from opd_jax.models import ModelConfig
 from opd_jax.preflight import costs
 
 # All of these were read off runs of the demo on two cores.
@@ -46,7 +49,7 @@ class Sizes:
     answers: int
     answer_tokens: int
 
-    def apply(self, config) -> dict[str, tuple[int, int]]:
+    def apply(self, config: ConfigDict) -> dict[str, tuple[int, int]]:
         """Lowers what a config has of them, in place; returns key -> (value before, value now)."""
         changed = {}
         for key, name in KEYS.items():
@@ -146,11 +149,12 @@ class Budget:
         return self.minutes * 60 - self.spent if self.minutes else float("inf")
 
 
-def choose_sizes(student, teacher, config, rate: float, left: float) -> Sizes:
+def choose_sizes(
+    student: ModelConfig, teacher: ModelConfig, config: ConfigDict, rate: float, left: float
+) -> Sizes:
     """The largest sizes of which enough steps fit.
 
     Args:
-      student, teacher: ModelConfigs.
       config: its sizes are read where they are lower.
       rate: FLOP/s of a large matrix product.
       left: seconds.

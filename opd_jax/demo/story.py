@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import flags
+from ml_collections import ConfigDict
 
 from opd_jax.demo import plan as demo_plan
 from opd_jax.distill import TrainState
@@ -73,7 +74,9 @@ def main(_):
     print(f"\nreport   {page}\n         {budget.spent / 60:.1f} minutes in all{limit}")
 
 
-def carry_out(config, out: Path, budget: demo_plan.Budget, progress: Progress) -> tuple[dict, list[dict]]:
+def carry_out(
+    config: ConfigDict, out: Path, budget: demo_plan.Budget, progress: Progress
+) -> tuple[dict[str, Run], list[dict]]:
     """The whole demo in its folder `out`: (the record of each arm, the long answers of the release arm).
 
     Args:
@@ -118,7 +121,7 @@ def carry_out(config, out: Path, budget: demo_plan.Budget, progress: Progress) -
     return read_arms(out), records
 
 
-def fitting_sizes(job: Job, config, left: float) -> tuple[demo_plan.Sizes, str]:
+def fitting_sizes(job: Job, config: ConfigDict, left: float) -> tuple[demo_plan.Sizes, str]:
     """(sizes of which enough steps fit into the seconds left, the machine in words).
 
     On an accelerator the sizes are the whole ones: what it does is measured by the evaluation of the start.
@@ -133,7 +136,7 @@ def fitting_sizes(job: Job, config, left: float) -> tuple[demo_plan.Sizes, str]:
     return sizes, f"{cpu.name()}; {kind} products of {rate / 1e9:.0f} GFLOP/s"
 
 
-def prepare_arms(config, out: Path, progress: Progress | None = None) -> dict[str, Job]:
+def prepare_arms(config: ConfigDict, out: Path, progress: Progress | None = None) -> dict[str, Job]:
     """The checked job of each arm: the config with the arm's release rule.
 
     Raises:
@@ -208,7 +211,9 @@ def measure(job: Job, params: dict, teacher_params: dict, progress: Progress | N
     return results[0], demo_plan.Measured(sample, compare, compiling, *shape)
 
 
-def announcement(plan, measured, lowered: dict[str, tuple[int, int]], spent: float) -> str:
+def announcement(
+    plan: demo_plan.Plan, measured: demo_plan.Measured, lowered: dict[str, tuple[int, int]], spent: float
+) -> str:
     """What will be done and how long it will take, and what is left out.
 
     Args:
@@ -233,7 +238,7 @@ def announcement(plan, measured, lowered: dict[str, tuple[int, int]], spent: flo
     return "\n".join(lines) + "\n"
 
 
-def introduction(job) -> str:
+def introduction(job: Job) -> str:
     """What is about to happen, in numbers from the job."""
     c = job.config
     return INTRODUCTION.format(
@@ -247,7 +252,7 @@ def introduction(job) -> str:
     )
 
 
-def table(runs) -> str:
+def table(runs: dict[str, Run]) -> str:
     """start, full, release and, where its answers were measured, the teacher: one column each, as text."""
 
     def evaluated(line):

@@ -71,8 +71,8 @@ def grade(response: str, answer: str) -> bool:
     """
     answer = reference(answer)
     said = final_answers(response)
-    if CHOICE.fullmatch(_clean(answer)):
-        return _chosen(said[-1] if said else None, response) == CHOICE.fullmatch(_clean(answer))[1]
+    if choice := CHOICE.fullmatch(_clean(answer)):
+        return _chosen(said[-1] if said else None, response) == choice[1]
     if not said:
         if quantity := quantities.read(_clean(answer)):
             number = _last_number(response)
@@ -105,15 +105,15 @@ def same(said: str, answer: str) -> bool:
     if said == answer or _plain(said) == _plain(answer):
         return True
     for pattern, agree in ((BASED, _same_in_base), (CONGRUENT, _congruent)):
-        parts = pattern.fullmatch(said), pattern.fullmatch(answer)
-        if all(parts):
-            return agree(*parts)
+        left, right = pattern.fullmatch(said), pattern.fullmatch(answer)
+        if left and right:
+            return agree(left, right)
     said, answer = _in_digits(said), _in_digits(answer)
-    equations = EQUATION.fullmatch(said), EQUATION.fullmatch(answer)
-    if all(equations) and _plain(equations[0][1]) != _plain(equations[1][1]):
-        return _same_equation(*equations)
-    halves = HALF_DAY.search(_plain(said)), HALF_DAY.search(_plain(answer))
-    if all(halves) and halves[0][1] != halves[1][1]:
+    left, right = EQUATION.fullmatch(said), EQUATION.fullmatch(answer)
+    if left and right and _plain(left[1]) != _plain(right[1]):
+        return _same_equation(left, right)
+    left, right = HALF_DAY.search(_plain(said)), HALF_DAY.search(_plain(answer))
+    if left and right and left[1] != right[1]:
         return False
     said_quantity, quantity = quantities.read(said), quantities.read(answer)
     if said_quantity and quantity:
@@ -245,7 +245,9 @@ def _parse(text: str) -> list:
     import math_verify
 
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "(" not in text and "{" not in text else text
-    return math_verify.parse("\\boxed{" + _interval(text) + "}", parsing_timeout=None)
+    boxed = "\\boxed{" + _interval(text) + "}"
+    # None is documented and means no limit.
+    return math_verify.parse(boxed, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
 
 def _same_equation(said: re.Match, answer: re.Match) -> bool:
@@ -290,10 +292,10 @@ def _same_expression(said: str, answer: str) -> bool:
 def _same_in_base(said: re.Match, answer: re.Match) -> bool:
     """Whether 1011_2 and 13_8 are one number."""
     try:
-        said, answer = (int(digits, int(base)) for digits, base in (said.groups(), answer.groups()))
+        value, other = (int(digits, int(base)) for digits, base in (said.groups(), answer.groups()))
     except ValueError:  # a digit or a base that there is not
         return False
-    return said == answer
+    return value == other
 
 
 def _congruent(said: re.Match, answer: re.Match) -> bool:

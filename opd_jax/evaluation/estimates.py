@@ -40,7 +40,13 @@ def bootstrap_mean(parts) -> tuple[float, float]:
 
 
 class Difference(NamedTuple):
-    """b less a: the estimate, its 95% interval, and the two-sided p-value of no difference."""
+    """How much larger b is than a.
+
+    Attributes:
+      value: b - a.
+      low, high: ends of its 95% interval.
+      p: two-sided p-value of no difference.
+    """
 
     value: float
     low: float

@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 SECONDS = 5.0
 GRACE_SECONDS = 5.0  # after the limit, for the worker to say so itself
@@ -42,7 +43,12 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """right: the answer equals the reference. failed: "" or why it was not graded: time, crash, error."""
+    """The grade of one answer.
+
+    Attributes:
+      right: the answer equals the reference.
+      failed: why it was not graded: "time", "crash" or "error"; "" if it was.
+    """
 
     right: bool
     failed: str = ""
@@ -69,7 +75,7 @@ class Grader:
         Args:
           told: called with the number of each task that is begun, from 1, by several threads.
         """
-        verdicts: list[Verdict | None] = [None] * len(tasks)
+        verdicts: dict[int, Verdict] = {}
         # One iterator that all threads draw from: a slow task holds up one worker alone.
         numbered = iter(list(enumerate(tasks)))
 
@@ -82,7 +88,7 @@ class Grader:
         with concurrent.futures.ThreadPoolExecutor(max(1, len(busy))) as threads:
             for done in [threads.submit(work, worker) for worker in busy]:
                 done.result()
-        return verdicts
+        return [verdicts[number] for number in range(len(tasks))]
 
     def close(self):
         """Ends the workers."""
@@ -111,29 +117,28 @@ class _Worker:
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        self._process = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, task: Task) -> Verdict:
-        if self._process is None:
-            self._start()
-        while self._read(0):  # said by a worker that died without a task
+        tasks, verdicts = _pipes(self._process or self._start())
+        while _read(verdicts, 0):  # said by a worker that died without a task
             pass
         try:
-            self._process.stdin.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
-            self._process.stdin.flush()
+            tasks.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
+            tasks.flush()
         except BrokenPipeError:  # it died between two tasks
             self.end()
             return Verdict(False, "crash")
-        line = self._read(self._seconds + GRACE_SECONDS)
+        line = _read(verdicts, self._seconds + GRACE_SECONDS)
         if line:
             return Verdict(**json.loads(line))
         self.end()
         return Verdict(False, "time" if line is None else "crash")
 
-    def _start(self):
+    def _start(self) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).parents[2])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, "-m", WORKER, str(self._seconds), str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -141,16 +146,12 @@ class _Worker:
             start_new_session=True,  # a group that ends as one
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
-        if not self._read(START_SECONDS):
+        if not _read(_pipes(process)[1], START_SECONDS):
             self.end()
             raise RuntimeError(
                 "a grading worker did not start; try `python -m opd_jax.evaluation.grading_worker 5 0`"
             )
-
-    def _read(self, seconds: float) -> bytes | None:
-        """The next line; b"" where the process has ended, None past the limit."""
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        return self._process.stdout.readline() if ready else None
+        return process
 
     def end(self):
         if self._process is not None:
@@ -158,3 +159,16 @@ class _Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._process = None
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """A worker's standard input and output."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("a grading worker was started without pipes")
+    return process.stdin, process.stdout
+
+
+def _read(lines: IO[bytes], seconds: float) -> bytes | None:
+    """The next line; b"" if the worker has ended, None if the time limit has passed."""
+    ready, _, _ = select.select([lines], [], [], seconds)
+    return lines.readline() if ready else None

@@ -17,7 +17,13 @@ RESULTS = re.compile(r"(?P<name>.+?)-(?P<label>\d+|model)(?P<greedy>-greedy)?")
 
 
 class Measured(NamedTuple):
-    """One quantity of one run, problem by problem: sums and counts, and the texts that pair them."""
+    """One quantity of one run, problem by problem.
+
+    Attributes:
+      total_N: sum over the problem's responses or tokens.
+      count_N: number of responses or tokens.
+      text_N: the problems' texts, which pair the problems of two runs.
+    """
 
     total_N: np.ndarray
     count_N: np.ndarray
@@ -146,5 +152,5 @@ def _benchmark(file: Path) -> str:
 
 
 def _step(file: Path) -> int:
-    label = RESULTS.fullmatch(file.stem)["label"]
-    return int(label) if label.isdigit() else -1
+    match = RESULTS.fullmatch(file.stem)
+    return int(match["label"]) if match and match["label"].isdigit() else -1

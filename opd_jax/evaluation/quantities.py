@@ -50,8 +50,11 @@ EXPONENTS = {"square ": 2, "cubic ": 3, "squared": 2, "cubed": 3}
 class Quantity(NamedTuple):
     """A number as it is written.
 
-    value: the number; percent: whether in per cent, the value not yet divided; unit: as written, or "";
-    exact: whether an integer or a fraction, 1234567 and not 1.234567e6.
+    Attributes:
+      value: the number; per cents are not divided by 100.
+      percent: a per cent sign or word follows it.
+      unit: as written, or "".
+      exact: an integer or a fraction: 1234567, not 1.234567e6.
     """
 
     value: float
@@ -98,9 +101,9 @@ def same(said: Quantity, answer: Quantity) -> bool:
     Where one has no unit or the dimensions differ, the numbers alone count: the problem sets the dimension.
     """
     close = functools.partial(math.isclose, rel_tol=ROUNDING if said.exact and answer.exact else TOLERANCE)
-    sizes = _size(said.unit), _size(answer.unit)
-    if None not in sizes and sizes[0][1] == sizes[1][1]:
-        return close(said.value * sizes[0][0], answer.value * sizes[1][0])
+    said_unit, unit = _size(said.unit), _size(answer.unit)
+    if said_unit and unit and said_unit[1] == unit[1]:
+        return close(said.value * said_unit[0], answer.value * unit[0])
     if close(said.value, answer.value):
         return True
     if said.percent == answer.percent:

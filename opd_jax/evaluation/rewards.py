@@ -35,9 +35,9 @@ def graded(
 ) -> list[bool | None]:
     """Whether each response is right; None where there is no answer to compare with."""
     right: list[bool | None] = [None] * len(answers)
-    known = [b for b, answer in enumerate(answers) if answer is not None]
-    texts = [tokenizer.decode(response_BT[b][mask_BT[b]], skip_special_tokens=True) for b in known]
-    verdicts = grader.grade([Task(text, answers[b]) for text, b in zip(texts, known)])
-    for b, verdict in zip(known, verdicts):
+    known = [(b, answer) for b, answer in enumerate(answers) if answer is not None]
+    texts = [tokenizer.decode(response_BT[b][mask_BT[b]], skip_special_tokens=True) for b, _ in known]
+    verdicts = grader.grade([Task(text, answer) for text, (_, answer) in zip(texts, known)])
+    for (b, _), verdict in zip(known, verdicts):
         right[b] = verdict.right
     return right

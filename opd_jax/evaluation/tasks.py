@@ -46,7 +46,13 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A name fit for a file, its problems, and how many responses a problem its reports usually average."""
+    """A set of problems.
+
+    Attributes:
+      name: fit for a file name.
+      problems: in the order of their file or generator.
+      samples: responses to each problem that published results usually average.
+    """
 
     name: str
     problems: tuple[Problem, ...]
@@ -108,7 +114,7 @@ def _generated(rest: str, where: str) -> Benchmark:
 
 def _champ(key: str) -> Benchmark:
     spec = importlib.util.find_spec("champ_dataset")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{key}=champ: the package champ-dataset is missing; pip install --no-deps champ-dataset"
         )

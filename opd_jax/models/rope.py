@@ -1,20 +1,20 @@
-"""Rotary frequencies: the plain ones, and the scalings that checkpoints stretch their context with.
+"""Rotary frequencies, and the scalings by which checkpoints extend their context.
 
 The fields of a scaling are those of `rope_parameters` in a Hugging Face config.json.
 Sources: linear, Chen et al. 2023 (arXiv 2306.15595); yarn, Peng et al. 2023 (arXiv 2309.00071); llama3, the
-Llama 3.1 release. Each is what transformers computes (modeling_rope_utils.py).
+Llama 3.1 release. Each matches transformers (modeling_rope_utils.py).
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Every position divided by `factor`."""
+    """Divides every position by `factor`."""
 
     factor: float
 
@@ -23,13 +23,13 @@ class Linear:
         return frequency_C / self.factor, 1.0
 
     def reach(self) -> int | None:
-        """Positions that the scaling itself makes room for, None if it does not say."""
+        """Longest context that the scaling itself gives, None if it does not say."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Wavelengths above original / low_freq_factor are stretched, those below original / high are kept."""
+    """Stretches wavelengths above original / low_freq_factor, keeps those below original / high_freq_factor."""
 
     factor: float
     low_freq_factor: float
@@ -50,7 +50,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Channels that turn often over the original length are kept, slow ones stretched, cos and sin grown."""
+    """Keeps fast channels, stretches those that turn seldom over the original length, scales cos and sin up."""
 
     factor: float
     original_max_position_embeddings: int
@@ -106,10 +106,10 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
 
     Args:
       raw: its fields; `type` is the old spelling of `rope_type`.
-      max_positions: stands in for an absent original_max_position_embeddings, as in transformers.
+      max_positions: used if original_max_position_embeddings is absent, as in transformers.
 
     Raises:
-      ValueError: names the kind or the field that is not supported, missing or out of range.
+      ValueError: the kind or a field is not supported, missing or out of range; the message names it.
     """
     kind = raw.get("rope_type") or raw.get("type") or "default"
     fields = {name: value for name, value in raw.items() if value is not None}
@@ -126,36 +126,37 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
     if kind == "yarn":
         fields = _with_attention_factor(fields)
     declared = {field.name: field for field in dataclasses.fields(KINDS[kind])}
+    types = get_type_hints(KINDS[kind])
     for name, value in fields.items():
         if name not in declared:
             raise ValueError(f"rotary scaling field {name!r} of {kind!r}")
-        flag = declared[name].type is bool
+        flag = types[name] is bool
         positive = isinstance(value, int | float) and 0 < value < math.inf
         if isinstance(value, bool) != flag or not (flag or positive):
             raise ValueError(f"rotary scaling {kind!r} with {name}={value!r}")
     for name, field in declared.items():
         if name not in fields and field.default is dataclasses.MISSING:
             raise ValueError(f"rotary scaling {kind!r} without {name!r}")
-    numbers = {name: declared[name].type(value) for name, value in fields.items()}
+    numbers = {name: types[name](value) for name, value in fields.items()}
     if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise ValueError("rotary scaling 'llama3' whose low_freq_factor is not below high_freq_factor")
     return KINDS[kind](**numbers)
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's growth of cos and sin, 0.1 mscale ln(factor) + 1."""
+    """YaRN's factor on cos and sin, 0.1 mscale ln(factor) + 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _unscaled(fields: dict[str, Any]) -> None:
-    # A leftover original length says nothing; any other field asks for something.
+    # A leftover original length has no effect; any other field would have one.
     fields.pop("original_max_position_embeddings", None)
     if fields:
         raise ValueError(f"rotary field {min(fields)!r} without a rope_type")
 
 
 def _with_attention_factor(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` with attention_factor worked out from factor and DeepSeek's mscale pair where absent."""
+    """Adds attention_factor to `fields` if absent, from factor and DeepSeek's pair of mscale fields."""
     pair = [fields.pop(name, None) for name in ("mscale", "mscale_all_dim")]
     factor = fields.get("factor")
     if "attention_factor" not in fields and isinstance(factor, int | float):

@@ -23,8 +23,10 @@ def enable(setting: str) -> str | None:
       UserError: the folder cannot be made.
     """
     if setting == "auto":
-        if jax.config.jax_compilation_cache_dir:
-            return jax.config.jax_compilation_cache_dir
+        # jax declares its settings at runtime, where pyright does not see them.
+        named: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if named:
+            return named
         if jax.default_backend() == "cpu":
             return None
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -61,7 +61,8 @@ def initialize():
 
 def _may_be_one_of_many_tpu_hosts(environment) -> bool:
     """Whether this is a TPU host, and nothing says that it is the only one."""
-    platforms = jax.config.jax_platforms
+    # jax declares its settings at runtime, where pyright does not see them.
+    platforms: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms.split(","):
         return False
     if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):

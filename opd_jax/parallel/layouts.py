@@ -6,9 +6,10 @@ whose mesh axis an earlier axis took: experts are cut before their hidden width.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 AXES = ("data", "fsdp", "tensor")
 SLICES = "slices"  # stands for their number
@@ -42,7 +43,13 @@ BATCH = {
 
 
 class Layout(NamedTuple):
-    """Names of the tables that a model runs by."""
+    """Names of the tables that place a model's arrays.
+
+    Attributes:
+      weights: a key of WEIGHTS.
+      cache: a key of CACHE.
+      batch: a key of BATCH.
+    """
 
     weights: str = "fsdp"
     cache: str = "heads"
@@ -55,7 +62,8 @@ class Layout(NamedTuple):
 
     def parts(self, axis: str, mesh_shape: Mapping[str, int]) -> int:
         """Into how many parts a logical axis is cut where it divides evenly."""
-        return mesh_shape[self.rules[axis]] if axis in self.rules else 1
+        over = self.rules.get(axis, ())
+        return math.prod(mesh_shape[name] for name in ((over,) if isinstance(over, str) else over))
 
 
 DEFAULT = Layout()
@@ -66,8 +74,8 @@ def _rules(weights: str, cache: str, batch: str):
     return MappingProxyType(WEIGHTS[weights] | CACHE[cache] | BATCH[batch])
 
 
-def mesh_sizes(sizes: Mapping[str, int | str], slices: int) -> list[int]:
+def mesh_sizes(sizes: Mapping[str, Any], slices: int) -> list[int]:
     """Devices along each of AXES: a config's `mesh`, whose zeros its preset fills."""
     preset = MESHES.get(sizes.get("preset", ""), (0, 0, 0))
     filled = [sizes[axis] or named for axis, named in zip(AXES, preset, strict=True)]
-    return [slices if size == SLICES else size for size in filled]
+    return [slices if size == SLICES else int(size) for size in filled]

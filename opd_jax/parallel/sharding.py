@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.errors import UserError
@@ -125,7 +125,7 @@ def stored_axes(axes) -> tuple:
     return axes if sum(axis != "layers" for axis in axes) > 1 else (None,) * len(axes)
 
 
-def spec(shape, axes, mesh: Mesh, rules=DEFAULT.rules) -> P:
+def spec(shape, axes, mesh: Mesh | AbstractMesh, rules=DEFAULT.rules) -> P:
     """PartitionSpec of an array from its logical axes, by `Layout.rules`."""
     names, taken = [], set()
     for size, axis in zip(shape, axes, strict=True):

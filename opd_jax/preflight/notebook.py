@@ -25,7 +25,7 @@ def settings(steps: int, prompts: str, overrides: Mapping[str, Any]) -> dict[str
       overrides: further fields, which win.
     """
     source = {"data.source": "jsonl", "data.path": prompts} if prompts else DEMO_PROMPTS
-    return source | {"data.over_long": "drop", "train.steps": steps} | overrides
+    return {**source, "data.over_long": "drop", "train.steps": steps, **overrides}
 
 
 def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:

@@ -1,16 +1,26 @@
 """Compiles a run for one slice cut in other ways, and ranks them."""
 
 import copy
+from collections.abc import Callable
 
 import jax
+from ml_collections import ConfigDict
 
 from opd_jax.errors import UserError
 from opd_jax.parallel import sharding
-from opd_jax.preflight import check
-from opd_jax.preflight.build import built
+from opd_jax.preflight import check, topology
+from opd_jax.preflight.build import Built, built
+from opd_jax.run.programs import Programs
 
 
-def search(config, devices, chip, planned, tell=lambda line: None, build=built) -> list:
+def search(
+    config: ConfigDict,
+    devices: list,
+    chip: topology.Chip,
+    planned: Callable[[ConfigDict, list], Programs],
+    tell: Callable[[str], None] = lambda line: None,
+    build: Callable[..., Built] = built,
+) -> list[tuple[dict[str, int], int, check.StepReport]]:
     """Compiles all programs over mesh shapes and micro-batches.
 
     On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not pass.

@@ -31,7 +31,18 @@ REDRAWN = 0.1  # seconds between two drawings of the bar
 
 @dataclasses.dataclass(eq=False)
 class _Phase:
-    """Something that goes on; `kind` is what its time is remembered under, `part` counts from 1."""
+    """Something in progress.
+
+    Attributes:
+      label: what is shown.
+      kind: key under which its duration is remembered.
+      started: when it began, by the clock of Progress.
+      part_started: when its current part began.
+      part: number of that part, from 1; 0 without parts.
+      parts: how many parts it has.
+      announced: a line has named it.
+      compiling: it is a compilation, which does not count as time of a piece of work.
+    """
 
     label: str
     kind: str
@@ -246,7 +257,7 @@ class Progress:
             self._counted, self._summary = f"step {number}/{total}", text
             if self._terminal:
                 self._draw(force=number == total)
-            elif due or now - self._stepped + self._plan.of("step").seconds > QUIET:
+            elif due or now - self._stepped + (self._plan.of("step").seconds or 0.0) > QUIET:
                 self._stepped = now
                 self._line("  ".join(filter(None, [self._title() + self._counted, text, self.left_text()])))
 

@@ -6,7 +6,14 @@ import dataclasses
 
 @dataclasses.dataclass(eq=False)
 class Pieces:
-    """Planned work of one kind: pieces left, and seconds of each as foreseen and as measured."""
+    """Planned work of one kind.
+
+    Attributes:
+      left: pieces still to do.
+      foreseen: seconds of a piece, as estimated before any is measured; None if unknown.
+      measured: seconds of the last pieces.
+      warm: the first piece, which ran with cold caches, is no longer in `measured`.
+    """
 
     left: int = 0
     foreseen: float | None = None
@@ -70,11 +77,11 @@ class Plan:
           doing: the kind of the piece that goes on, since `elapsed` seconds.
         """
         left = [pieces for pieces in self.pieces.values() if pieces.left]
-        known = [pieces for pieces in left if pieces.seconds is not None]
-        if 2 * sum(pieces.left for pieces in known) <= sum(pieces.left for pieces in left):
+        known = [(pieces, seconds) for pieces in left if (seconds := pieces.seconds) is not None]
+        if 2 * sum(pieces.left for pieces, _ in known) <= sum(pieces.left for pieces in left):
             return None
-        seconds = sum(pieces.left * pieces.seconds for pieces in known)
-        hand = self.pieces.get(doing)
-        if hand in known:
-            seconds -= min(max(0.0, elapsed), hand.seconds)
-        return seconds
+        total = sum(pieces.left * seconds for pieces, seconds in known)
+        for pieces, seconds in known:
+            if pieces is self.pieces.get(doing):
+                total -= min(max(0.0, elapsed), seconds)
+        return total

@@ -15,12 +15,12 @@ from opd_jax.release.segments import scans
 class ChangePoint:
     """The best single drop of each row, and whether BIC prefers it to no drop.
 
-    accepted_B: bool, the drop is accepted.
-    cut_B: int32, number of kept segments; all valid ones where nothing is accepted.
-    bic0_B: float32, nats, the fit of one mean (0 for an empty row).
-    bic1_B: float32, nats, the fit of the best drop; where no split is a drop, that of a drop by
-    nothing.
-    gain_B: float32, nats, bic0 - bic1 before either is rounded: the one to compare with 0.
+    Attributes:
+      accepted_B: bool, the drop is accepted.
+      cut_B: int32, number of kept segments; all valid ones where nothing is accepted.
+      bic0_B: float32, nats, the BIC of one mean (0 for an empty row).
+      bic1_B: float32, nats, the BIC of the best drop; of a drop by 0 if no split is a drop.
+      gain_B: float32, nats, bic0 - bic1, computed before either is rounded. Compare this one with 0.
     """
 
     accepted_B: jax.Array

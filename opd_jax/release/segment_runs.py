@@ -17,10 +17,11 @@ from opd_jax.release.segments import scans
 class Segments:
     """The runs of equal segment number along each row, over response tokens only.
 
-    mask_BT: bool, response tokens.
-    start_BT: bool, first token of a segment.
-    last_BT: bool, last token of a segment; one True for each segment.
-    order_BT: int32, 0, 1, 2, ... by position, whatever the numbers were; -1 before the first.
+    Attributes:
+      mask_BT: bool, response tokens.
+      start_BT: bool, first token of a segment.
+      last_BT: bool, last token of a segment; one True for each segment.
+      order_BT: int32, 0, 1, 2, ... by position, whatever the numbers were; -1 before the first segment.
     """
 
     mask_BT: jax.Array

@@ -42,7 +42,10 @@ def standalone(svg: str, titles: Sequence[str] = ()) -> Svg:
     style = report_page.STYLE_FILE.read_text(encoding="utf-8")
     light = dict(re.findall(r"--([\w-]+): (#\w+);", style.split("@media")[0]))
     svg = re.sub(r"var\(--([\w-]+)\)", lambda match: light[match[1]], svg)
-    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    if box is None:
+        raise ValueError("the <svg> element has no viewBox that starts at 0 0")
+    width, height = map(float, box.groups())
     top = KEY_HEIGHT if titles else 0
     key, x = [], 8
     for number, title in enumerate(titles):
@@ -99,8 +102,10 @@ def sentences(rollout: Mapping[str, Any]) -> Svg:
 
 
 def long_answers(records: Sequence[Mapping[str, Any]]) -> Svg:
-    """Long answers: the teacher's margin along them, and what of each is kept."""
+    """Long answers: the teacher's margin along them, where it is recorded, and what is kept of each."""
     margin_3N = rollout_profiles.profile(records, rollout_profiles.margin)
+    if margin_3N is None:
+        return standalone(figures.answers(records))
     return standalone(figures.margin_and_answers(records, margin_3N))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import colors, ticker
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ STEP = "training step"
 POSITION = "relative position in the response, share of its tokens"
 SAMPLED = {"markerfacecolor": "none"}  # hollow marks: held-out points have filled ones
 MOST_POINTS = 400  # a line, so that a long run does not make a heavy page
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's settings
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["system-ui", "DejaVu Sans"],
@@ -121,16 +122,19 @@ def _marks(run: int, points: int) -> dict[str, Any]:
     return {"marker": MARKERS[run % len(MARKERS)], "markersize": 4.5, "markevery": (start, every)}
 
 
-def _mark(run: int) -> dict[str, str]:
-    """The run's mark and colour, of a single value."""
-    return {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run)}
+def _mark(run: int, hollow: bool = False) -> dict[str, Any]:
+    """The run's mark and colour, for a single value."""
+    mark = {"fmt": MARKERS[run % len(MARKERS)], "color": colour(run)}
+    return mark | {"markerfacecolor": "none"} if hollow else mark
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if x == STEP:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator = axes.xaxis.get_major_locator()
+        if isinstance(locator, ticker.MaxNLocator):
+            locator.set_params(integer=True)
 
 
 def curves(
@@ -233,8 +237,8 @@ def position(
             for window, value in profile.items():
                 value_N, *interval = np.atleast_2d(value)
                 centre = (np.arange(len(value_N)) + 0.5) / len(value_N)
-                look = {"linestyle": styles[window]} | _marks(run, len(value_N))
-                axes.plot(centre, value_N, color=colour(run), **look)
+                style = styles[window]
+                axes.plot(centre, value_N, linestyle=style, color=colour(run), **_marks(run, len(value_N)))
                 if interval:
                     axes.fill_between(centre, *interval, color=colour(run), alpha=0.15, linewidth=0)
         if floor is not None:
@@ -259,10 +263,10 @@ def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
                 share = count / count.sum()
                 axes.stairs(share, edges, color=colour(run), fill=True, alpha=0.2)
                 axes.stairs(share, edges, color=colour(run), linewidth=1.4)
-                marks = _marks(run, len(share)) | {"linestyle": "", "color": colour(run)}
-                axes.plot((edges[:-1] + edges[1:]) / 2, share, **marks)
+                centre = (edges[:-1] + edges[1:]) / 2
+                axes.plot(centre, share, linestyle="", color=colour(run), **_marks(run, len(share)))
         axes.set_xlim(0, 1)
-        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
         _label(axes, POSITION, "share of accepted releases")
 
     return _svg("Where supervision is released", draw)
@@ -280,8 +284,8 @@ def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
     edges = np.concatenate([[0], np.cumsum(tokens)])
 
     def draw(axes: Axes) -> None:
-        looks = {
-            True: {"facecolor": mpl.colors.to_rgba(colour(0), 0.3), "edgecolor": colour(0)},
+        looks: dict[bool, dict[str, Any]] = {
+            True: {"facecolor": colors.to_rgba(colour(0), 0.3), "edgecolor": colour(0)},
             False: {"facecolor": "none", "edgecolor": MUTED, "linestyle": "--"},
         }
         for left, height, width, on in zip(edges, contrast, tokens, kept, strict=False):
@@ -292,9 +296,11 @@ def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
             axes.hlines(level, edges[:-1][part][0], edges[1:][part][-1], color=INK, linewidth=1.6)
         if cut:
             axes.axvline(edges[cut], color=INK, linestyle=":", linewidth=2)
-        entries = [Patch(**looks[on], label="supervised" if on else "released") for on in (True, False)]
-        entries.append(Line2D([], [], color=INK, label="mean"))
-        entries.append(Line2D([], [], color=INK, linestyle=":", label="cut"))
+        entries = [
+            *(Patch(**looks[on], label="supervised" if on else "released") for on in (True, False)),
+            Line2D([], [], color=INK, label="mean"),
+            Line2D([], [], color=INK, linestyle=":", label="cut"),
+        ]
         axes.set_xlim(0, edges[-1])
         _legend(axes, entries)
         _label(axes, "position in the response, tokens", "teacher margin M, nats")
@@ -338,8 +344,8 @@ def _answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     kept = np.array([record["kept_tokens"] for record in rows])
     rest = np.array([record["tokens"] for record in rows]) - kept
     place = np.arange(len(rows))
-    looks = {
-        "supervised": {"color": mpl.colors.to_rgba(colour(0), 0.75)},
+    looks: dict[str, dict[str, Any]] = {
+        "supervised": {"color": colors.to_rgba(colour(0), 0.75)},
         "released": {"facecolor": "none", "edgecolor": MUTED, "linewidth": 0.8},
     }
     axes.barh(place, kept, 0.7, **looks["supervised"])
@@ -388,7 +394,7 @@ def intervals(
     def draw(axes: Axes) -> None:
         for row, (run, (value, low, high)) in enumerate(zip(runs, estimates, strict=True)):
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            style = {"fmt": "d", "color": INK} if run is None else _mark(run)
+            style: dict[str, Any] = {"fmt": "d", "color": INK} if run is None else _mark(run)
             axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, capsize=3, **style)
         axes.set_yticks(range(len(labels)), labels, parse_math=False)
         axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -412,10 +418,10 @@ def groups(
                     continue
                 value, low, high = estimate
                 right = group == "right"
-                style = _mark(run) | {"capsize": 3} | ({} if right else {"markerfacecolor": "none"})
                 error = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 row = run + (-0.15 if right else 0.15)
-                axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, **style)
+                style = _mark(run, hollow=not right)
+                axes.errorbar([value], [row], xerr=error, markersize=5.5, elinewidth=1.2, capsize=3, **style)
         axes.set_yticks(range(len(titles)), titles, parse_math=False)
         axes.set_ylim(len(titles) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from opd_jax.config import get, load_module, validate
 from opd_jax.errors import UserError, nearest
 
@@ -32,9 +34,16 @@ def grid(values: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any] | None = 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One run: its arm, the arm to compare it with, seed, overrides, workdir and whole, checked config.
+    """One run of a sweep.
 
-    `mean` names the benchmarks that the table's mean is of; () is all.
+    Attributes:
+      arm: name of its arm.
+      against: name of the arm that it is compared with.
+      seed: the run's seed.
+      overrides: the arm's changes, dotted key -> value.
+      workdir: folder of the run.
+      config: the whole config, validated.
+      mean: benchmarks that the table's mean averages; () is all.
     """
 
     arm: str
@@ -42,12 +51,12 @@ class Planned:
     seed: int
     overrides: Mapping[str, Any]
     workdir: Path
-    config: Any
+    config: ConfigDict
     mean: tuple[str, ...] = ()
 
 
 def plan(
-    path: str, config: Any, out: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = ()
+    path: str, config: ConfigDict, out: str | Path, only: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[Planned]:
     """The runs of the ablation in the file `path`, arm by arm.
 
@@ -69,7 +78,7 @@ def plan(
     for name in only:
         if name not in arms:
             raise UserError(f"--arms={name}: no such arm{nearest(name, arms)}; there are {', '.join(arms)}")
-    first = next((name for name in arms if not only or name in only), None)
+    first = next((name for name in arms if not only or name in only), "")
     against = getattr(module, "against", lambda name: first)
     mean = tuple(getattr(module, "MEAN", ()))
     runs = []

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None
     done = [is_done(planned) for planned in runs]
     fresh = [not (planned.workdir / "checkpoints").is_dir() for planned in runs]
     done, fresh = distributed.gathered([done, fresh])[0]
-    starts: dict[str, Mapping[str, Any]] = {}
+    starts: dict[str, dict[str, Any]] = {}
 
     def carry(planned: Planned, fresh: bool, shown: Progress):
         job = prepare(planned.config, planned.workdir, shown)

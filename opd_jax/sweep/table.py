@@ -127,9 +127,8 @@ def _quantity(
 
 def _together(measured: Sequence[Measured]) -> Measured:
     """Sums over seeds, problem by problem."""
-    return Measured(
-        sum(m.total_N for m in measured), sum(m.count_N for m in measured), measured[0].text_N
-    )
+    total_N, count_N = (np.sum(parts, axis=0) for parts in zip(*((m.total_N, m.count_N) for m in measured)))
+    return Measured(total_N, count_N, measured[0].text_N)
 
 
 def _trained(records: Sequence[Run]) -> dict[str, float]:

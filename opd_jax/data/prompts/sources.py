@@ -8,7 +8,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+from ml_collections import ConfigDict
 
 from opd_jax.data.prompts import records
 from opd_jax.errors import UserError, nearest, reason
@@ -19,21 +21,38 @@ DATASETS_FILE = Path(__file__).with_name("datasets.json")
 
 
 class Conversation(NamedTuple):
-    """Messages ({"role", "content"}), the last one wanting a reply, and the answer if known."""
+    """A prompt.
+
+    Attributes:
+      messages: each {"role", "content"}; the last one awaits a reply.
+      answer: the reference answer, None if there is none.
+    """
 
     messages: list[dict[str, str]]
     answer: str | None
 
 
 class Columns(NamedTuple):
-    """Names of the columns with the prompt and the answer, dotted where nested; "" is the usual names."""
+    """Names of two columns; a dotted name reaches into nested records, and "" stands for the usual names.
+
+    Attributes:
+      prompt: column of the prompt.
+      answer: column of the reference answer.
+    """
 
     prompt: str = ""
     answer: str = ""
 
 
 class Part(NamedTuple):
-    """One source: its kind, its path or task, its columns, and its weight in a mixture."""
+    """One source of prompts.
+
+    Attributes:
+      kind: one of KINDS.
+      path: its file, folder or task.
+      columns: where prompts and answers are.
+      weight: in a mixture.
+    """
 
     kind: str
     path: str
@@ -62,7 +81,7 @@ def parse_mixture(entries: Sequence[str]) -> list[Part]:
         try:
             weight, source, *columns = entry.split()
             kind, _, path = source.partition(":")
-            named = dict(column.partition("=")[::2] for column in columns)
+            named = {name: value for name, _, value in (column.partition("=") for column in columns)}
             part = Part(kind, path, Columns(**named), float(weight))
             usable = kind in KINDS and path and 0 < part.weight < float("inf")
         except (TypeError, ValueError):
@@ -78,7 +97,7 @@ def parse_mixture(entries: Sequence[str]) -> list[Part]:
     return parts
 
 
-def read(part: Part, config: Any) -> list[Conversation]:
+def read(part: Part, config: ConfigDict) -> list[Conversation]:
     """The conversations of one source other than the demo; `config` is the data section."""
     if part.kind == "rg":
         where = f"data.source=rg:{part.path}"
@@ -124,13 +143,11 @@ def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]
 
     `cache` None is `$XDG_CACHE_HOME/opd_jax`, or `~/.cache/opd_jax` without that variable.
     """
-    import tensorflow_datasets as tfds  # half a second to three, so only where it is used
-
     from opd_jax.data.prompts import demo
 
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opd_jax"
     folder = demo.prepare(Path(cache or base).expanduser())
-    source = tfds.builder_from_directory(folder).as_data_source()
+    source = _builder(folder).as_data_source()
     train, heldout = (_from_columns(source[split]) for split in ("train", "heldout"))
     shared = {c.messages[0]["content"] for c in train} & {
         c.messages[0]["content"] for c in heldout
@@ -147,7 +164,7 @@ def read_tfds(path: str, columns: Columns | None = None) -> list[Conversation]:
         raise UserError("data.path is empty: data.source=tfds needs a dataset name or a folder")
     try:
         if Path(path).expanduser().is_dir():
-            source = tfds.builder_from_directory(Path(path).expanduser()).as_data_source("train")
+            source = _builder(Path(path).expanduser()).as_data_source("train")
         else:
             array_record = {"file_format": "array_record"}
             source = tfds.data_source(path, split="train", builder_kwargs=array_record)
@@ -162,7 +179,15 @@ def read_tfds(path: str, columns: Columns | None = None) -> list[Conversation]:
             f"data.path={path}: TFDS cannot read a 'train' split from it ({reason(error)}); name a TFDS"
             " dataset or folder in array_record or parquet files"
         ) from error
-    return _from_columns(source, path, columns)
+    # One split is one source; TFDS's type also allows a tree of several.
+    return _from_columns(cast(Sequence[Mapping[str, Any]], source), path, columns)
+
+
+def _builder(folder: Path) -> Any:
+    """The TFDS builder of a prepared folder; Any, because its decorated methods hide their signatures."""
+    import tensorflow_datasets as tfds  # takes up to three seconds
+
+    return tfds.builder_from_directory(folder)
 
 
 def _from_columns(

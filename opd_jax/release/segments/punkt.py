@@ -132,7 +132,12 @@ def load_parameters(folder: str = "") -> Parameters:
     if not folder:
         trained = punkt.load_model("english")
         ortho = {word: int(bits) for word, bits in trained.ortho_context.items()}
-        return Parameters(trained.abbrev_types, trained.collocations, trained.sent_starters, ortho)
+        return Parameters(
+            frozenset(trained.abbrev_types),
+            frozenset(trained.collocations),
+            frozenset(trained.sent_starters),
+            ortho,
+        )
     path = pathlib.Path(folder)
 
     def rows(name, columns):
@@ -145,7 +150,7 @@ def load_parameters(folder: str = "") -> Parameters:
     try:
         return Parameters(
             abbrev_types=frozenset(word for (word,) in rows("abbrev_types.txt", 1)),
-            collocations=frozenset(rows("collocations.tab", 2)),
+            collocations=frozenset((first, second) for first, second in rows("collocations.tab", 2)),
             sent_starters=frozenset(word for (word,) in rows("sent_starters.txt", 1)),
             ortho_context={word: int(bits) for word, bits in rows("ortho_context.tab", 2)},
         )
@@ -166,10 +171,12 @@ def word_hash(text: str, base: int) -> int:
 
 def hash_base(types) -> int:
     """The first of a fixed series of odd numbers with which no two of these words share a hash."""
-    for base in itertools.count(0x9C6D62B5, 0x1000_0002):
-        hashes = {word_hash(word, base & _MASK32) for word in types}
+    base = 0x9C6D62B5
+    while True:
+        hashes = {word_hash(word, base) for word in types}
         if len(hashes) == len(types) and 0 not in hashes:
-            return base & _MASK32
+            return base
+        base = (base + 0x1000_0002) & _MASK32
 
 
 def is_space(character: str) -> bool:

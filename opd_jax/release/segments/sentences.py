@@ -17,9 +17,10 @@ from opd_jax.release.segments import punkt, scans
 class SentenceTable:
     """What Punkt's decisions need to know of a vocabulary; built once on the host, then on device.
 
-    token_VC: uint32 [V, 8], a row for each token id: punkt.token_rows.
-    word_HW: uint32 hash table of word types: punkt.bucket_table.
-    number_first: uint32, the collocation mask of a number before a full stop.
+    Attributes:
+      token_VC: uint32 [V, 8], a row for each token id: punkt.token_rows.
+      word_HW: uint32 hash table of word types: punkt.bucket_table.
+      number_first: uint32, the collocation mask of a number before a full stop.
     """
 
     token_VC: jax.Array
