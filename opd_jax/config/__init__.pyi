@@ -1,5 +1,4 @@
 from .fields import default as default
-from .flags import find as find
 from .flags import get as get
 from .flags import load as load
 from .flags import load_module as load_module

@@ -16,7 +16,6 @@ from opd_jax import release
 from opd_jax.distill import objectives
 from opd_jax.errors import UserError, fail, nearest
 from opd_jax.parallel import layouts
-from opd_jax.release import rules
 from opd_jax.release.segments import check_kind
 
 # Where recipes lie: in an installed package, and in a checkout.
@@ -34,7 +33,7 @@ ALLOWED = {
     "data.repeats": ("drop", "keep"),
     "rollout.cache_dtype": ("auto", "int8"),
     "scoring.student": ("sampler", "recompute"),
-    "release.rule": rules.RULES,
+    "release.rule": release.RULES,
     "release.rescale": release.RESCALES,
     "objective.name": objectives.OBJECTIVES,
     "optimizer.schedule": ("constant", "linear", "cosine"),
