@@ -9,7 +9,6 @@ from .objectives import OBJECTIVES as OBJECTIVES
 from .rollout import Rollouts as Rollouts
 from .rollout import Sampling as Sampling
 from .rollout import sample as sample
-from .scoring import Scores as Scores
 from .scoring import score as score
 from .train_step import TrainState as TrainState
 from .train_step import make_optimizer as make_optimizer

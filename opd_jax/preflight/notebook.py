@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax.config import flags as configs
+from opd_jax import config as configs
 from opd_jax.errors import UserError
 from opd_jax.models.files import PREFIX
 
