@@ -283,7 +283,7 @@ def _step_seconds(
     params: dict,
     teacher_params: dict,
     rollouts: rollout.Rollouts,
-    table: segments.SegmentTable,
+    table: SegmentTable,
     progress: Progress,
 ) -> tuple[list[float], list[float]]:
     """Seconds of donated train_steps, [PAIRS] with the paper's rule and [PAIRS] with none, run in turn.

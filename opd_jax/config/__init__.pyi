@@ -1,6 +1,5 @@
 from .fields import default as default
 from .flags import run as run
-from .recipes import find as find
 from .recipes import load as load
 from .recipes import load_module as load_module
 from .validation import get as get

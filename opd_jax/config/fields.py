@@ -1,7 +1,8 @@
-"""The default config, made of the declared fields: those of sections/, of every rule and objective, of plugins.
+"""The default config, made of the declared fields: of sections/, of every rule and objective, of plugins.
 
-A recipe's get_config() starts from `default()` and changes what it needs. On the command line any field can be
-changed: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md lists them all.
+A recipe's get_config() starts from `default()` and changes what it needs. The command line
+can change any field: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md has
+them all.
 """
 
 import importlib

@@ -1,10 +1,10 @@
-"""Checks a config before anything is loaded: each field by its declaration, then fields against each other."""
+"""Checks a config before anything is loaded: each field by its declaration, then fields together."""
 
 from ml_collections import ConfigDict
 
 from opd_jax.config.fields import fields
 from opd_jax.config.plugins import declared_by_others
-from opd_jax.distill.losses import OBJECTIVES
+from opd_jax.distill import OBJECTIVES
 from opd_jax.errors import UserError
 from opd_jax.release.segments import check_kind
 
@@ -44,12 +44,16 @@ def _check_fields(config: ConfigDict):
         except KeyError as error:
             if key == "plugins":  # of a config that is older than the field
                 continue
-            raise UserError(f"{key} is not set; start from opd_jax.config.default(plugins={plugins})") from error
+            raise UserError(
+                f"{key} is not set; start from opd_jax.config.default(plugins={plugins})"
+            ) from error
         field.check(key, value)
     hidden = declared_by_others(plugins)
     for key in ("release.rule", "objective.name"):
         if (key.partition(".")[0], get(config, key)) in hidden:
-            raise UserError(f"{key}={get(config, key)} is of a file that `plugins` does not name; add the file")
+            raise UserError(
+                f"{key}={get(config, key)} is of a file that `plugins` does not name; add the file"
+            )
 
 
 def _check_together(config: ConfigDict, teacher: bool):

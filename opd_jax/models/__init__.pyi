@@ -9,4 +9,3 @@ from . import transformer as transformer
 from .config import ModelConfig as ModelConfig
 from .files.hf import load as load
 from .files.hf import save as save
-from .transformer import prune as prune

@@ -29,7 +29,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Stretches wavelengths above original / low_freq_factor, keeps those below original / high_freq_factor."""
+    """Stretches wavelengths above original / low_freq_factor, not those below original / high_freq_factor."""
 
     factor: float
     low_freq_factor: float
@@ -50,7 +50,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Keeps fast channels, stretches those that turn seldom over the original length, scales cos and sin up."""
+    """Keeps fast channels, stretches those that rarely turn over the original length, scales cos and sin."""
 
     factor: float
     original_max_position_embeddings: int
