@@ -1,7 +1,7 @@
-"""The default config, made of the declared fields: those of sections/, of every rule and objective, of plugins.
+"""The default config, made of the declared fields: those of sections/, of rules and objectives, and of plugins.
 
-A recipe's get_config() starts from `default()` and changes what it needs. On the command line any field can be
-changed: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md lists them all.
+A recipe's get_config() starts from `default()` and changes what it needs. On the command line, any field can
+be changed: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md lists them all.
 """
 
 import importlib
@@ -72,6 +72,13 @@ def default(plugins: Iterable[str] = ()) -> ConfigDict:
             place = place[section]
         place[name] = field.default
     config.plugins = files
+    return config
+
+
+def get(config: ConfigDict, key: str):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
     return config
 
 

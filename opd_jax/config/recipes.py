@@ -6,6 +6,8 @@ import pathlib
 import traceback
 import types
 
+from ml_collections import ConfigDict
+
 from opd_jax.errors import UserError, nearest
 
 # Where recipes lie: in an installed package, and in a checkout.
