@@ -1,4 +1,4 @@
-"""The default config, made of the declared fields: those of sections/, of rules and objectives, and of plugins.
+"""The default config, made of the declared fields: those of sections/, of rules, of objectives, of plugins.
 
 A recipe's get_config() starts from `default()` and changes what it needs. On the command line, any field can
 be changed: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md lists them all.

@@ -44,7 +44,7 @@ def _check_fields(config: ConfigDict):
     for key in ("release.rule", "objective.name"):
         section, name = key.partition(".")[0], get(config, key)
         if (section, name) in hidden:
-            raise UserError(f"{key}={name} is registered by a file that `plugins` does not name; add it there")
+            raise UserError(f"{key}={name} is of a file that `plugins` does not name; add the file")
 
 
 def _check_together(config: ConfigDict, teacher: bool):

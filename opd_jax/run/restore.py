@@ -27,6 +27,8 @@ def run_config(workdir) -> ConfigDict:
     try:
         config = default(plugins=found.get("plugins", ()))
         config.update(found)
+    except UserError:  # of a plugin
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--workdir={workdir}: config.json has a field that does not fit docs/configs.md ({error}); "
