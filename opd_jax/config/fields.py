@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from opd_jax.config import plugins as plugin_files
+from opd_jax.config.recipes import PLUGINS
 from opd_jax.config.sections import data, machine, method, models
 from opd_jax.declare import PARAMETERS, Field
 from opd_jax.errors import UserError
@@ -61,7 +62,7 @@ def default(plugins: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: as `fields`.
     """
-    files = tuple(dict.fromkeys((*plugin_files.GIVEN, *plugin_files.listed(plugins))))
+    files = tuple(dict.fromkeys((*PLUGINS, *plugin_files.listed(plugins))))
     config = ConfigDict()
     for key, field in fields(files).items():
         *sections, name = key.split(".")

@@ -19,25 +19,24 @@ HEAD = """\
 
 After reading this page you know every field of a run: its default, its allowed values, its unit and its cost.
 
-Set a field in a recipe with `c.release.rule = "none"`, or on the command line with `--config.release.rule=none`.
-Unknown fields and values are refused before anything is compiled.
+Set a field in a recipe with `c.release.rule = "none"`, or on the command line with
+`--config.release.rule=none`. Unknown fields and values are refused before anything is compiled.
 
 How values are written:
 
-- **Off.** Numbers use 0, texts use `""` and lists use `()`, and the field says that this is off. The exceptions are
-  `rollout.top_p`, where 1 keeps all tokens; `teacher.end_id`, where 0 is an id, so -1 is off; and
-  `compile.cache`, where the word `off` turns it off.
-- **Chosen for you.** In a field with named choices, `auto` picks one by the device, and the field says how. In other
-  fields the empty value (0, `""` or `()`) may stand for a choice, such as the whole batch, the preset's number or
-  the packaged word lists. The field then says what it stands for.
-- **Lists.** `("embedding",)` in a recipe is `--config.train.frozen="('embedding',)"` on the command line.
+- **Off** is 0 for a number, `""` for a text and `()` for a list, and the field says so. There are three
+  exceptions. `rollout.top_p` is off at 1. `teacher.end_id` is off at -1, because 0 is an id. `compile.cache`
+  is off with the word `off`.
+- **Chosen for you** is `auto` in a field of words or dtypes. Elsewhere the empty value (0, `""` or `()`) may
+  stand for a choice, such as the whole batch or the packaged word lists. The field says which.
+- **A list** such as `("embedding",)` is `--config.train.frozen="('embedding',)"` on the command line.
 
-This page is written by `python -m opd_jax.config.table > docs/configs.md`. To change it, edit the declaration of the
-field: in `opd_jax/config/sections/`, or beside the code of the rule or objective that reads it.
+This page is written by `python -m opd_jax.config.table > docs/configs.md`. To change it, edit where the field
+is declared: in `opd_jax/config/sections/`, or beside the code of the rule or objective that reads it.
 """
 
 
-def words(value: Any) -> str:
+def written(value: Any) -> str:
     """A default as a recipe writes it."""
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
@@ -46,7 +45,7 @@ def allowed(field: Field) -> str:
     """What `Field.check` accepts, in words; "" where any value may do."""
     if (choices := field.words()) is not None:
         return "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
-    low, high = (None if x is None else words(x) for x in (field.least, field.most))
+    low, high = (None if x is None else written(x) for x in (field.least, field.most))
     if low is None and high is None:
         return ""
     if high is None:
@@ -65,7 +64,7 @@ def page(fields: Mapping[str, Field]) -> str:
         of = reader(key)
         choice = {"release": "release.rule", "objective": "objective.name"}
         only = f"Read only by `{choice[of[0]]}={of[1]}`." if of else ""
-        facts = [f"Default `{words(field.default)}`.", allowed(field), only]
+        facts = [f"Default `{written(field.default)}`.", allowed(field), only]
         lines += [f"### `{key}`\n", _filled(" ".join(filter(None, facts))) + "\n"]
         for block in inspect.cleandoc(field.doc).split("\n\n"):
             items = re.split(r"\n(?=- )", block)
@@ -76,9 +75,9 @@ def page(fields: Mapping[str, Field]) -> str:
 def _filled(text: str) -> str:
     """A paragraph, or an item of a list, in lines of the page's width."""
     indent = "  " if text.startswith("- ") else ""
-    return textwrap.fill(
-        " ".join(text.split()), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    words = " ".join(text.split())
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(words, WIDTH, subsequent_indent=indent, **options)
 
 
 def main() -> None:

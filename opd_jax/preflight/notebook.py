@@ -34,7 +34,7 @@ def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:
     Raises:
       UserError: one of them is no field, or of another type.
     """
-    c = configs.load(recipe)
+    c = configs.load(recipe, plugins=changes.get("plugins", ()))
     for key, value in changes.items():
         try:
             configs.get(c, key)
