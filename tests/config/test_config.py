@@ -252,7 +252,7 @@ def test_every_recipe_has_the_fields_of_the_default():
         ([DEMO, "--config.release.rul=none"], "did you mean release.rule?); see docs/configs.md"),
         ([DEMO, "--config.release.rule=papr"], "did you mean paper?"),
         (["--config=configs/dem.py"], "configs/dem.py: no such file"),
-        (["--config=configs/ablations/rule.py:configs/none.py"], "--config=configs/none.py: no such file or recipe"),
+        (["--config=configs/ablations/rule.py:configs/none.py"], "--config=configs/none.py: no such file or"),
         ([], "--config is not set"),
         ([DEMO, "--workdir="], "--workdir is not set"),
     ],

@@ -123,7 +123,8 @@ def test_rules_of_the_package_declare_what_they_alone_read():
     shared = {key for key in fields.FIELDS if key.startswith("release.")}
     assert shared == {"release.rule", "release.min_segments", "release.rescale"}
     assert len(declared) == 10 and fields.reader("release.iw_gamma") == ("release", "iw_opd")
-    assert fields.reader("objective.beta") == ("objective", "jsd") and fields.reader("objective.top_k") is None
+    assert fields.reader("objective.beta") == ("objective", "jsd")
+    assert fields.reader("objective.top_k") is None
 
 
 # ---- Files of the user's own.
@@ -186,7 +187,8 @@ def test_a_file_is_imported_again_only_where_it_changed_or_lost_its_rule(tmp_pat
         ("def (", "SyntaxError"),
         ("import no_such_module", "ModuleNotFoundError"),
         (RULE.replace('"first_part"', '"paper"'), "release.rule=paper is a rule of opd_jax"),
-        (RULE.replace("first_share=", "iw_gamma="), "release.iw_gamma of first_part is a field of iw_opd too"),
+        (OBJECTIVE.replace('"scaled"', '"sft"'), "objective.name=sft is an objective of opd_jax"),
+        (RULE.replace("first_share=", "iw_gamma="), "release.iw_gamma of first_part is a field of iw_opd"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told_in_one_line(tmp_path, text, said):
@@ -236,7 +238,8 @@ def test_the_config_of_a_run_imports_its_files_again(models, rule_file, tmp_path
 
 def test_a_run_by_a_rule_of_ones_own_trains_resumes_is_evaluated_reported_and_swept(models, tmp_path):
     """The rule stands in the recipe itself; the command line names a second file."""
-    changes = {"train.steps": 1, "eval.every": 1, "checkpoint.every": 1, "rollout.batch": 4, "data.heldout": 4}
+    changes = {"train.steps": 1, "eval.every": 1, "checkpoint.every": 1}
+    changes |= {"rollout.batch": 4, "data.heldout": 4}
     settings = tiny.config(models, **changes).to_dict()
     del settings["plugins"]
     (tmp_path / "recipe.py").write_text(f"""{RULE}
@@ -278,9 +281,8 @@ def get_config():
     assert evaluated.returncode == 0 and "kl" in evaluated.stdout, evaluated.stderr
     reported = command("opd_jax.report", f"--workdir={workdir}", cwd=tmp_path)
     assert reported.returncode == 0, reported.stderr
-    table = command(
-        "opd_jax.sweep", *words, "--config.train.steps=2", f"--out={tmp_path / 'out'}", "--table", cwd=tmp_path
-    )
+    words_of_table = [*words, "--config.train.steps=2", f"--out={tmp_path / 'out'}", "--table"]
+    table = command("opd_jax.sweep", *words_of_table, cwd=tmp_path)
     assert table.returncode == 0 and "mine" in table.stdout, table.stderr
     refused = command("opd_jax.train", *words[:2], f"--workdir={workdir}", cwd=tmp_path)
     assert refused.returncode == 2 and "release.rule=second is not known" in refused.stderr
