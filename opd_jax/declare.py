@@ -47,7 +47,9 @@ class Field:
             )
         low, high = self.least, self.most
         if (low is not None and value < low) or (high is not None and value > high):
-            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            limits = f"between {low} and {high}"
+            if low is None or high is None:
+                limits = f"at least {low}" if high is None else f"at most {high}"
             raise UserError(f"{key}={value} is out of range; it must be {limits}")
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from opd_jax.config import default
 from opd_jax.config import table as config_table
+from opd_jax.config.fields import fields
+from opd_jax.declare import Field
 from opd_jax.errors import UserError
 from opd_jax.report import display as report_display
 from opd_jax.run import run_record
@@ -48,27 +50,59 @@ def messages():
 
 
 def test_page_of_fields_is_up_to_date():
-    page = config_table.page(config_table.DEFAULT.read_text())
+    page = config_table.page(fields())
     remedy = "run: python -m opd_jax.config.table > docs/configs.md"
     assert (ROOT / "docs/configs.md").read_text() == page, remedy
 
 
 def test_page_of_fields_has_every_field_of_the_config():
     flat = {key for key, _ in run_record._leaves(default().to_dict())}
-    assert {field.key for field in config_table.fields(config_table.DEFAULT.read_text())} == flat
+    page = (ROOT / "docs/configs.md").read_text()
+    assert set(re.findall(r"^### `(.*)`$", page, re.MULTILINE)) == flat
 
 
-def test_fields_carry_their_comment_and_nothing_of_their_neighbours():
-    source = "# Unit: tokens.\n#   a  b\nc.x.y = 1\nc.x.z = 'q'  # why\n# stray\nw = 2\n"
-    source += '# Names.\nc.x.g = ConfigDict({"a": "", "b": 1})\n'
-    read = list(config_table.fields(source))
-    assert read == [
-        config_table.Field("x.y", "1", ["Unit: tokens.", "  a  b"]),
-        config_table.Field("x.z", "'q'", ["why"]),
-        config_table.Field("x.g.a", '""', ["Names."]),
-        config_table.Field("x.g.b", "1", ["Names."]),
-    ]
-    assert "Unit: tokens.\n\n```\n  a  b\n```" in config_table.page(source)
+def test_every_field_says_what_it_is():
+    for key, field in fields().items():
+        assert len(field.doc) > 20 and field.doc.rstrip().endswith((".", ")")), key
+
+
+def test_page_has_default_range_words_reader_and_text_of_a_field():
+    declared = {
+        "x": Field(1, "Unit: tokens.", least=0),
+        "y.a": Field("", """First, on
+        two lines.
+
+        - one
+          item
+        - another""", allowed=lambda: ("a", "b")),
+        "release.prefix_tokens": Field((0.5,), "Text.", least=1e-6, most=2),
+    }
+    assert config_table.page(declared).removeprefix(config_table.HEAD) == """
+### `x`
+
+Default `1`. At least 0.
+
+Unit: tokens.
+
+## y
+
+### `y.a`
+
+Default `""`. One of `a`, `b`.
+
+First, on two lines.
+
+- one item
+- another
+
+## release
+
+### `release.prefix_tokens`
+
+Default `(0.5,)`. From 1e-06 to 2. Read only by `release.rule=prefix`.
+
+Text.
+"""
 
 
 def test_every_message_that_the_page_explains_exists():

@@ -1,8 +1,7 @@
-"""The default config, made of the declared fields: of sections/, of every rule and objective, of plugins.
+"""The default config, made of the declared fields: those of sections/, of rules, of objectives, of plugins.
 
-A recipe's get_config() starts from `default()` and changes what it needs. The command line
-can change any field: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md has
-them all.
+A recipe's get_config() starts from `default()` and changes what it needs. On the command line, any field can
+be changed: --config.release.rule=none. Unknown fields and values are refused. docs/configs.md lists them all.
 """
 
 import importlib
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from opd_jax.config import plugins as plugin_files
+from opd_jax.config.recipes import PLUGINS
 from opd_jax.config.sections import data, machine, method, models
 from opd_jax.declare import PARAMETERS, Field
 from opd_jax.errors import UserError
@@ -62,7 +62,7 @@ def default(plugins: Iterable[str] = ()) -> ConfigDict:
     Raises:
       UserError: as `fields`.
     """
-    files = tuple(dict.fromkeys((*plugin_files.GIVEN, *plugin_files.listed(plugins))))
+    files = tuple(dict.fromkeys((*PLUGINS, *plugin_files.listed(plugins))))
     config = ConfigDict()
     for key, field in fields(files).items():
         *sections, name = key.split(".")
@@ -73,6 +73,13 @@ def default(plugins: Iterable[str] = ()) -> ConfigDict:
             place = place[section]
         place[name] = field.default
     config.plugins = files
+    return config
+
+
+def get(config: ConfigDict, key: str):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = config[part]
     return config
 
 

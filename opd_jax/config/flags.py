@@ -1,6 +1,5 @@
 """The command line of an entry point: --config=FILE, and --config.key=value for any field."""
 
-import ast
 import itertools
 import os
 import pathlib
@@ -9,8 +8,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax.config import plugins
-from opd_jax.config.recipes import find, load
+from opd_jax.config.recipes import PLUGINS, find, load
 from opd_jax.errors import UserError, fail, nearest
 
 DEFAULT = pathlib.Path(__file__).with_name("fields.py")
@@ -58,19 +56,19 @@ def run(main, *, config: str | None = None, without_file: bool = False):
 
 
 def _without_plugins(argv: list[str]) -> list[str]:
-    """The words of a command without --config.plugins=FILES, which every default config then has.
+    """The words of a command without --config.plugins=FILES; every default config then has these files.
 
-    Other words may set fields that the files declare, so they are imported before those are parsed.
+    Other words may set fields that the files declare, so they are imported before the words are parsed.
     """
-    kept = []
-    for word in argv:
-        name, _, files = word.partition("=")
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, files = word.partition("=")
         if name != "--config.plugins":
             kept.append(word)
-        elif files.startswith(("(", "[", "'", '"')):
-            plugins.GIVEN[:] = plugins.listed(ast.literal_eval(files))
-        else:
-            plugins.GIVEN[:] = [file for file in files.split(",") if file]
+            continue
+        files = files if equals else next(words, "")
+        named = (file.strip(" '\"") for file in files.strip("()[] ").split(","))
+        PLUGINS.extend(file for file in named if file)
     return kept
 
 

@@ -11,9 +11,6 @@ from opd_jax.config.recipes import run_file
 from opd_jax.declare import PARAMETERS, Field
 from opd_jax.errors import UserError
 
-# The plugins that --config.plugins names; every config of the process has them.
-GIVEN: list[str] = []
-
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:

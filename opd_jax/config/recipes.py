@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import traceback
 import types
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -12,10 +13,15 @@ from opd_jax.errors import UserError, nearest
 
 # Where recipes lie: in an installed package, and in a checkout.
 RECIPES = tuple(pathlib.Path(__file__).parents[n] / name for n, name in ((1, "recipes"), (2, "configs")))
+# The plugins that a command line, or `load`, adds to every default config that is made meanwhile.
+PLUGINS: list[str] = []
 
 
-def load(path: str, *arguments: str) -> ConfigDict:
+def load(path: str, *arguments: str, plugins: Sequence[str] = ()) -> ConfigDict:
     """get_config(*arguments) of a Python file.
+
+    Args:
+      plugins: files for the field `plugins`, beside those that the recipe names itself.
 
     Raises:
       UserError: as `load_module`, or the file has no get_config, or that fails.
@@ -23,8 +29,13 @@ def load(path: str, *arguments: str) -> ConfigDict:
     module = load_module(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={path} has no get_config(); see configs/demo.py")
-    with _running(f"--config={path}"):
-        return module.get_config(*arguments)
+    before = list(PLUGINS)
+    try:
+        PLUGINS.extend(plugins)
+        with _running(f"--config={path}"):
+            return module.get_config(*arguments)
+    finally:
+        PLUGINS[:] = before
 
 
 def find(path: str) -> pathlib.Path:

@@ -1,19 +1,12 @@
-"""Checks a config before anything is loaded: each field by its declaration, then fields together."""
+"""Checks a config before anything is loaded: each field by itself, then fields against each other."""
 
 from ml_collections import ConfigDict
 
-from opd_jax.config.fields import fields
+from opd_jax.config.fields import fields, get
 from opd_jax.config.plugins import declared_by_others
 from opd_jax.distill import OBJECTIVES
 from opd_jax.errors import UserError
 from opd_jax.release.segments import check_kind
-
-
-def get(config: ConfigDict, key: str):
-    """The value of a dotted key."""
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def validate(config: ConfigDict, *, teacher: bool = True) -> ConfigDict:
@@ -44,16 +37,14 @@ def _check_fields(config: ConfigDict):
         except KeyError as error:
             if key == "plugins":  # of a config that is older than the field
                 continue
-            raise UserError(
-                f"{key} is not set; start from opd_jax.config.default(plugins={plugins})"
-            ) from error
+            remedy = f"start from opd_jax.config.default(plugins={plugins})"
+            raise UserError(f"{key} is not set; {remedy}") from error
         field.check(key, value)
     hidden = declared_by_others(plugins)
     for key in ("release.rule", "objective.name"):
-        if (key.partition(".")[0], get(config, key)) in hidden:
-            raise UserError(
-                f"{key}={get(config, key)} is of a file that `plugins` does not name; add the file"
-            )
+        section, name = key.partition(".")[0], get(config, key)
+        if (section, name) in hidden:
+            raise UserError(f"{key}={name} is of a file that `plugins` does not name; add the file")
 
 
 def _check_together(config: ConfigDict, teacher: bool):

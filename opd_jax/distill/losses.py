@@ -100,10 +100,16 @@ def objective(
 
     Args:
       teacher, advantage, writer: see `Objective`.
-      fields: fields of the config that this objective alone reads, as `objective.FIELD`.
+      fields: fields of the config that this objective alone reads, as `objective.FIELD` and `options.FIELD`.
+
+    Raises:
+      ValueError: another objective has such a field, or the name is that of an objective of this package.
     """
 
     def register(function):
+        known = OBJECTIVES.get(name)
+        if known and known.loss.__module__ == __name__ != function.__module__:
+            raise ValueError(f"objective.name={name} is an objective of opd_jax; choose another name")
         parameters("objective", name, fields)
         OBJECTIVES[name] = Objective(function, teacher, advantage, writer)
         return function

@@ -16,7 +16,7 @@ from opd_jax.models import attention, bf16_products, few_rows, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 from opd_jax.parallel import DEFAULT, Layout, sharding
 
-# What the backward pass keeps of each block; see train.remat in config/fields.py.
+# What the backward pass keeps of each block; see train.remat in docs/configs.md.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

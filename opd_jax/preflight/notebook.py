@@ -34,13 +34,13 @@ def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:
     Raises:
       UserError: one of them is no field, or of another type.
     """
-    c = configs.load(recipe)
+    c = configs.load(recipe, plugins=changes.get("plugins", ()))
     for key, value in changes.items():
         try:
             configs.get(c, key)
             c.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{key}={value!r} does not fit configs/default.py ({error.args[0]})") from error
+            raise UserError(f"{key}={value!r} does not fit docs/configs.md ({error.args[0]})") from error
     return c
 
 

@@ -68,7 +68,7 @@ def rule(name: str, **fields: Field) -> Callable[[Rule], Rule]:
 @rule("none")
 def _keep_all(scores, segments: Segments, config, step, key) -> Proposal:
     """Full on-policy distillation: every response token is supervised."""
-    return _propose(jnp.ones(segments.mask_BT.shape), segments)
+    return propose(jnp.ones(segments.mask_BT.shape), segments)
 
 
 @rule("paper")
@@ -202,7 +202,7 @@ def _importance(scores, segments: Segments, config, step, key) -> Proposal:
     left_BT = jnp.cumsum(size_BT[:, ::-1], axis=1)[:, ::-1]
     total_B1 = left_BT[:, :1]
     left_share_BT = jnp.where(total_B1 > 0, left_BT / jnp.where(total_B1 > 0, total_B1, 1), 1.0)
-    return _propose(1 + config.iw_gamma * left_share_BT, segments)
+    return propose(1 + config.iw_gamma * left_share_BT, segments)
 
 
 @rule(
@@ -235,7 +235,7 @@ def _drift_decay(scores, segments: Segments, config, step, key) -> Proposal:
     drifted_BT = segments.mask_BT & (scores.overlap_BT < config.prune_overlap)
     drifted_BT = jnp.cumsum(drifted_BT.astype(jnp.int32), axis=1)
     weight_BT = jnp.maximum(1 - config.prune_drop * drifted_BT, 0) + config.prune_base
-    return _propose(weight_BT, segments)
+    return propose(weight_BT, segments)
 
 
 @rule(
@@ -259,7 +259,7 @@ def _teachable(scores, segments: Segments, config, step, key) -> Proposal:
     divergence_BT, compatibility_BT = _divergence_and_compatibility(scores)
     score_BT = _stretch(divergence_BT, segments.mask_BT) * _stretch(compatibility_BT, segments.mask_BT)
     chosen_BT = _largest(score_BT, segments.mask_BT, _tokens_of_share(config.ta_share, segments))
-    return _propose(chosen_BT.astype(jnp.float32), segments)
+    return propose(chosen_BT.astype(jnp.float32), segments)
 
 
 def _count(flag_BT) -> jax.Array:
@@ -294,11 +294,11 @@ def _first_tokens(tokens, segments: Segments) -> Proposal:
     """Weight 1 on the first `tokens` (a number, or one a row) response tokens."""
     before_BT = jnp.cumsum(segments.mask_BT, axis=1, dtype=jnp.int32) - segments.mask_BT
     kept_BT = before_BT < jnp.broadcast_to(tokens, segments.mask_BT.shape[:1])[:, None]
-    return _propose(kept_BT.astype(jnp.float32), segments)
+    return propose(kept_BT.astype(jnp.float32), segments)
 
 
-def _propose(weight_BT, segments: Segments) -> Proposal:
-    """The Proposal of a rule without a test of its own: released is what has no weight."""
+def propose(weight_BT, segments: Segments) -> Proposal:
+    """The Proposal of a rule without a test of its own: the weights, and released is what has none."""
     on_BT = segments.mask_BT & (weight_BT > 0)
     seen_BT = jax.lax.cummax(jnp.where(on_BT, segments.order_BT, -1), axis=1)
     first_BT = on_BT & (segments.order_BT > scans.preceding(seen_BT, -1))  # of its segment

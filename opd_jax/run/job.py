@@ -131,7 +131,7 @@ def prepare(config, workdir=None, progress: Progress | None = None) -> Job:
     """Checks a config against the machine, the models, the tokenizers and the prompts.
 
     Args:
-      config: a config as configs/default.py describes it; completed in place.
+      config: a config as docs/configs.md describes it; completed in place.
       workdir: also check that a run may be written there.
       progress: shows what is read.
 

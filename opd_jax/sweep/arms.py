@@ -93,7 +93,7 @@ def plan(
                     changed.update_from_flattened_dict({key: overrides[key]})
                 changed.seed = seed
             except (KeyError, TypeError) as error:
-                what = f"{key}={overrides[key]!r} does not fit configs/default.py ({error.args[0]})"
+                what = f"{key}={overrides[key]!r} does not fit docs/configs.md ({error.args[0]})"
                 raise UserError(f"arm {name} of {path}: {what}") from error
             if not only or name in only:
                 workdir = Path(out) / name / f"seed-{seed}"
