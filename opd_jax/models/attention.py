@@ -1,4 +1,4 @@
-"""Rotary positions and grouped-query attention: the plain form, every backend's reference."""
+"""Rotary positions and grouped-query attention in plain JAX, the reference for every backend."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
 
-# Finite, so that a row of padding (nothing to attend to) stays free of NaN.
+# Finite, so that a row of padding, which attends to nothing, has no NaN.
 MASKED = -1e30
 
 
@@ -18,7 +18,7 @@ def rope_tables(config: ModelConfig, positions_BL):
 
 
 def rotate(x_BLHC, tables):
-    """Rotates channel pairs (c, c + head_size/2) by their angles, the order Hugging Face weights use."""
+    """Rotates channel pairs (c, c + head_size/2), the order of Hugging Face weights, by their angles."""
     cos, sin = (table[:, :, None] for table in tables)
     low, high = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     out = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -33,20 +33,20 @@ def causal_mask(mask_BL):
 
 
 def cached(k_BLKC, v_BLKC):
-    """Keys and values as `attend` and the cache hold them: ([B, K, C, L], [B, K, L, C])."""
+    """Keys and values in the layout of `attend` and the cache: ([B, K, C, L], [B, K, L, C])."""
     return k_BLKC.transpose(0, 2, 3, 1), v_BLKC.swapaxes(1, 2)
 
 
 def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM, scales_BK1M=()):
-    """Softmax attention; query heads share their group's keys without repeating them.
+    """Softmax attention. Query heads of a group share their keys, which are not repeated.
 
     Args:
       q_BLHC: queries; head h belongs to kv head h // (H / K).
-      k_BKCM, v_BKMC: keys (channels before slots) and values, laid out as the cache keeps them: then both
-        products are plain row-by-column ones and nothing of the cache is transposed or copied.
-      scales_BK1M: of int8 keys and values, what each key and each value is to be multiplied by. They are
-        applied to the scores and weights, so that no array of the cache's size is multiplied.
-      allowed_BLM: which keys a query may see; a row with none gives a finite value without meaning.
+      k_BKCM, v_BKMC: keys (channels before slots) and values, in the cache's layout. Both products are then
+        plain row-by-column products, and the cache is neither transposed nor copied.
+      allowed_BLM: which keys a query may see; a row with none gives a finite, meaningless value.
+      scales_BK1M: scales of int8 keys and values, (), or a pair. They multiply the scores and weights, so
+        that no array of the cache's size is multiplied.
 
     Returns:
       [B, L, H, C] in the queries' dtype. Scores and softmax are float32.
@@ -70,6 +70,6 @@ def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM, scales_BK1M=()):
 
 
 def _rows_by_columns(left, right, dtype):
-    """[B, K, R, X] times [B, K, X, Y], with the operands kept in this order (einsum may swap them)."""
+    """[B, K, R, X] times [B, K, X, Y], with the operands in this order; einsum might swap them."""
     dims = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)

@@ -1,7 +1,8 @@
-"""Matrix products of float32 arrays, operands in bfloat16 and sums in float32, and gradients of that kind.
+"""Products of float32 matrices with operands in bfloat16 and sums in float32; their gradients too.
 
-A CPU with bfloat16 instructions (AVX512_BF16, AMX) may do them faster than in float32; cpu.py finds out.
-Only operands are rounded: activations, residual stream, norms, attention and the output matrix stay float32.
+On a CPU with bfloat16 instructions (AVX512_BF16, AMX) they may be faster than float32 products; cpu.py
+measures it. Only operands are rounded. Activations, residual stream, norms, attention and the output matrix
+stay float32.
 """
 
 import jax
@@ -18,8 +19,8 @@ def product(x_MR, weight_RN):
 
 def _forward(x_MR, weight_RN):
     x_MR, weight_RN = x_MR.astype(jnp.bfloat16), weight_RN.astype(jnp.bfloat16)
-    # Kept transposed: a CPU has no bfloat16 product that sums over the rows of both operands, and XLA would
-    # do the weight's gradient in float32.
+    # x is kept transposed. A CPU has no bfloat16 product that sums over the rows of both operands, so XLA
+    # would compute the weight's gradient in float32.
     return _sum(x_MR, weight_RN, COLUMNS, ROWS), (x_MR.T, weight_RN)
 
 

@@ -1,7 +1,7 @@
-"""The key/value cache: prefill fills it, decode reads it once and writes one slot a step.
+"""The key/value cache. Prefill fills it; each decode step reads it once and writes one slot.
 
-Decoding keeps one array a layer instead of a stacked one, and `unstack` does the same to the weights
-once, before the loop: a slice of a stacked array inside the loop would be copied at every step.
+Decoding keeps one array per layer instead of a stacked one, because a slice of a stacked array inside the
+loop would be copied at every step. `unstack` splits the weights in the same way, once, before the loop.
 """
 
 import jax
@@ -13,7 +13,7 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
 from opd_jax.parallel import sharding
 
-SLOT_AXES = (3, 2, 3, 3)  # of a layer's keys, values and their scales
+SLOT_AXES = (3, 2, 3, 3)  # the axis of slots in a layer's keys, values and their scales
 
 
 @struct.dataclass
@@ -21,8 +21,8 @@ class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-      layers: (keys [B, K, C, S], values [B, K, S, C]) of each layer in the compute dtype, S slots; in int8
-        followed by their scales, each float32 [B, K, 1, S].
+      layers: (keys [B, K, C, S], values [B, K, S, C]) of each layer in the compute dtype, for S slots. In
+        int8 the scales of both follow, each float32 [B, K, 1, S].
       filled_BS: slots that hold a real token.
     """
 
@@ -31,10 +31,10 @@ class KVCache:
 
 
 def unstack(config: ModelConfig, params: dict, rows: int) -> tuple[dict, ...]:
-    """The blocks' weights, layer by layer, as `decode` takes them: gathered once for all steps.
+    """The blocks' weights, layer by layer, for `decode`; gathered once for all steps.
 
-    In the dtype and layout that products of `rows` rows take them in. Experts, most of a sparse model, are
-    spread over the slice if they can be.
+    They have the dtype and layout that products of `rows` rows use. Experts, which are most of a sparse
+    model, are spread over the slice if possible.
     """
     spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
 
@@ -46,7 +46,7 @@ def unstack(config: ModelConfig, params: dict, rows: int) -> tuple[dict, ...]:
 
 
 def _stored(k_BKCL, v_BKLC, int8: bool) -> tuple[jax.Array, ...]:
-    """Keys and values as a layer of the cache keeps them."""
+    """Keys and values in the form that the cache stores."""
     if not int8:
         return k_BKCL, v_BKLC
     k, v = quantise(k_BKCL, (2,)), quantise(v_BKLC, (3,))  # one scale for each token and head
@@ -57,7 +57,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
     """Reads left-padded prompts.
 
     Args:
-      tokens_BP, mask_BP: ids and which are real; the last column is real in every row.
+      tokens_BP, mask_BP: ids, and which of them are real; the last column is real in every row.
       int8: keep keys and values in int8, with a scale for each token and head. The prompts' own attention
         is not affected.
 
@@ -82,12 +82,12 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
 
 
 def repeat(cache: KVCache, samples: int) -> KVCache:
-    """The cache with each row `samples` times, one after another: no device needs another's rows."""
+    """Each row of the cache followed by its copies, `samples` in all; no device needs another's rows."""
     return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
 
 
 def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
-    """The cache with empty slots added at the end, `slots` in all, cut over the mesh as the layout says."""
+    """Adds empty slots at the end, up to `slots`, and places the cache on the mesh as the layout says."""
     room = slots - cache.filled_BS.shape[1]
 
     def padded(x, slot_axis):
@@ -105,14 +105,14 @@ def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
 
 
 def decode(config: ModelConfig, params: dict, layers, token_B, rope, cache: KVCache, slot):
-    """One token a row through the model.
+    """Runs one token of each row through the model.
 
     Args:
       layers: what `unstack` returned.
       token_B: ids.
-      rope: attention.rope_tables of their positions, [B, 1, head_size / 2] each. Looked up by the caller:
-        where cosines are taken in the loop, a compiler takes them anew for every head of every layer.
-      slot: scalar index of the cache slot it takes, the same in every row.
+      rope: attention.rope_tables of their positions, [B, 1, head_size / 2] each. The caller looks them up: a
+        compiler would recompute cosines inside the loop for every head of every layer.
+      slot: scalar index of the cache slot to write, the same in every row.
 
     Returns:
       (hidden_BD, normalised; the cache with the slot filled).

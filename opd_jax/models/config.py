@@ -26,22 +26,23 @@ class ModelConfig:
       tie_embeddings: the output head is the embedding.
       qk_norm: RMS norm on each query and key head (Qwen3).
       attention_bias: bias on the query, key and value projections (Qwen2).
-      max_positions: longest sequence the model was made for, tokens.
+      max_positions: longest sequence that the model supports, tokens.
       eos_ids: ids that end a response.
       pad_id: id written at padded positions; never attended to.
       compute_dtype: dtype of activations and matrix products, "float32" or "bfloat16".
-      rope_scaling: how the rotary frequencies are stretched, or None.
+      rope_scaling: scaling of the rotary frequencies, or None.
       experts: number of experts in each block; 0 is a dense model.
       experts_per_token: experts that each token is sent to.
-      normalise_experts: their weights are scaled to sum to 1.
+      normalise_experts: the weights of a token's experts are scaled to sum to 1.
       weights: how matrices are stored, "float" (the parameters' dtype) or "int8"; see int8.py.
       products: operands of a block's products, "compute" (compute_dtype) or "bfloat16", which float32
         activations are rounded to; see bf16_products.py.
-      decoding: how decoding multiplies a few rows by a weight, "rows" (row times matrix) or "columns", with
-        weights stored [out, in]; see few_rows.py.
-      attention: how whole sequences attend, "plain" (attention.py) or "splash" (splash.py).
-      exchanged: two ids whose logits are exchanged, or None: a teacher's end token answers for the student's.
-      layout: the tables by which its weights, cache and activations are cut over a mesh.
+      decoding: how a decode step multiplies a few rows by a weight: "rows" (row times matrix), or "columns"
+        with weights stored [out, in]; see few_rows.py.
+      attention: attention over whole sequences: "plain" (attention.py) or "splash" (splash.py).
+      exchanged: two ids whose logits are swapped, or None. It lets a teacher's end token stand for the
+        student's.
+      layout: tables that say how its weights, cache and activations are cut over a mesh.
     """
 
     family: str
@@ -88,7 +89,7 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def parameter_count(self) -> int:
-        """Number of parameters, a tied head counted once."""
+        """Number of parameters; a tied head counts once."""
         attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         if self.attention_bias:
             attention += self.head_size * (self.heads + 2 * self.kv_heads)
@@ -100,7 +101,7 @@ class ModelConfig:
         return self.layers * block + tables + self.width
 
     def matmul_flops_per_token(self, *, head: bool) -> int:
-        """FLOPs of the weight matrix products of one token's forward pass (attention scores excluded)."""
+        """FLOPs of the weight products in one token's forward pass, without the attention scores."""
         block = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         block += 3 * self.width * self.ffn * max(self.experts_per_token, 1) + self.width * self.experts
         return 2 * (self.layers * block + (self.vocab_size * self.width if head else 0))

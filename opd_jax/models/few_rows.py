@@ -1,8 +1,9 @@
-"""A decode step's products: a few rows times a weight, which is read once for all of them.
+"""Matrix products of a decode step: a few rows times a weight, which is read once for all rows.
 
-XLA's CPU library streams a weight fastest where each output's numbers lie together and, in float32, where the
-weight is the left operand. So on a CPU the decode loop's weights are stored [out, in]: with 8 rows
-that takes half the processor time without AVX-512 and about 85% with it (docs/sampling.md).
+XLA's CPU library streams a weight fastest if the numbers of each output are contiguous and, in float32, if
+the weight is the left operand. So on a CPU the decode loop's weights are stored [out, in]. With 8 rows this
+takes half of the processor time on a CPU without AVX-512, and about 85% of it with AVX-512
+(docs/sampling.md).
 """
 
 import math
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-ROWS = 32  # beyond them, the usual product is as fast
+ROWS = 32  # with more rows, the usual product is as fast
 
 
 @struct.dataclass
@@ -19,8 +20,8 @@ class Columns:
     """A weight stored [out, in], for `product`.
 
     Attributes:
-      values_NR: the weight, its axes flattened to outputs and inputs.
-      shape: of the weight as it was: inputs, then outputs.
+      values_NR: the weight, with its axes flattened to outputs and inputs.
+      shape: the original shape of the weight: inputs, then outputs.
     """
 
     values_NR: jax.Array
@@ -28,21 +29,21 @@ class Columns:
 
 
 def decoding(platform: str) -> str:
-    """ModelConfig.decoding for devices of a platform: "columns" on CPU, "rows" elsewhere."""
+    """The value of ModelConfig.decoding for a platform: "columns" on CPU, "rows" elsewhere."""
     return "columns" if platform == "cpu" else "rows"
 
 
 def turned(weight, inputs: int) -> Columns:
-    """A weight whose first `inputs` axes are summed over, stored [out, in]."""
+    """Stores a weight [out, in]; its first `inputs` axes are the inputs."""
     weight_RN = weight.reshape(math.prod(weight.shape[:inputs]), -1)
     return Columns(weight_RN.T, weight.shape)
 
 
 def product(x_MR, values_NR, dtype):
-    """x_MR times the transpose of values_NR: [M, N] in `dtype`, sums in float32."""
+    """x_MR times the transpose of values_NR: [M, N] in `dtype`, summed in float32."""
     if x_MR.dtype != jnp.float32 or x_MR.shape[0] > ROWS:
         return _sum(x_MR, values_NR).astype(dtype)
-    # The compiler would exchange the operands to save the transpose.
+    # Without the barrier the compiler swaps the operands to save the transpose.
     return jax.lax.optimization_barrier(_sum(values_NR, x_MR)).T.astype(dtype)
 
 

@@ -1,12 +1,12 @@
 """Matrices in int8 with a float32 scale for each output channel: weight-only, symmetric, absmax.
 
-A weight is values x scale, where scale = max |weight| / 127 over the axes that a product sums over, so that
-the scale leaves the sum: x @ weight = (x @ values) x scale. Integers up to 127 are exact in bfloat16, sums
-are float32, and the compiler turns int8 into the compute dtype where the product reads it.
+A weight is values x scale, with scale = max |weight| / 127 over the axes that a product sums over. So the
+scale can be applied after the sum: x @ weight = (x @ values) x scale. Integers up to 127 are exact in
+bfloat16, and sums are float32. The compiler converts int8 to the compute dtype where a product reads it.
 
-The cache's keys and values are quantised by the same function, with a scale for each token and head.
+The same function quantises the cache's keys and values, with a scale for each token and head.
 
-Vectors (norms, biases) and the router stay as they are: they are small, and a router's error would send
+Vectors (norms, biases) and the router are not quantised: they are small, and a router's error would send
 tokens to other experts.
 """
 
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-# Quantised parameters, and the logical axes that their products sum over. The embedding's are those of its
-# use as output matrix, so that one table serves both and a looked-up row has one scale.
+# Quantised parameters, and the logical axes that their products sum over. For the embedding these are the
+# axes of its use as output matrix, so that one table serves both uses and each row has one scale.
 SUMMED = {
     "embedding": ("embed",),
     "head": ("embed",),
@@ -38,7 +38,7 @@ class Quantised:
 
     Attributes:
       values: int8, the weight's shape, -127 to 127.
-      scale: float32, the same shape with size 1 where a product sums.
+      scale: float32, the same shape, but 1 along the axes that a product sums over.
     """
 
     values: jax.Array
@@ -51,19 +51,19 @@ class Quantised:
 
 
 def is_quantised(weight) -> bool:
-    """For the `is_leaf` of tree functions that take a weight as one."""
+    """Whether a weight is quantised; also `is_leaf` of tree functions that take a weight as one leaf."""
     return isinstance(weight, Quantised)
 
 
 def summed_axes(name: str, logical_axes) -> tuple[int, ...]:
-    """Numbers of the axes that products with a parameter sum over; empty: it is not quantised."""
+    """Indices of the axes that products with a parameter sum over; empty if it is not quantised."""
     return tuple(i for i, axis in enumerate(logical_axes) if axis in SUMMED.get(name, ()))
 
 
 def quantise(weight, summed: tuple[int, ...]):
-    """The weight, or any array, in int8, off by at most half a scale each; as it is where `summed` is empty.
+    """Quantises a weight, or any array, to int8, with an error of at most half a scale.
 
-    A channel of zeros gets a scale of 1, and so gives zeros.
+    Returns the array itself if `summed` is empty. A channel of zeros gets a scale of 1.
     """
     if not summed:
         return weight
@@ -74,7 +74,7 @@ def quantise(weight, summed: tuple[int, ...]):
 
 
 def quantise_tree(params: dict, logical_axes: dict) -> dict:
-    """Every parameter as a checkpoint's is quantised while loading.
+    """Quantises every parameter in the way that loading a checkpoint does.
 
     Args:
       params: models.transformer's parameters in floating point.
@@ -88,7 +88,7 @@ def quantise_tree(params: dict, logical_axes: dict) -> dict:
 def split_axes(logical_axes: dict) -> dict:
     """Logical axes of what `quantise_tree` returns.
 
-    A scale is whole along the width: it is small, and a piece a device would cost a message a use.
+    A scale is not cut along the width: it is small, and cutting it would cost a message at every use.
     """
 
     def scale_axes(axes, summed) -> Any:  # names, where a Quantised of arrays has an array
@@ -102,7 +102,7 @@ def split_axes(logical_axes: dict) -> dict:
 
 
 def cast(weight, dtype):
-    """A weight in the dtype that products take it in; a quantised one stays int8 until then."""
+    """Casts a weight to the dtype of its products; a quantised weight stays int8 until the product."""
     return weight if is_quantised(weight) else weight.astype(dtype)
 
 
@@ -115,7 +115,7 @@ def product(x_MR, weight_RN, dtype=None):
     """x_MR @ weight_RN, the weight's axes flattened to these two by `flat`, in x's dtype.
 
     Args:
-      dtype: of the result where the weight is quantised, if not x's.
+      dtype: of the result, if the weight is quantised; x's by default.
     """
     if not is_quantised(weight_RN):
         return x_MR @ weight_RN
@@ -124,7 +124,7 @@ def product(x_MR, weight_RN, dtype=None):
 
 
 def flat(weight, inputs: int):
-    """A weight as [inputs, outputs]; the first `inputs` axes are summed over."""
+    """Flattens a weight to [inputs, outputs]; its first `inputs` axes are the inputs."""
     return jax.tree.map(lambda w: w.reshape(math.prod(w.shape[:inputs]), -1), weight)
 
 
@@ -137,13 +137,13 @@ def product_with_rows(x_MD, table_VD):
 
 
 def grouped_product(x_RD, weight_EDF, size_E, expert_R):
-    """Rows times their expert's matrix, in x's dtype; undefined past the groups: [R, F].
+    """Rows times the matrices of their experts: [R, F] in x's dtype, undefined past the groups.
 
     Args:
       x_RD: rows sorted by expert.
-      weight_EDF: the experts' matrices. The compiler may write one block's int8 experts out in x's dtype.
+      weight_EDF: the experts' matrices. The compiler may store one block's int8 experts in x's dtype.
       size_E: rows of each expert.
-      expert_R: each row's expert; past the groups any number of at least 0.
+      expert_R: each row's expert; any number of at least 0 past the groups.
     """
     if not is_quantised(weight_EDF):
         return jax.lax.ragged_dot(x_RD, weight_EDF, size_E)

@@ -1,13 +1,13 @@
-"""The feed-forward of a mixture of experts: each token to its top-k experts, none dropped.
+"""The feed-forward of a mixture of experts. Each token goes to its top-k experts; none is dropped.
 
-Rows are put in their experts' order and multiplied group by group (`jax.lax.ragged_dot`), so the work is
-that of the experts chosen, on TPU and GPU. XLA's CPU backend has no grouped product and multiplies every row
-by every expert: right, but for small models only.
+Rows are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`). On TPU and GPU this computes
+only the chosen experts. XLA's CPU backend has no grouped product and multiplies every row by every expert:
+the result is right, but only small models are practical.
 
-On a mesh each device takes its own rows through its own experts, and one sum over `tensor` puts the parts
-of a token together. Where experts are spread over `fsdp` as well (decoding: few tokens, and no device could
-hold all experts), each device takes the rows of all its neighbours through them. The compiler is not asked
-to cut a grouped product: it would gather all experts.
+On a mesh each device runs its own rows through its own experts, and one sum over `tensor` adds up the parts
+of a token. When decoding, tokens are few and no device could hold all experts. The experts are then spread
+over `fsdp` too, and each device runs the rows of all its neighbours. The compiler never partitions a grouped
+product, because it would gather all experts.
 """
 
 import jax
@@ -18,7 +18,7 @@ from opd_jax.models import int8
 from opd_jax.models.config import ModelConfig
 from opd_jax.parallel import sharding
 
-# Logical axes of an expert's matrices as the products need them: whole along fsdp.
+# Logical axes of an expert's matrices in the products, which need them whole along fsdp.
 _IN, _OUT = ("experts", None, "ffn"), ("experts", "ffn", None)
 _SPREAD = ("spread_experts", None, None)
 
@@ -28,9 +28,9 @@ class Routing:
     """What a block's router decided for each token.
 
     Attributes:
-      expert_BLX: its X experts, most likely first.
+      expert_BLX: the token's X experts, most likely first.
       weight_BLX: float32, their probabilities in the softmax over all experts, normalised if configured.
-      entropy_BL: of that softmax, nats.
+      entropy_BL: entropy of that softmax, nats.
     """
 
     expert_BLX: jax.Array
@@ -40,12 +40,12 @@ class Routing:
 
 @struct.dataclass
 class Load:
-    """How the routers of all blocks spread a batch's tokens; of parts of a batch, their sums.
+    """How the routers of all blocks spread a batch's tokens. The loads of parts of a batch add up.
 
     Attributes:
       rows_NE: int32, tokens that chose each expert of each block.
-      entropy_N: float32, sum of the tokens' `Routing.entropy_BL`.
-      tokens: int32, real tokens; padding is in none of these.
+      entropy_N: float32, sum of `Routing.entropy_BL` over the tokens.
+      tokens: int32, real tokens. No field counts padding.
     """
 
     rows_NE: jax.Array
@@ -54,7 +54,7 @@ class Load:
 
 
 def route(config: ModelConfig, router_DE, x_BLD) -> Routing:
-    """The experts of each token, by its normalised hidden states."""
+    """Chooses the experts of each token from its normalised hidden states."""
     x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
     logp_ME = jax.nn.log_softmax(jax.lax.dot(x_MD, router_DE, preferred_element_type=jnp.float32))
     probability_ME = jnp.exp(logp_ME)
@@ -66,7 +66,7 @@ def route(config: ModelConfig, router_DE, x_BLD) -> Routing:
 
 
 def block_load(config: ModelConfig, routing: Routing, mask_BL) -> Load:
-    """One block's part of `Load`; without gradient."""
+    """One block's part of `Load`, without a gradient."""
     chosen_BLXE = routing.expert_BLX[..., None] == jnp.arange(config.experts)[None, None, None]
     rows_E = (chosen_BLXE & mask_BL[..., None, None]).sum(axis=(0, 1, 2), dtype=jnp.int32)
     entropy_BL = jax.lax.stop_gradient(routing.entropy_BL)
@@ -74,7 +74,7 @@ def block_load(config: ModelConfig, routing: Routing, mask_BL) -> Load:
 
 
 def statistics(load: Load) -> dict[str, jax.Array]:
-    """Means over blocks: the busiest expert over the mean one, the share without a token, entropy in nats."""
+    """Means over blocks: peak load relative to the mean, share of idle experts, entropy in nats."""
     mean_N = load.rows_NE.mean(axis=1)
     return {
         "peak": (load.rows_NE.max(axis=1) / jnp.maximum(mean_N, 1e-9)).mean(),
@@ -84,20 +84,20 @@ def statistics(load: Load) -> dict[str, jax.Array]:
 
 
 def can_spread(config: ModelConfig, mesh) -> bool:
-    """Whether a mesh can put every expert on one device of those along fsdp and tensor."""
+    """Whether each expert can be placed on a single device of the fsdp and tensor axes."""
     if not config.experts or mesh.empty or "spread_experts" not in config.layout.rules:
         return False
     return config.experts % (mesh.shape["fsdp"] * mesh.shape["tensor"]) == 0
 
 
 def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, spread: bool = False):
-    """Sum over each token's experts of weight x (silu(x gate) * (x up)) down, as transformers' Qwen3MoE.
+    """Sums weight x (silu(x gate) * (x up)) down over each token's experts, as transformers' Qwen3MoE does.
 
     Args:
       p: one block's weights: gate and up [E, D, F], down [E, F, D].
       x_BLD: normalised hidden states; padding is routed like any token and costs the same.
       routing: what `route` decided.
-      spread: each expert is on one device of those along fsdp and tensor; needs `can_spread`.
+      spread: each expert is on a single device of the fsdp and tensor axes; needs `can_spread`.
 
     Returns:
       [B, L, D] in x's dtype.
@@ -121,13 +121,13 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
         if cut_by is None:
             return _held_experts(x_BLD, *others)
         first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * others[-1].shape[0]
-        # JAX 0.10 does not sum the gradient of a gather over an axis that cuts its indices alone.
+        # JAX 0.10 does not sum the gradient of a gather over an axis that cuts only its indices.
         x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
         return jax.lax.psum(_held_experts(x_BLD, *others, first=first), cut_by)
 
     def spread_part(*arrays):
         rows, weights = arrays[:3], arrays[3:]
-        # Everyone's rows come to the experts held here, and what these add goes back to the rows' owners.
+        # The rows of all devices come to the experts held here; the results go back to the rows' owners.
         x_BLD, *chosen = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in rows)
         x_BLD = jax.lax.pcast(x_BLD, "tensor", to="varying")
         first = jax.lax.axis_index(experts_cut_by) * weights[-1].shape[0]
@@ -139,21 +139,21 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
 
 
 def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, first=0):
-    """What the experts held here, numbers first to first + E of all, add to each token: [B, L, D]."""
+    """What the experts held here, numbers `first` to `first` + E - 1, add to each token: [B, L, D]."""
     held, chosen = gate_EDF.shape[0], expert_BLX.shape[-1]
     x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
     place_R, size_E = _places(expert_BLX.reshape(-1, chosen) - first, held)  # R = tokens x experts a token
     row_R = jnp.arange(len(place_R), dtype=jnp.int32)
-    # Of the sorted rows: which one of R it is. Past the groups stand rows of experts held elsewhere.
+    # Which of the R rows stands at each sorted place. Rows of experts held elsewhere come after the groups.
     order_R = row_R.at[place_R].set(row_R, mode="drop", unique_indices=True)
-    # What a grouped product gives past its groups is undefined, in its gradient too.
+    # Past its groups a grouped product is undefined, and so is its gradient.
     here_R1 = (row_R < size_E.sum())[:, None]
     in_RD = jnp.where(here_R1, x_MD[order_R // chosen], 0)
     sorted_R = jnp.maximum(expert_BLX.reshape(-1)[order_R] - first, 0)
     gated_RF = jax.nn.silu(int8.grouped_product(in_RD, gate_EDF, size_E, sorted_R))
     gated_RF = gated_RF * int8.grouped_product(in_RD, up_EDF, size_E, sorted_R)
     out_RD = jnp.where(here_R1, int8.grouped_product(gated_RF, down_EFD, size_E, sorted_R), 0)
-    # Back to the tokens' order: a gather, no scatter-add.
+    # Back to the tokens' order, by a gather instead of a scatter-add.
     out_RD = out_RD.at[place_R].get(mode="fill", fill_value=0, unique_indices=True)
     out_MXD = out_RD.reshape(len(x_MD), chosen, -1)
     weight_MX1 = weight_BLX.reshape(len(x_MD), chosen, 1).astype(out_MXD.dtype)
@@ -161,15 +161,16 @@ def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, fir
 
 
 def _places(expert_MX, held: int):
-    """(place_R, size_E): where each token's row for each of its experts stands once sorted by expert.
+    """Places of the tokens' rows when they are sorted by expert.
 
-    A counting sort: a sort of so many rows would take a compiler for TPU a minute, and a device longer.
+    This is a counting sort. A general sort of so many rows would compile for a minute on TPU, and run longer.
 
     Args:
       expert_MX: numbers of each token's experts, no two the same; only 0 to held - 1 are held here.
 
     Returns:
-      Places of experts held elsewhere are distinct and past R. size_E: rows of each expert held here.
+      place_R: the place of each row; rows of experts held elsewhere have distinct places past R.
+      size_E: rows of each expert held here.
     """
     here_MX = (expert_MX >= 0) & (expert_MX < held)
     chosen_ME = (expert_MX[..., None] == jnp.arange(held)[None, None]).any(axis=1).astype(jnp.int32)

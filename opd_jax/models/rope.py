@@ -1,8 +1,8 @@
-"""Rotary frequencies: the plain ones, and the scalings that checkpoints stretch their context with.
+"""Rotary frequencies, and the scalings by which checkpoints extend their context.
 
 The fields of a scaling are those of `rope_parameters` in a Hugging Face config.json.
 Sources: linear, Chen et al. 2023 (arXiv 2306.15595); yarn, Peng et al. 2023 (arXiv 2309.00071); llama3, the
-Llama 3.1 release. Each is what transformers computes (modeling_rope_utils.py).
+Llama 3.1 release. Each matches transformers (modeling_rope_utils.py).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Every position divided by `factor`."""
+    """Divides every position by `factor`."""
 
     factor: float
 
@@ -23,13 +23,16 @@ class Linear:
         return frequency_C / self.factor, 1.0
 
     def reach(self) -> int | None:
-        """Positions that the scaling itself makes room for, None if it does not say."""
+        """Longest context that the scaling itself gives, None if it does not say."""
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Wavelengths above original / low_freq_factor are stretched, those below original / high are kept."""
+    """Stretches long wavelengths and keeps short ones.
+
+    Wavelengths above original / low_freq_factor are stretched, those below original / high_freq_factor are kept.
+    """
 
     factor: float
     low_freq_factor: float
@@ -50,7 +53,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Channels that turn often over the original length are kept, slow ones stretched, cos and sin grown."""
+    """Keeps channels that turn often over the original length, stretches slow ones, scales cos and sin."""
 
     factor: float
     original_max_position_embeddings: int
@@ -106,10 +109,10 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
 
     Args:
       raw: its fields; `type` is the old spelling of `rope_type`.
-      max_positions: stands in for an absent original_max_position_embeddings, as in transformers.
+      max_positions: used if original_max_position_embeddings is absent, as in transformers.
 
     Raises:
-      ValueError: names the kind or the field that is not supported, missing or out of range.
+      ValueError: the kind or a field is not supported, missing or out of range; the message names it.
     """
     kind = raw.get("rope_type") or raw.get("type") or "default"
     fields = {name: value for name, value in raw.items() if value is not None}
@@ -144,19 +147,19 @@ def from_json(raw: dict[str, Any], max_positions: int) -> Scaling | None:
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's growth of cos and sin, 0.1 mscale ln(factor) + 1."""
+    """YaRN's factor on cos and sin, 0.1 mscale ln(factor) + 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _unscaled(fields: dict[str, Any]) -> None:
-    # A leftover original length says nothing; any other field asks for something.
+    # A leftover original length has no effect; any other field would have one.
     fields.pop("original_max_position_embeddings", None)
     if fields:
         raise ValueError(f"rotary field {min(fields)!r} without a rope_type")
 
 
 def _with_attention_factor(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` with attention_factor worked out from factor and DeepSeek's mscale pair where absent."""
+    """Adds attention_factor to `fields` if absent, from factor and DeepSeek's pair of mscale fields."""
     pair = [fields.pop(name, None) for name in ("mscale", "mscale_all_dim")]
     factor = fields.get("factor")
     if "attention_factor" not in fields and isinstance(factor, int | float):

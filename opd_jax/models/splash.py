@@ -1,7 +1,7 @@
-"""Splash attention, JAX's own kernel for TPU: causal attention without an array of scores.
+"""Splash attention, JAX's kernel for TPU: causal attention that stores no array of scores.
 
-Padding is a segment of its own, and query heads share their group's keys without repeating them. Blocks
-above the diagonal are never computed, forward or backward.
+Padding is a segment of its own. Query heads of a group share their keys, which are not repeated. Blocks above
+the diagonal are computed neither forward nor backward.
 """
 
 import jax
@@ -10,25 +10,25 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
 from opd_jax.parallel import sharding
 
-LANES = 128  # of a TPU's registers: blocks are multiples of it
+LANES = 128  # lanes of a TPU register; block sizes are multiples of it
 BLOCKS = (512, 256, 128)
 
 
 def fits(head_size: int, length: int) -> bool:
-    """Whether the kernel takes heads and sequences of this size."""
+    """Whether the kernel supports this head size and sequence length."""
     return head_size % LANES == 0 and length % BLOCKS[-1] == 0
 
 
 def attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, *, interpret: bool = False):
     """Causal softmax attention among real tokens.
 
-    On a mesh each device computes its own rows and heads. Where `tensor` does not cut the kv heads evenly,
+    On a mesh each device computes its own rows and heads. If `tensor` does not divide the kv heads evenly,
     every device along it computes all heads.
 
     Args:
       q_BLHC: queries; head h belongs to kv head h // (H / K). k_BLKC, v_BLKC: keys and values.
-      mask_BL: True at real tokens; padding gives finite values without meaning.
-      interpret: run the kernel's body by XLA, on any device.
+      mask_BL: True at real tokens; padding gives finite, meaningless values.
+      interpret: run the kernel in interpret mode, which works on any device.
 
     Returns:
       [B, L, H, C] in the queries' dtype. Scores and softmax are float32.

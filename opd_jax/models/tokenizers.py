@@ -10,7 +10,7 @@ from opd_jax.errors import UserError
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import gguf, source
 
-# Words, digits, white space, code, accents and an emoji: enough to tell any two merge tables apart.
+# Words, digits, white space, code, accents and an emoji: enough to distinguish any two merge tables.
 _PROBE = (
     "The answer is 12,345.67 (about 1e4), isn't it?\n\n  def f(x):\n\treturn x**2  # \\frac"
     "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end"
@@ -22,7 +22,7 @@ _PROBE_CHATS = (
 
 
 def load(path, key: str = "student.path"):
-    """The transformers tokenizer of what `models.source.resolve` accepts, from disk alone.
+    """The transformers tokenizer of a path that `source.resolve` accepts, read from disk only.
 
     Raises:
       UserError: no tokenizer, one that cannot be read, or one without a chat template.
@@ -44,7 +44,7 @@ def template_options(text: str, tokenizer) -> dict:
     """The chat template's extra arguments that `data.template` names.
 
     Args:
-      text: a JSON object, such as {"enable_thinking": false}; "" is none.
+      text: a JSON object, such as {"enable_thinking": false}, or "" for no arguments.
 
     Raises:
       UserError: not a JSON object, or a name that the tokenizer's template never reads.
@@ -63,13 +63,14 @@ def template_options(text: str, tokenizer) -> dict:
 
 
 def exchanged_ends(student, teacher, end_id: int) -> tuple[int, int] | None:
-    """(the student's end token, the teacher's) where they differ and `teacher.end_id` says so, else None.
+    """(the student's end token, the teacher's) if they differ and `teacher.end_id` allows it, else None.
 
-    A teacher that ends its answers with another token gives the student's next to no probability, and the
-    student unlearns to stop; with the pair exchanged in the teacher's output it is asked for its own.
+    A teacher that ends its answers with another token gives almost no probability to the student's, so the
+    student would unlearn to stop. With the pair swapped in the teacher's output, the student's end token gets
+    the probability of the teacher's own.
 
     Args:
-      end_id: teacher.end_id; -1 where none is given.
+      end_id: teacher.end_id; -1 if it is not set.
 
     Raises:
       UserError: the end tokens differ and no id is given, or the id is not the teacher's end token.
@@ -92,7 +93,7 @@ def exchanged_ends(student, teacher, end_id: int) -> tuple[int, int] | None:
 
 
 def check_pair(student, teacher, options: dict | None = None):
-    """Refuses a teacher that would read the student's token ids as other text.
+    """Refuses a teacher to whom the student's token ids mean other text.
 
     Args:
       options: what `template_options` returned; both templates are rendered with them.
@@ -123,11 +124,11 @@ def check_pair(student, teacher, options: dict | None = None):
 
 
 def check_ends(ours: Iterable[int], theirs: Iterable[int], exchanged: tuple[int, int] | None):
-    """Refuses a teacher that other ids end than the student.
+    """Refuses a teacher whose responses end at other ids than the student's.
 
     Args:
       ours, theirs: `end_ids` of each.
-      exchanged: what `exchanged_ends` returned; the teacher is asked for one id where it has the other.
+      exchanged: what `exchanged_ends` returned.
 
     Raises:
       UserError: names the ids.
@@ -142,14 +143,14 @@ def check_ends(ours: Iterable[int], theirs: Iterable[int], exchanged: tuple[int,
 
 
 def end_ids(tokenizer, config: ModelConfig, chosen=(), key: str = "student.path") -> tuple[int, ...]:
-    """Ids that end a response: the model's, the tokenizer's, and what ends the template's turns.
+    """Ids that end a response: the model's, the tokenizer's, and the token that ends a turn of the template.
 
     Args:
-      chosen: rollout.end_ids, which replace them if there are any.
+      chosen: rollout.end_ids, which replace them unless empty.
       key: the config key that named the model, for messages.
 
     Raises:
-      UserError: there is none, so no response could end by itself, or the chosen are no ids.
+      UserError: there is none, so no response could end by itself, or `chosen` has a value that is no id.
     """
     if chosen:
         if not all(type(i) is int and 0 <= i < config.valid_vocab for i in chosen):
@@ -196,7 +197,7 @@ def _from_folder(folder, key: str):
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # transformers raises many kinds for a missing or damaged tokenizer; the cause is kept.
+    # transformers raises many kinds of errors for a missing or damaged tokenizer.
     except Exception as error:
         raise UserError(
             f"{key}: no tokenizer can be read from {folder} ({str(error).splitlines()[0]})"

@@ -16,18 +16,18 @@ from opd_jax.models import attention, bf16_products, few_rows, int8, moe, splash
 from opd_jax.models.config import ModelConfig
 from opd_jax.parallel import DEFAULT, Layout, sharding
 
-# What the backward pass keeps of each block; see train.remat in configs/default.py.
+# What the backward pass keeps of each block; see train.remat in config/fields.py.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-LOOKED_UP = 2**14  # ids whose rows' gradients are added at a time
+LOOKED_UP = 2**14  # ids whose gradients `look_up` adds at a time
 
 
 class Block(nnx.Module):
-    """The weights of all blocks, stacked: every parameter has a leading axis of config.layers."""
+    """The stacked weights of all blocks: every parameter has a leading axis of size config.layers."""
 
     def __init__(self, config: ModelConfig, dtype, rngs: nnx.Rngs):
         n, d, f = config.layers, config.width, config.ffn
@@ -65,7 +65,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Declares every parameter: shape, dtype, initial value and logical axes."""
+    """Declares every parameter with its shape, dtype, initial value and logical axes."""
 
     def __init__(self, config: ModelConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
         v, d = config.vocab_size, config.width
@@ -89,18 +89,18 @@ class Transformer(nnx.Module):
 
 
 def init(config: ModelConfig, key, dtype=jnp.float32) -> dict:
-    """Random parameters (normal, 1/sqrt(fan-in)), a nested dict of arrays; quantised as the config says."""
+    """Random parameters (normal, 1/sqrt(fan-in)) as a nested dict of arrays, quantised as the config says."""
     params = nnx.to_pure_dict(nnx.state(Transformer(config, dtype, rngs=nnx.Rngs(params=key))))
     return int8.quantise_tree(params, declared_axes(config)) if config.weights == "int8" else params
 
 
 def abstract(config: ModelConfig, dtype=jnp.float32) -> dict:
-    """The same tree as `init` with jax.ShapeDtypeStruct leaves; nothing is allocated."""
+    """The tree of `init` with jax.ShapeDtypeStruct leaves; allocates nothing."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0), dtype))
 
 
 def logical_axes(config: ModelConfig) -> dict:
-    """The same tree as `init` with a tuple of logical axis names at each leaf."""
+    """The tree of `init` with a tuple of logical axis names at each leaf."""
     axes = declared_axes(config)
     return int8.split_axes(axes) if config.weights == "int8" else axes
 
@@ -129,15 +129,15 @@ def rms_norm(x, scale, eps: float):
 def block(
     config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False, narrow: bool = False
 ):
-    """One block on x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` does the attention and owns any cache.
+    """Applies one block to x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` computes the attention and owns any cache.
 
     Args:
       p: what `gather_block` or `decode_block` returned.
-      spread: as there.
-      narrow: products take bfloat16 operands (bf16_products.py); experts' do not.
+      spread: as in `gather_block`.
+      narrow: products round their operands to bfloat16 (bf16_products.py), except those of experts.
 
     Returns:
-      (x_BLD, what `attend` returned beside its output, the experts' moe.Routing or None).
+      (x_BLD, the second value that `attend` returned, the experts' moe.Routing or None).
     """
     x_BLD = sharding.constrain(x_BLD, "batch", "positions", layout=config.layout)
     times = functools.partial(project, narrow=narrow)
@@ -166,7 +166,7 @@ def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
     """One block's weights in the compute dtype or int8, whole along fsdp.
 
     Args:
-      spread: leave every expert on one device of those along fsdp and tensor, to which tokens then go.
+      spread: each expert stays on a single device of the fsdp and tensor axes, and tokens go to it.
     """
     axes = block_axes(config)
 
@@ -181,10 +181,10 @@ def gather_block(config: ModelConfig, p: dict, *, spread: bool = False) -> dict:
 
 
 def decode_block(config: ModelConfig, p: dict, rows: int) -> dict:
-    """What `gather_block` returned, its matrices once as the products of every decode step read them.
+    """Converts what `gather_block` returned, once, to the form that every decode step reads.
 
-    Rounded to bfloat16 where products are narrow; [out, in] where decoding is by columns and `rows`, the
-    batch, are few.
+    Matrices are rounded to bfloat16 if products are narrow. They are stored [out, in] if config.decoding is
+    "columns" and `rows`, the batch size, is small.
     """
     names = {"query", "key", "value", "output"} | (set() if config.experts else {"gate", "up", "down"})
     columns = config.decoding == "columns" and rows <= few_rows.ROWS
@@ -199,24 +199,24 @@ def decode_block(config: ModelConfig, p: dict, rows: int) -> dict:
 
 
 def gather(config: ModelConfig, weight, axes):
-    """A weight as products take it, whole along fsdp: the compute dtype, or int8, which is what moves."""
+    """Gathers a weight along fsdp for the products, in the compute dtype or int8."""
     weight = int8.cast(weight, config.dtype)
     return jax.tree.map(lambda w: sharding.gather_weight(w, axes, config.layout), weight)
 
 
 @functools.cache
 def block_axes(config: ModelConfig) -> dict:
-    """Logical axes of one block's weights, without the layers'."""
+    """Logical axes of one block's weights, without the axis of layers."""
     return {name: axes[1:] for name, axes in declared_axes(config)["blocks"].items()}
 
 
 def project(x, weight, inputs: int = 1, *, narrow: bool = False):
-    """x times a weight matrix: the last `inputs` axes of x against the first ones of weight.
+    """Multiplies x by a weight, summing over the last `inputs` axes of x and the first ones of the weight.
 
-    With `narrow`, operands are bfloat16 and the result is in x's dtype all the same.
+    With `narrow`, operands are rounded to bfloat16; the result still has x's dtype.
 
-    Both are flattened to two axes first, so that the product and both its gradients are plain matrix
-    products; with more axes a compiler may put a transposed copy before each weight gradient.
+    Both are first flattened to two axes, so that the product and its two gradients are plain matrix products.
+    With more axes a compiler may insert a transposed copy before each weight gradient.
     """
     lead, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
     rows = x.reshape(-1, math.prod(weight.shape[:inputs]))
@@ -236,7 +236,7 @@ def project(x, weight, inputs: int = 1, *, narrow: bool = False):
 def embed(config: ModelConfig, params: dict, tokens):
     """Embedding rows of integer ids [B, ...], in the compute dtype: [B, ..., D]."""
     table, tokens = params["embedding"], sharding.constrain(tokens, "replica")
-    # Every device looks its columns up for all rows: moving what was found is cheaper than the table.
+    # Every device looks up its columns for all rows: moving the result is cheaper than moving the table.
     if int8.is_quantised(table):
         x = int8.rows(table, tokens, config.dtype)
     else:
@@ -260,7 +260,7 @@ def _look_up_gradient(layout, residuals, grad):
 
     def cut(x):
         padding = [(0, 0)] * x.ndim
-        padding[len(rows)] = (0, -length % width)  # zeros, for the table's first row
+        padding[len(rows)] = (0, -length % width)  # zero gradients, added to the table's first row
         x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(*rows, -1, width, *x.shape[ids.ndim :]), len(rows), 0)
 
@@ -281,8 +281,8 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
 
     Args:
       tokens_BL: int32 ids.
-      mask_BL: True at real tokens. Padding may stand left, right or both; a token's rotary position is
-        the number of real tokens before it. Rows of padding give finite values without meaning.
+      mask_BL: True at real tokens. Padding may be on either side or both. A token's rotary position is the
+        number of real tokens before it. Padding gives finite, meaningless values.
       remat: a name of REMAT_POLICIES.
 
     Returns:
@@ -292,7 +292,7 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
 
 
 def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
-    """(`forward`, the moe.Load of its experts, or None without experts)."""
+    """Returns (the result of `forward`, the moe.Load of the experts or None without experts)."""
     rope = attention.rope_tables(config, positions(mask_BL))
 
     def attend(q, k, v):
@@ -310,22 +310,22 @@ def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, r
     x_BLD, load = jax.lax.scan(step, embed(config, params, tokens_BL), params["blocks"])
     if load is not None:
         load = dataclasses.replace(load, tokens=load.tokens[0])
-    x_BLD = sharding.constrain(x_BLD, "batch")  # what follows goes through the positions chunk by chunk
+    x_BLD = sharding.constrain(x_BLD, "batch")  # the callers read the positions chunk by chunk
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load
 
 
 def positions(mask_BL):
-    """Rotary position of each token: real tokens before it in its row; 0 in the padding on the left."""
+    """Rotary position of each token: the number of real tokens before it; 0 in the padding on the left."""
     return jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def head(config: ModelConfig, params: dict):
-    """The output matrix [V, D] in the compute dtype or int8, whole along fsdp."""
+    """The output matrix [V, D] in the compute dtype or int8, gathered along fsdp."""
     return gather_head(config, params["embedding" if config.tie_embeddings else "head"])
 
 
 def gather_head(config: ModelConfig, head_VD):
-    """A stored output matrix as `head` returns it, config.exchanged applied."""
+    """Gathers a stored output matrix, and swaps the rows of config.exchanged."""
     head_VD = gather(config, head_VD, ("vocab", "embed"))
     if config.exchanged is not None:
         pair = jnp.array(config.exchanged)
@@ -336,7 +336,7 @@ def gather_head(config: ModelConfig, head_VD):
 def logits(config: ModelConfig, head_VD, hidden, *, decoding: bool = False):
     """float32 logits [..., V] of hidden [..., D]; ids past the tokenizer's length are -inf.
 
-    With `decoding`, they are multiplied as config.decoding says.
+    With `decoding`, the product follows config.decoding.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     if decoding and config.decoding == "columns" and not int8.is_quantised(head_VD):
@@ -355,10 +355,10 @@ def mask_vocabulary(config: ModelConfig, logits_V):
 
 
 def prune(config: ModelConfig, params: dict, layers) -> tuple[ModelConfig, dict]:
-    """Removes blocks by 0-based index: the depth-pruned model, other weights shared with `params`.
+    """Removes blocks by their 0-based index. The other weights are shared with `params`.
 
     Raises:
-      ValueError: an index outside 0..config.layers-1, or nothing left.
+      ValueError: an index is outside 0..config.layers-1, or no block is left.
     """
     dropped = set(layers)
     if not dropped <= set(range(config.layers)) or len(dropped) == config.layers:

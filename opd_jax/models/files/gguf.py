@@ -1,4 +1,4 @@
-"""GGUF files: llama.cpp's format, weights (dequantised), tokenizer and chat template in one file.
+"""GGUF files, llama.cpp's format: weights, tokenizer and chat template in one file. Weights are dequantised.
 
 Architectures: llama, qwen2 and qwen3, dense, with a byte-level BPE tokenizer.
 """
@@ -19,7 +19,7 @@ from opd_jax.models.files import weights
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
-# tokenizer.ggml.pre -> how text is cut before the merges: (expression, each digit alone).
+# tokenizer.ggml.pre -> how text is split before the merges: (expression, whether each digit is alone).
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -35,16 +35,16 @@ _SPLITS = {
     "deepseek-r1-qwen": (_QWEN2_SPLIT, False),
     **dict.fromkeys(_LLAMA3_PRE, (_LLAMA3_SPLIT, False)),
 }
-# What the gguf package dequantises.
+# Types that the gguf package dequantises.
 QUANTISATIONS = {
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
     *("TQ1_0", "TQ2_0", "MXFP4"),
 }
-# Llama 3.1 (8B, 70B) and Llama 3.2 (1B, 3B), as their config.json has it.
+# Scalings of Llama 3.1 (8B, 70B) and Llama 3.2 (1B, 3B), from their config.json.
 _LLAMA3 = tuple(rope.Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 _DIVISORS = "rope_freqs.weight"
-# Metadata that changes the result and is not computed here, and the value at which it changes nothing.
+# Metadata that is not supported here, and the value at which it has no effect.
 _NEUTRAL = {
     "rope.scaling.attn_factor": 1,
     "rope.scaling.yarn_attn_factor": 1,
@@ -61,7 +61,7 @@ _NEUTRAL = {
 }
 # tokenizer.ggml.token_type values.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-# Control tokens that end a response whatever the file calls its end of sequence.
+# Control tokens that end a response, whichever token the file names as its end of sequence.
 _END_NAMES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
@@ -74,12 +74,12 @@ def load(
     key: str = "student.path",
     stored: str = "float",
 ):
-    """Reads a GGUF file; quantised weights are dequantised to float32 and then given `dtype`.
+    """Reads a GGUF file. Quantised weights are dequantised to float32, then cast to `dtype`.
 
     Args:
-      mesh, shardings: where the parameters go, see `weights.read_tree`; default: the first device.
+      mesh, shardings: where the parameters are placed, see `weights.read_tree`; by default the first device.
       key: the config key that named the file, for messages.
-      stored: ModelConfig.weights of what is returned; "int8" quantises again while reading.
+      stored: ModelConfig.weights of the returned model; "int8" quantises again while reading.
 
     Returns:
       (ModelConfig, params)
@@ -107,13 +107,13 @@ def load(
 
 
 def read_rows(tensor: gguf.ReaderTensor, rows: slice) -> np.ndarray:
-    """Some rows of a stored tensor, float32; nothing else of the file is read."""
-    # A copy, since what is stored as F32 comes back as the mapped file itself.
+    """Some rows of a stored tensor in float32; reads nothing else of the file."""
+    # A copy, because a tensor stored as F32 is returned as a view of the mapped file.
     return np.array(gguf.dequantize(tensor.data[rows], tensor.tensor_type))
 
 
 def read_config(file, key: str = "student.path") -> ModelConfig:
-    """The ModelConfig of a file; no weight is read."""
+    """The ModelConfig of a file; reads no weights."""
     return config_from_gguf(_open(file, key), key)
 
 
@@ -141,7 +141,7 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
             raise UserError(
                 f"{key}: the GGUF file needs a positive number {family}.{name}, it has {value!r}"
             )
-        # Metadata floats are float32; their shortest decimal is what the model's author wrote.
+        # Metadata floats are float32; the shortest decimal is the number that the model's author wrote.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     width, heads = number("embedding_length"), number("attention.head_count")
@@ -208,7 +208,8 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
 def _rope_scaling(reader, family, theta, head_size, max_positions, number, key):
     """The file's rotary scaling, or None.
 
-    llama.cpp writes Llama 3's as one divisor a channel; the two that Llama 3.1 and 3.2 have are recognised.
+    llama.cpp stores Llama 3's scaling as one divisor per channel. The divisors of Llama 3.1 and 3.2 are
+    recognised.
     """
     kind = _value(reader, f"{family}.rope.scaling.type", "none")
     divisors = [tensor.data for tensor in reader.tensors if tensor.name == _DIVISORS]
@@ -236,10 +237,10 @@ def _rope_scaling(reader, family, theta, head_size, max_positions, number, key):
 
 
 def tokenizer_from_gguf(file, key: str = "student.path"):
-    """The file's tokenizer as a transformers PreTrainedTokenizerFast, its chat template included.
+    """The file's tokenizer as a transformers PreTrainedTokenizerFast, with its chat template.
 
     Raises:
-      UserError: not a byte-level BPE tokenizer, or one that cuts text in a way not known here.
+      UserError: it is not a byte-level BPE tokenizer, or splits text in an unsupported way.
     """
     import transformers
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -260,7 +261,7 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
         raise UserError(f"{key}: the GGUF file has no tokenizer.ggml.{'merges' if tokens else 'tokens'}")
     merges = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a piece that is a token whole, whatever the merges would make of it.
+    # Llama 3 keeps a piece that is a token whole, whatever the merges would give.
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut in _LLAMA3_PRE))
     expression, single_digits = _SPLITS[cut]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -298,7 +299,7 @@ def _open(file, key: str) -> gguf.GGUFReader:
         return _reader(file, file.stat().st_mtime_ns)
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be opened ({error.strerror})") from error
-    # What the reader raises on damage depends on where the file is cut.
+    # The reader's error for a damaged file depends on where the file is cut.
     except (ValueError, IndexError, KeyError) as error:
         if "GGMLQuantizationType" in str(error):
             raise UserError(f"{key}: {file} has a quantisation unknown here ({error})") from error
@@ -307,7 +308,7 @@ def _open(file, key: str) -> gguf.GGUFReader:
 
 @functools.lru_cache(maxsize=2)
 def _reader(file: Path, modified: int) -> gguf.GGUFReader:
-    """The parsed header; kept, since it takes seconds and config, weights and tokenizer need it."""
+    """The parsed header. It is cached: parsing takes seconds; config, weights and tokenizer need it."""
     return gguf.GGUFReader(file)
 
 
@@ -318,7 +319,7 @@ def _value(reader: gguf.GGUFReader, name: str, default: Any = None) -> Any:
 
 
 def _tokens(reader) -> tuple[list[str], list[int]]:
-    """(text, type) of each token id, without the fillers that pad the vocabulary at its end."""
+    """(texts, types) of the token ids, without the filler tokens that pad the vocabulary at its end."""
     tokens = _value(reader, "tokenizer.ggml.tokens", [])
     types = _value(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     length = len(types)
@@ -328,7 +329,7 @@ def _tokens(reader) -> tuple[list[str], list[int]]:
 
 
 def _end_ids(reader, tokens, types) -> tuple[int, ...]:
-    """Ids that end a response: those the file names, and the known end tokens of chat formats."""
+    """Ids that end a response: those that the file names, and known end tokens of chat formats."""
     fields = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     named = {_value(reader, field) for field in fields} - {None}
     known = {i for i in range(len(tokens)) if types[i] == _CONTROL and tokens[i] in _END_NAMES}
@@ -336,6 +337,6 @@ def _end_ids(reader, tokens, types) -> tuple[int, ...]:
 
 
 def _unpermute(rows: np.ndarray, head_size: int) -> np.ndarray:
-    """Undoes llama.cpp's order of rotary channels, pairs side by side, in rows of whole heads."""
+    """Undoes llama.cpp's order of rotary channels, which puts pairs side by side; rows are whole heads."""
     pairs = rows.reshape(-1, head_size // 2, 2, math.prod(rows.shape[1:]))
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""Hugging Face model folders, in and out: config.json (see hf_config.py) and safetensors."""
+"""Reads and writes Hugging Face model folders: config.json (see hf_config.py) and safetensors."""
 
 import contextlib
 import functools
@@ -36,17 +36,17 @@ def load(
     """Reads a model folder.
 
     Args:
-      folder: holds config.json and model.safetensors or its sharded form with an index.
-      mesh, shardings: where the parameters go, see `weights.read_tree`; default: the first device.
+      folder: holds config.json, and model.safetensors or several files with an index.
+      mesh, shardings: where the parameters are placed, see `weights.read_tree`; by default the first device.
       dtype: of the parameters; the files may hold float32, float16 or bfloat16.
       key: the config key that named the folder, for messages.
-      stored: ModelConfig.weights of what is returned; "int8" quantises while reading.
+      stored: ModelConfig.weights of the returned model; "int8" quantises while reading.
 
     Returns:
       (ModelConfig, params)
 
     Raises:
-      UserError: anything missing, unreadable, unsupported or of another shape.
+      UserError: something is missing, unreadable, unsupported or of another shape.
     """
     folder = Path(folder).expanduser()
     config = read_config(folder, key)
@@ -98,7 +98,7 @@ def load(
 
 
 def read_config(folder, key: str = "student.path") -> ModelConfig:
-    """The ModelConfig of a folder: its two configs' contents and the tokenizer's length."""
+    """The ModelConfig of a folder, from its two config files and the tokenizer's length."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{key}: no folder {folder}; give a model folder, a .gguf file or pkg:NAME")
@@ -122,7 +122,7 @@ def read_config(folder, key: str = "student.path") -> ModelConfig:
 
 
 def read_generation(folder) -> dict:
-    """How a folder's model is meant to be sampled: its generation_config.json, with its bos_token_id."""
+    """How a folder's model is meant to be sampled: its generation_config.json and its bos_token_id."""
     folder = Path(folder).expanduser()
     bos = _read_json(folder / "config.json", str(folder)).get("bos_token_id")
     file = folder / "generation_config.json"
@@ -132,10 +132,10 @@ def read_generation(folder) -> dict:
 
 
 def check_unused(folder):
-    """Refuses a folder to save into that holds something.
+    """Refuses to save into a folder that is not empty.
 
     Raises:
-      UserError: names it.
+      UserError: the folder is not empty; the message names it.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -154,19 +154,19 @@ def save(
 ):
     """Writes a model folder that transformers and `load` read; every process calls it.
 
-    One block of one parameter at a time is brought to the host. The folder appears under its name only
-    when it is complete, and no process returns before.
+    The host holds one block of one parameter at a time. The folder gets its name when it is complete, and no
+    process returns before that.
 
     Args:
-      folder: must not exist, or be empty. Several hosts give one folder of a shared disk.
-      tokenizer: a transformers tokenizer to write beside the weights, with its chat template.
-      dtype: of the saved weights: float32, float16 or bfloat16; default: as the parameters are.
+      folder: must not exist, or be empty. Several hosts give the same folder of a shared disk.
+      tokenizer: a transformers tokenizer to save with the weights, including its chat template.
+      dtype: of the saved weights: float32, float16 or bfloat16; by default the parameters' own.
       generation: further fields of generation_config.json, such as temperature and bos_token_id; end
         and padding ids are the config's.
-      shard_bytes: largest weight file; a single larger tensor gets a file of its own.
+      shard_bytes: size limit of a weight file; a single larger tensor gets a file of its own.
 
     Raises:
-      UserError: the folder holds something already.
+      UserError: the folder is not empty.
     """
     folder = Path(folder).expanduser()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -197,10 +197,10 @@ def save(
 
 
 def _agree(act, failed: Exception | None = None):
-    """Runs act() unless something has failed before, and ends in every process alike.
+    """Runs act() unless something has failed before. It succeeds or raises in all processes alike.
 
     Raises:
-      The process's own error; in processes without one, a UserError where another had one.
+      The process's own error, or a UserError if only another process failed.
     """
     try:
         if failed is None:
@@ -220,11 +220,11 @@ def _save_weights(
     """Writes the safetensors files and, for several, their index.
 
     Args:
-      folder: None in a process that takes part in bringing tensors together and does not write.
+      folder: None in a process that helps to gather tensors but does not write.
 
     Returns:
-      (the dtype's name, the OSError that ended writing or None). After an error the process still takes part,
-      since the others wait for it at every tensor.
+      (the dtype's name, the OSError that ended writing or None). After an error the process goes on
+      gathering, because the others wait for it at every tensor.
     """
     axes = transformer.logical_axes(config)
     dtype = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
@@ -240,14 +240,14 @@ def _save_weights(
     fetch = functools.lru_cache(maxsize=1)(lambda path, index: _fetch(params, path, index))
 
     def value(tensor):
-        """One stored tensor; experts of a block lie side by side and come from one fetch."""
+        """One stored tensor. The experts of a block are neighbours and come from one fetch."""
         block = fetch(tensor.path, tensor.index[:1])
         for name in tensor.index[1:]:
             block = block[name]
         return weights.to_stored(tensor, block.astype(dtype), _leaf(axes, tensor.path))
 
     def gather(tensor):
-        """This process's part in bringing a tensor together, which another process writes."""
+        """This process's part in gathering a tensor that another process writes."""
         return fetch(tensor.path, tensor.index[:1])
 
     index, total, failed = {}, 0, None
@@ -264,7 +264,7 @@ def _save_weights(
                     raise
                 failed = error
         for _ in values:
-            pass  # the others gather with us
+            pass  # the other processes gather too
         index |= dict.fromkeys(shapes, name)
     if folder is not None and failed is None and len(files) > 1:
         try:
@@ -291,7 +291,7 @@ def _leaf(tree: dict, path: tuple[str, ...]) -> Any:
 
 
 def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
-    """(names of a folder's safetensors files, the index's file of each tensor or None without an index)."""
+    """Returns (names of the safetensors files, file of each tensor by the index or None without an index)."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
@@ -316,7 +316,7 @@ def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
 
 
 def _tokenizer_length(folder: Path, key: str) -> int | None:
-    """Largest token id + 1 over the tokenizer's files, None without any."""
+    """Largest token id + 1 in the tokenizer's files, None without them."""
     ids = []
     if (folder / "tokenizer.json").is_file():
         tokenizer = _read_json(folder / "tokenizer.json", key)

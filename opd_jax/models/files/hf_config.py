@@ -1,8 +1,8 @@
-"""config.json of a Hugging Face model, in and out.
+"""Reads and writes the config.json of a Hugging Face model.
 
 Families: llama (Llama 2 and 3, SmolLM2), qwen2 (Qwen2, Qwen2.5), qwen3, and qwen3_moe with experts in every
-block. What a config asks for and this code does not compute is refused by name; nothing is loaded
-approximately.
+block. A config with a feature that this code does not compute is refused, with the feature's name. No model
+is loaded approximately.
 """
 
 import math
@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-# What transformers takes for absent fields; an absent head_dim elsewhere is hidden_size / heads.
+# transformers' defaults of absent fields. In the other families an absent head_dim is hidden_size / heads.
 _DEFAULTS = {
     "llama": {"max_position_embeddings": 2048},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
@@ -31,7 +31,7 @@ _DEFAULTS = {
         "num_experts_per_tok": 8,
     },
 }
-# What a field holds where it is there and not null; numbers that every model needs are checked one by one.
+# Type of each field that is present and not null. Numbers that every model needs are checked one by one.
 _TYPES = {
     "an object": (dict, ("rope_scaling", "rope_parameters")),
     "a list of names": (list, ("layer_types", "architectures")),
@@ -76,7 +76,7 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
 
     layers, max_positions = positive("num_hidden_layers"), positive("max_position_embeddings")
     rope_theta, rope_scaling = _rope(raw, family, max_positions, key)
-    # A context stretched by YaRN is often left at its original length in the file.
+    # Files often keep the original length of a context that YaRN extends.
     max_positions = max(max_positions, (rope_scaling and rope_scaling.reach()) or 0)
     _refuse_unsupported(raw, family, layers, max_positions, key)
     width, heads = positive("hidden_size"), positive("num_attention_heads")
@@ -128,7 +128,7 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict:
-    """A config.json that transformers 4 and 5 load: rotary settings are given in both spellings."""
+    """A config.json for transformers 4 and 5, with the rotary settings in both spellings."""
     scaling = rope.to_json(config.rope_scaling)
     fields = {
         "architectures": [ARCHITECTURES[config.family]],
@@ -180,7 +180,7 @@ def end_ids(raw: dict, vocab_size: int, where: str) -> tuple[int, ...]:
 
 
 def _check_types(raw: dict, key: str):
-    """Refuses a field of another type than its own."""
+    """Refuses a field of the wrong type."""
     for what, (kind, names) in _TYPES.items():
         for name in names:
             value = raw.get(name)
@@ -192,7 +192,7 @@ def _check_types(raw: dict, key: str):
 
 
 def _rope(raw: dict, family: str, max_positions: int, key: str):
-    """(rope_theta, scaling) in either spelling; the old one wins where both are there, as in transformers."""
+    """(rope_theta, scaling) in either spelling. If both are present the old one wins, as in transformers."""
     fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = fields.get("rope_theta") or raw.get("rope_theta") or 1e4
     if type(theta) not in (int, float) or not 1 < theta < math.inf:
@@ -217,7 +217,7 @@ def _refuse_unsupported(raw: dict, family: str, layers: int, max_positions: int,
         f"attention of kind {min(kinds, default=None)!r} (layer_types)": kinds,
         "sliding-window attention": _slides(raw, family, layers, max_positions, key),
         f"activation {raw.get('hidden_act')!r} (hidden_act)": raw.get("hidden_act", "silu") != "silu",
-        # Qwen2's own biases need no switch; this one also adds a bias to the output projection.
+        # Qwen2 has biases without this switch, which would also add a bias to the output projection.
         "attention_bias": family != "qwen2" and raw.get("attention_bias"),
         "mlp_bias": raw.get("mlp_bias"),
         "a quantised checkpoint (quantization_config)": raw.get("quantization_config"),
@@ -235,16 +235,16 @@ def _refuse_unsupported(raw: dict, family: str, layers: int, max_positions: int,
 
 
 def _slides(raw: dict, family: str, layers: int, max_positions: int, key: str) -> bool:
-    """Whether some block sees less than the whole context; a window that spans the context cuts nothing.
+    """Whether some block sees less than the whole context. A window as long as the context has no effect.
 
     Args:
-      max_positions: of the context as the rotary scaling stretches it.
+      max_positions: length of the context, extended by the rotary scaling.
     """
     kinds = raw.get("layer_types")
     if kinds is None:
         if not raw.get("use_sliding_window") or family == "llama":
             return False
-        # transformers' Qwen3MoE has no max_window_layers: its window holds in every block.
+        # transformers' Qwen3MoE ignores max_window_layers and applies the window in every block.
         first = 0 if family == "qwen3_moe" else raw.get("max_window_layers", 28)
         if first is None:
             raise UserError(f"{key}: config.json needs a whole number 'max_window_layers', it has None")

@@ -1,4 +1,4 @@
-"""Published models by name: what their config.json says, where shapes are needed and no weights."""
+"""Published models by name: their config.json, for uses that need shapes but no weights."""
 
 from opd_jax.errors import UserError
 from opd_jax.models.config import ModelConfig
@@ -33,7 +33,7 @@ def _qwen3(width, layers, heads, ffn, tied):
 
 
 def _qwen3_moe(width, layers, heads, experts, expert_ffn):
-    raw, tokens = _qwen3(width, layers, heads, 3 * width, False)  # of intermediate_size nothing is built
+    raw, tokens = _qwen3(width, layers, heads, 3 * width, False)  # intermediate_size is not used
     sparse = {
         "model_type": "qwen3_moe",
         "num_key_value_heads": 4,

@@ -1,7 +1,7 @@
-"""Writes a safetensors file tensor by tensor, so that one tensor is on the host at a time.
+"""Writes a safetensors file tensor by tensor, with one tensor on the host at a time.
 
-Format (github.com/huggingface/safetensors): 8 bytes, the header's length, little-endian; the header, JSON
-padded with spaces to a multiple of 8; the tensors' bytes, in the header's order, without gaps.
+Format (github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header,
+which is JSON padded with spaces to a multiple of 8; the tensors' bytes in the header's order, without gaps.
 """
 
 import json
@@ -20,10 +20,10 @@ def write(path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, values: Ite
       path: the file, replaced if it exists.
       shapes: name -> shape of each tensor, in the order of `values`.
       dtype: of all of them: float32, float16 or bfloat16.
-      values: the tensors; each is dropped before the next is taken.
+      values: the tensors; each is released before the next is taken.
 
     Returns:
-      Bytes of tensors written.
+      Number of bytes of tensors written.
     """
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -27,12 +27,12 @@ class Source(NamedTuple):
 
 
 def resolve(path, key: str = "student.path") -> Source:
-    """Finds the files that a config value names; nothing is imported, downloaded or read.
+    """Finds the files that a config value names, without importing, downloading or reading anything.
 
     Args:
-      path: a folder with config.json ("~" is expanded), a file ending in .gguf, "pkg:NAME", the one
-        .gguf file inside the installed Python package NAME, or "random:FOLDER", a folder of which config
-        and tokenizer are read, and whose weights are drawn anew, always the same ones.
+      path: a folder with config.json ("~" is expanded); a file ending in .gguf; "pkg:NAME", the only .gguf
+        file inside the installed Python package NAME; or "random:FOLDER", a folder with config and tokenizer,
+        whose weights are drawn at random from a fixed seed.
       key: the config key that holds it, for messages.
 
     Raises:
@@ -71,7 +71,7 @@ def load(
     dtype=jnp.float32,
     stored: str = "float",
 ):
-    """(ModelConfig, params) of what `resolve` accepts; see hf.load and gguf.load."""
+    """(ModelConfig, params) of a path that `resolve` accepts; see hf.load and gguf.load."""
     source = resolve(path, key)
     if source.kind == "random":
         model = hf.read_config(source.path, key).replace(weights=stored)
@@ -82,7 +82,7 @@ def load(
 
 
 def config(path, key: str = "student.path") -> ModelConfig:
-    """The ModelConfig alone, of a preset ("preset:NAME") too; no weight is read."""
+    """The ModelConfig of such a path or of a preset ("preset:NAME"); reads no weights."""
     if str(path).startswith(presets.PREFIX):
         return presets.read_config(str(path).removeprefix(presets.PREFIX), key)
     source = resolve(path, key)
@@ -91,7 +91,7 @@ def config(path, key: str = "student.path") -> ModelConfig:
 
 
 def _in_package(name: str, key: str) -> Path:
-    """The one .gguf file of an installed package, found without importing the package."""
+    """The only .gguf file of an installed package, found without importing the package."""
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(

@@ -1,7 +1,7 @@
-"""How checkpoints store each parameter, and the parameter tree read from them one piece at a time.
+"""How checkpoints store each parameter; reads the parameter tree piece by piece.
 
-Both file formats hold one matrix a block, [out, in]; our tree stacks blocks and splits heads. The
-tables below are the only place that knows the correspondence.
+Both file formats hold one matrix [out, in] per block. Our tree stacks the blocks and splits the heads. Only
+the tables below know how the two correspond.
 """
 
 import functools
@@ -23,8 +23,8 @@ class Stored(NamedTuple):
     """A parameter in a checkpoint.
 
     Attributes:
-      hf, gguf: tensor names; "{layer}" and "{expert}" stand for numbers. gguf may be "": not stored there.
-      axes: the stored tensor's axes, each a group of the logical axes that it flattens, in order.
+      hf, gguf: tensor names; "{layer}" and "{expert}" stand for numbers. "" means that GGUF does not have it.
+      axes: the stored tensor's axes; each is a group of the logical axes that it flattens, in order.
     """
 
     hf: str
@@ -59,7 +59,7 @@ BLOCKS = {
         "down": ("mlp.down_proj.weight", "ffn_down.weight", (_EMBED, _FFN)),
     }.items()
 }
-# A sparse model's blocks: these instead of the dense feed-forward. No GGUF architecture read here has them.
+# These replace the dense feed-forward in a sparse model's blocks. No supported GGUF architecture has them.
 EXPERTS = {
     name: Stored(f"model.layers.{{layer}}.mlp.{hf}", "", axes)
     for name, (hf, axes) in {
@@ -69,7 +69,7 @@ EXPERTS = {
         "down": ("experts.{expert}.down_proj.weight", (_EMBED, _FFN)),
     }.items()
 }
-# Axes that a checkpoint spreads over tensors of their own, and what numbers them in a name.
+# Axes along which a checkpoint has separate tensors, and the field for their number in a tensor's name.
 _SPREAD = {"layers": "layer", "experts": "expert"}
 
 
@@ -90,7 +90,7 @@ class Tensor(NamedTuple):
 
 
 def tensors(config: ModelConfig, file_format: str) -> list[Tensor]:
-    """Every tensor that a checkpoint of this model holds, block by block; file_format is "hf" or "gguf"."""
+    """All tensors of a checkpoint of this model, block by block; file_format is "hf" or "gguf"."""
     declared, axes = transformer.abstract(config), transformer.declared_axes(config)
 
     def parts(path, like, names):
@@ -126,14 +126,14 @@ def _name(stored: Stored, file_format: str, spread, index) -> str:
 
 
 def check_shapes(config: ModelConfig, file_format: str, found: dict, where: str):
-    """Refuses a checkpoint that lacks a tensor, has one too many, or has one of another shape.
+    """Refuses a checkpoint that lacks a tensor, has an extra one, or has one of another shape.
 
     Args:
-      found: tensor name -> shape, as the file says.
-      where: the config key and the path, the start of each message.
+      found: tensor name -> shape, from the file.
+      where: the config key and the path, with which each message starts.
 
     Raises:
-      UserError: naming the first offender and how many more there are.
+      UserError: names the first such tensor and how many more there are.
     """
     wanted = {tensor.name: tensor.shape for tensor in tensors(config, file_format)}
     problems = (
@@ -165,17 +165,18 @@ def read_tree(
     mesh=None,
     shardings=None,
 ) -> dict:
-    """Builds the parameter tree, holding one block's part of one parameter on the host at a time.
+    """Builds the parameter tree with one block of one parameter on the host at a time.
 
-    Of experts, which make one parameter of a block hundreds of times larger, one a device is held at a time.
+    Experts make a block's parameter hundreds of times larger, so of these the host holds one per device at a
+    time.
 
-    A model with int8 weights is quantised on the devices, each block of each parameter as it arrives there:
-    a channel's largest value may lie on another device, and nothing else is ever held in floating point.
+    A model with int8 weights is quantised on the devices, block by block, because a channel's largest value
+    may be on another device. Only one block is in floating point at a time.
 
     Args:
       read: (tensor name, slice of each stored axis) -> that part of the stored tensor.
-      dtype: of the parameters, of int8 ones before they are quantised.
-      mesh: without shardings, every parameter is replicated on it.
+      dtype: of the parameters; of int8 parameters, before they are quantised.
+      mesh: every parameter is replicated on it if there are no shardings.
       shardings: a tree of NamedShardings like the parameters; a process reads only its devices' parts.
     """
     declared = transformer.abstract(config.replace(weights="float"), dtype)
@@ -203,14 +204,14 @@ def read_tree(
         for layer, turn in np.ndindex(config.layers, turns):
             reader = _PartReader(stored, block, names[1:], file_format, read, layer, (turns, turn))
             whole = put(whole, _place(reader, block_sharding), layer, turn)
-        # Else the host could run ahead and hold every block that the device has not taken yet.
+        # Without this the host could run ahead and hold every block that the device has not received yet.
         return jax.block_until_ready(whole)
 
     return jax.tree_util.tree_map_with_path(build, declared, axes, shardings)
 
 
 def _ways(sharding: NamedSharding | None) -> int:
-    """Into how many parts a sharding cuts the first axis."""
+    """Number of parts into which a sharding cuts the first axis."""
     if sharding is None or not sharding.spec:
         return 1
     axes = sharding.spec[0]
@@ -219,7 +220,7 @@ def _ways(sharding: NamedSharding | None) -> int:
 
 
 def _place(reader: "_PartReader", sharding):
-    """The array of a reader's parameter, on its devices (the first one where sharding is None)."""
+    """The array of a reader's parameter on its devices; on the first device if sharding is None."""
     if sharding is None:
         return jnp.asarray(reader((slice(None),) * len(reader.like.shape)))
     return jax.make_array_from_callback(reader.like.shape, sharding, reader)
@@ -233,10 +234,10 @@ def _quantise(sharding, summed: tuple[int, ...]):
 
 @functools.cache
 def _programs(sharding, summed: tuple[int, ...]):
-    """zeros(shape, dtype), and put(whole, block, layer, turn): `whole` with one block written in place.
+    """zeros(shape, dtype), and put(whole, block, layer, turn), which writes one block into `whole` in place.
 
-    `whole` is quantised over a block's axes `summed`, a block is in floating point. A block with fewer rows
-    than `whole` has row `turn` of each of as many equal stretches.
+    `whole` is quantised over the axes `summed` of a block; `block` is in floating point. If a block has fewer
+    rows than `whole`, its rows are row `turn` of each of as many equal stretches.
     """
 
     def zeros(shape, dtype):
@@ -245,7 +246,7 @@ def _programs(sharding, summed: tuple[int, ...]):
 
     def put(whole, block, layer, turn):
         def write(whole, block):
-            # As bits: XLA's CPU compiler would turn all of `whole` to float32 to write a block in 16 bits.
+            # As bits: to write a 16-bit block, XLA's CPU compiler would convert all of `whole` to float32.
             unsigned = f"uint{8 * whole.dtype.itemsize}"
             bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=unsigned)
             layers, rows, *rest = whole.shape
@@ -261,9 +262,9 @@ def _programs(sharding, summed: tuple[int, ...]):
 
 
 class _PartReader:
-    """Reads any rectangular part of one parameter or block; a part that devices share is read once.
+    """Reads any rectangular part of one parameter or block. A part that several devices share is read once.
 
-    Expert i of a block is number i * turns + turn of the checkpoint, for experts = (turns, turn).
+    With experts = (turns, turn), expert i of a block is number i * turns + turn of the checkpoint.
     """
 
     def __init__(self, stored: Stored, like, axes, file_format, read, layer=None, experts=(1, 0)):
@@ -293,8 +294,8 @@ class _PartReader:
         return out
 
     def _matrix(self, name, ranges):
-        """One stored tensor's part, in our axes and their order."""
-        # A flattened axis is cut at its outermost name; the names inside are cut after reading.
+        """A part of one stored tensor, with our axes in our order."""
+        # Reading cuts a flattened axis along its outermost name. The inner names are cut after reading.
         slab, unflat, inner = [], [], []
         for group in self.stored.axes:
             start, stop = ranges[group[0]]
@@ -308,7 +309,7 @@ class _PartReader:
 
 
 def to_stored(tensor: Tensor, value: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
-    """The inverse for one tensor: the part of our array at tensor.index, as the file stores it.
+    """The inverse of reading, for one tensor: the part of our array at tensor.index, in the file's layout.
 
     Args:
       axes: the whole parameter's logical axes.
