@@ -31,7 +31,8 @@ class Linear:
 class Llama3:
     """Stretches long wavelengths and keeps short ones.
 
-    Wavelengths above original / low_freq_factor are stretched, those below original / high_freq_factor are kept.
+    Wavelengths above original / low_freq_factor are stretched, those below original / high_freq_factor are
+    kept.
     """
 
     factor: float

@@ -151,7 +151,9 @@ def param_shardings(mesh: Mesh, abstract, axes, rules=DEFAULT.rules):
 
 
 def like_params(mesh: Mesh, abstract_state, params_shardings, memory: str = "device"):
-    """Shardings of an optimizer state: subtrees shaped like the parameters are cut like them, the rest is whole.
+    """Shardings of an optimizer state.
+
+    Subtrees shaped like the parameters are cut like them. The rest is whole.
 
     Args:
       memory: "device", or "host", which puts those subtrees into the memory of the devices' hosts.
