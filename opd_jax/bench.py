@@ -1,16 +1,16 @@
-"""Where the time of a step goes at a given shape, beside what the machine's matrix products can do.
+"""Where the time of a step goes at a given shape, compared with the speed of a large matrix product.
 
     python -m opd_jax.bench LAYERS WIDTH FFN HEADS KV_HEADS HEAD_SIZE VOCABULARY BATCH PROMPT RESPONSE
     make bench SHAPE="6 384 1024 6 2 64 8192 32 64 192"
     make bench SHAPE="27 576 1536 9 3 64 49152 8 200 96" ARGS=--teacher_layers=30
 
-Weights are random, no response ends early, and every program runs once before it is timed. FLOPs are
-counted from the shapes: multiplications and additions of matrix products and attention, nothing else.
+Weights are random, no response ends early, and every program runs once before it is timed. FLOPs are computed
+from the shapes: multiplications and additions of matrix products and attention only.
 
-A line of the table is printed as soon as it is measured.
+Each line of the table is printed as soon as it is measured.
 
-Predicted is what preflight's model says (docs/preflight.md) of this machine: the longer of all the program's
-products at the rate of a large one, and its bytes at the rate of a long copy.
+"Predicted" is preflight's model (docs/preflight.md) of this machine. It is the longer of two times: all the
+program's products at the speed of a large product, and all its bytes at the speed of a long copy.
 """
 
 import functools
@@ -38,14 +38,14 @@ NAMES = (
     *("layers", "width", "ffn", "heads", "kv_heads", "head_size"),
     *("vocabulary", "batch", "prompt", "response"),
 )
-MATMUL = 2048  # side of the square product that stands for the machine
-COPIED = 2**26  # float32 values of the copy that stands for its memory
+MATMUL = 2048  # side of the square product that measures the machine
+COPIED = 2**26  # float32 values of the copy that measures its memory
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
-PAIRS = 5  # train_steps with the release rule and without it
+PAIRS = 5  # pairs of train_steps, with the release rule and without it
 
 
 def best_seconds(fn, *args, repeats: int = 3, progress: Progress, name: str) -> float:
-    """Least wall time of fn(*args) over some runs, after one that is not counted."""
+    """Shortest wall time of fn(*args) over `repeats` runs, after one that is not counted."""
     with progress.phase(f"compiling {name}, and its first run"):
         jax.block_until_ready(fn(*args))
     seconds = []
@@ -66,7 +66,7 @@ def matmul_rate(dtype, progress: Progress) -> float:
 
 
 def copy_rate(progress: Progress) -> float:
-    """Bytes a second, read and written, of one long copy."""
+    """Bytes per second, read and written, of one long copy."""
     x = jnp.ones(COPIED, jnp.float32)
     return 2 * x.nbytes / best_seconds(
         jax.jit(lambda a: a + 1), x, repeats=5, progress=progress, name="a copy"
@@ -79,14 +79,14 @@ def random_prompts(key, batch: int, p: int, vocab: int):
 
 
 def _products(asked: str) -> str:
-    """ModelConfig.products, auto settled as in a run."""
+    """The value of ModelConfig.products; auto is resolved as in a run."""
     if asked != "auto":
         return asked
     return cpu.probe().choice if jax.default_backend() == "cpu" else "compute"
 
 
 def _check(sizes: dict[str, int], micro_batch: int):
-    """Refuses sizes that make no model or no batch."""
+    """Refuses sizes from which no model or batch can be made."""
     for name, value in sizes.items():
         if value < 1:
             raise UserError(f"{name.upper()}={value} is out of range; it must be at least 1")
@@ -154,7 +154,7 @@ def _measure(
     sizes: dict[str, int],
     progress: Progress,
 ):
-    """Times each phase, and prints its line of the table once it is known."""
+    """Times each phase, and prints its line of the table at once."""
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
     say = functools.partial(progress.say, file=sys.stdout)
     rate, copied = matmul_rate(student.dtype, progress), copy_rate(progress)
@@ -223,14 +223,14 @@ def _train_seconds(
     progress: Progress,
     measured: Callable[..., None],
 ) -> tuple[float, np.ndarray]:
-    """What follows sampling: score, release, update, and train_step, which is all three.
+    """Times what follows sampling: score, release, update, and train_step, which does all three.
 
     Args:
-      measured: takes the name and the seconds of each phase, the FLOPs of all its products, and its bytes.
-        `release` is segments and the rule as a program of their own.
+      measured: called with the name and seconds of each phase, the FLOPs of all its products, and its bytes.
+        The phase `release` is a separate program with segments and the rule.
 
     Returns:
-      (seconds of train_step, [PAIRS] what segments and the rule add to it).
+      (seconds of train_step, [PAIRS] seconds that segments and the rule add to it).
     """
     with progress.phase("drawing the teacher's weights"):
         teacher_params = jax.block_until_ready(
@@ -286,10 +286,10 @@ def _step_seconds(
     table: SegmentTable,
     progress: Progress,
 ) -> tuple[list[float], list[float]]:
-    """Seconds of donated train_steps, [PAIRS] with the paper's rule and [PAIRS] with none, run in turn.
+    """Seconds of donated train_steps run in turn: [PAIRS] with the paper's rule, and [PAIRS] without a rule.
 
-    A step with none still counts its segments; here they are of fixed length, which reads no text. Each run
-    continues from the state of the one before, and every other pair has the two in the other order.
+    A step without a rule still computes segments. Here they have a fixed length, which needs no text. Each
+    run continues from the state of the previous one, and every other pair has the reverse order.
     """
     optimizer = steps.make_optimizer(config)
     copy = jax.tree.map(jnp.copy, params)

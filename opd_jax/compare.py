@@ -2,8 +2,8 @@
 
     python -m opd_jax.compare runs/full runs/release
 
-Each is a workdir, a folder of benchmark results, or one results file. Compared is every benchmark that
-both have (its newest results) and, for two workdirs, the KL of the last held-out evaluation.
+Each is a workdir, a folder of benchmark results, or one results file. The command compares the newest results
+of every benchmark that both have. For two workdirs it also compares the KL of the last held-out evaluation.
 """
 
 import argparse

@@ -4,8 +4,8 @@
     make demo ARGS="--minutes=20 --config.seed=1"
     python -m opd_jax.demo --out=runs/demo
 
-It measures the machine first, and does as much as fits into --minutes: held-out prompts, steps of training,
-and long answers in the end.
+It first measures the machine, then does as much as fits into --minutes: held-out prompts, training steps, and
+at the end long answers.
 """
 
 from absl import flags

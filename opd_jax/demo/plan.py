@@ -1,4 +1,4 @@
-"""How much of the demo a machine does in a given time: sizes from a probe, steps from a measurement."""
+"""How much of the demo fits into a given time: sizes from a probe, steps from a measurement."""
 
 import copy
 import dataclasses
@@ -11,11 +11,11 @@ from opd_jax.config import get
 from opd_jax.models import ModelConfig
 from opd_jax.preflight import costs
 
-# All of these were read off runs of the demo on two cores.
-STEP_PASSES = 2.6  # scoring and updating over the comparison of an evaluation, both models' forward passes
-OF_RATE = 0.55  # share of the rate of a large product that a whole step reaches
-FIRST_COMPILING = 20.0  # seconds that sampler and comparison take to compile, before it is measured
-COMPILES = 2.5  # compiling both training steps, over compiling sampler and comparison
+# Measured in runs of the demo on two cores.
+STEP_PASSES = 2.6  # time of scoring and updating, relative to the comparison in an evaluation
+OF_RATE = 0.55  # FLOP/s of a whole step, relative to the rate of a large product
+FIRST_COMPILING = 20.0  # estimated seconds of compiling sampler and comparison, until it is measured
+COMPILES = 2.5  # time of compiling both training steps, relative to sampler and comparison
 OTHER_SECONDS = 20.0  # reading weights and prompts again, checkpoints, the report
 REPORT_SECONDS = 5.0
 FEWEST_STEPS = 3
@@ -32,14 +32,14 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Upper bounds of sizes that cost time.
+    """Upper bounds for the sizes that cost time.
 
     Attributes:
       heldout: prompts answered before and after training.
       prompt_tokens: the longest prompt.
-      batch: answers a step.
+      batch: answers per step.
       tokens: the longest answer.
-      answers, answer_tokens: the long answers that time is kept for.
+      answers, answer_tokens: number and length of the long answers for which time is reserved.
     """
 
     heldout: int
@@ -50,7 +50,7 @@ class Sizes:
     answer_tokens: int
 
     def apply(self, config: ConfigDict) -> dict[str, tuple[int, int]]:
-        """Lowers what a config has of them, in place; returns key -> (value before, value now)."""
+        """Lowers a config's sizes to these, in place; returns key -> (old value, new value)."""
         changed = {}
         for key, name in KEYS.items():
             before = get(config, key)
@@ -64,21 +64,23 @@ class Sizes:
 WHOLE = Sizes(heldout=24, prompt_tokens=128, batch=8, tokens=96, answers=8, answer_tokens=512)
 SHORT = Sizes(heldout=16, prompt_tokens=64, batch=8, tokens=96, answers=8, answer_tokens=384)
 SMALL = Sizes(heldout=8, prompt_tokens=64, batch=4, tokens=64, answers=4, answer_tokens=256)
-# From the whole ones on, each is left for the next where fewer steps an arm fit: fewer tokens and more steps
-# tell more.
+# Each of these gives way to the next one if fewer steps per arm than this fit: more steps with fewer tokens
+# are more informative.
 FEWEST_OF = {WHOLE: 10, SHORT: 5, SMALL: 0}
-# (answers, tokens) of a look at long answers, the best first.
+# (answers, tokens) of the long answers, the best first.
 LOOKS = ((32, 640), (16, 640), (8, 640), (8, 512), (8, 384), (8, 256), (4, 256))
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a batch of held-out prompts took, and what follows from it.
+    """How long a batch of held-out prompts took, and predictions from it.
 
     Attributes:
-      sample, compare: seconds of writing a batch of answers, and of both models' forward passes over it.
-      compiling: seconds that the first batch took longer.
-      batch, prompt_tokens, tokens: the batch's answers, the width of a prompt, the longest answer.
+      sample: seconds to write a batch of answers.
+      compare: seconds of both models' forward passes over the batch.
+      compiling: additional seconds of the first batch.
+      batch: answers in a batch.
+      prompt_tokens, tokens: the longest prompt and the longest answer.
     """
 
     sample: float
@@ -94,19 +96,19 @@ class Measured:
         return self.sample + STEP_PASSES * self.compare
 
     def evaluation(self, prompts: int) -> float:
-        """Seconds of an evaluation on so many prompts."""
+        """Seconds of an evaluation on this number of prompts."""
         return -(-prompts // self.batch) * (self.sample + self.compare)
 
     def look(self, answers: int, answer_tokens: int) -> float:
-        """Seconds of writing and scoring long answers, compiling included."""
+        """Seconds to write and score long answers, including compilation."""
         rows = answers / self.batch
-        # A decode step reads all weights, whatever the rows; the rest grows with rows and cache.
+        # A decode step always reads all weights; the rest grows with the rows and the cache.
         sample = self.sample * answer_tokens / self.tokens * (0.6 + 0.6 * rows)
         length = (self.prompt_tokens + answer_tokens) / (self.prompt_tokens + self.tokens)
         return sample + self.compare * rows * length + 1.5 * self.compiling
 
     def fixed(self, sizes: Sizes) -> float:
-        """Seconds of all that follows the start's evaluation but the steps."""
+        """Seconds of everything after the start's evaluation except the steps."""
         ends = 2 * self.evaluation(sizes.heldout)
         look = self.look(sizes.answers, sizes.answer_tokens)
         return ends + COMPILES * self.compiling + look + OTHER_SECONDS
@@ -118,10 +120,10 @@ class Plan:
 
     Attributes:
       steps: of each arm.
-      most: steps that more time would give.
-      look: (answers, tokens) of the look at long answers, as far as can be told.
-      seconds: phase -> seconds predicted, in order.
-      more_seconds: what the rest of the steps would take.
+      most: steps of each arm if there were enough time.
+      look: (answers, tokens) of the long answers, as predicted now.
+      seconds: phase -> predicted seconds, in order.
+      more_seconds: seconds that the other steps would take.
     """
 
     steps: int
@@ -132,7 +134,7 @@ class Plan:
 
 
 class Budget:
-    """The time there is, from now on; 0 minutes set no limit."""
+    """A time limit that starts now; 0 minutes set no limit."""
 
     def __init__(self, minutes: float):
         self.minutes = minutes
@@ -152,10 +154,10 @@ class Budget:
 def choose_sizes(
     student: ModelConfig, teacher: ModelConfig, config: ConfigDict, rate: float, left: float
 ) -> Sizes:
-    """The largest sizes of which enough steps fit.
+    """The largest sizes at which enough steps fit.
 
     Args:
-      config: its sizes are read where they are lower.
+      config: its sizes are used if they are lower.
       rate: FLOP/s of a large matrix product.
       left: seconds.
     """
@@ -187,10 +189,10 @@ def fit(measured: Measured, sizes: Sizes, most: int, left: float) -> Plan:
 
 
 def choose_look(measured: Measured, left: float) -> tuple[int, int]:
-    """(answers, tokens) of the best look at long answers that fits, or of the smallest."""
+    """(answers, tokens) of the best long answers that fit, or the smallest ones."""
     return next((size for size in LOOKS if measured.look(*size) <= left), LOOKS[-1])
 
 
 def _room(measured: Measured, sizes: Sizes, left: float) -> float:
-    """Steps of an arm that fit, of two arms."""
+    """Steps that fit for each of two arms."""
     return (left - measured.fixed(sizes)) / (2 * measured.step)

@@ -1,4 +1,4 @@
-"""The demo's story: measure, choose sizes, train both arms, look at long answers, and tell it."""
+"""The demo: measure the machine, choose sizes, train both arms, write long answers, and report."""
 
 import copy
 import dataclasses
@@ -77,12 +77,12 @@ def main(_):
 def carry_out(
     config: ConfigDict, out: Path, budget: demo_plan.Budget, progress: Progress
 ) -> tuple[dict[str, Run], list[dict]]:
-    """The whole demo in its folder `out`: (the record of each arm, the long answers of the release arm).
+    """Runs the demo in the folder `out`. Returns (the record of each arm, long answers of the release arm).
 
     Args:
-      config: lowered in place to what fits the budget; to what a demo in `out` began with where there is one.
+      config: its sizes are lowered in place to fit the budget, or to those of a demo that has begun in `out`.
     """
-    # ---- The sizes, by the rate of the machine's products; then everything is checked.
+    # ---- The sizes, from the speed of the machine's products; then all checks.
     begun = read_config(out / next(iter(ARMS)))
     if begun is not None:
         keys = (*demo_plan.KEYS, "train.steps", "train.micro_batch")
@@ -94,7 +94,7 @@ def carry_out(
     long_job(config, *demo_plan.LOOKS[-1], progress)
     progress.say(f"\nMachine: {machine}.\n{introduction(job)}", sys.stdout)
 
-    # ---- The start, whose evaluation is the measurement; and what the teacher would answer.
+    # ---- The evaluation of the start, which is also the measurement; then the teacher's own answers.
     with progress.phase("reading the weights"):
         teacher_params, start = job.teacher_params(), job.start()
     evaluation, measured = measure(job, start.params, teacher_params, progress)
@@ -111,7 +111,7 @@ def carry_out(
     jobs = prepare_arms(config, out, progress)
     params = train_arms(jobs, out, evaluation, start, teacher_params, progress).params
 
-    # ---- Long answers of the student that the rule has trained.
+    # ---- Long answers of the student that was trained with the rule.
     answers, tokens = demo_plan.choose_look(measured, budget.left - demo_plan.REPORT_SECONDS)
     progress.expect(LOOK, 0, measured.look(answers, tokens))
     progress.say(f"— {answers} long answers of up to {tokens} tokens", sys.stdout)
@@ -122,9 +122,9 @@ def carry_out(
 
 
 def fitting_sizes(job: Job, config: ConfigDict, left: float) -> tuple[demo_plan.Sizes, str]:
-    """(sizes of which enough steps fit into the seconds left, the machine in words).
+    """Returns (sizes at which enough steps fit into the seconds left, the machine in words).
 
-    On an accelerator the sizes are the whole ones: what it does is measured by the evaluation of the start.
+    An accelerator gets the full sizes; the evaluation of the start measures its speed.
     """
     devices = job.mesh.devices
     if devices.flat[0].platform != "cpu":
@@ -140,7 +140,7 @@ def prepare_arms(config: ConfigDict, out: Path, progress: Progress | None = None
     """The checked job of each arm: the config with the arm's release rule.
 
     Raises:
-      UserError: the first thing that is wrong.
+      UserError: names the first problem.
     """
     jobs = {}
     for arm, rule in ARMS.items():
@@ -158,12 +158,12 @@ def train_arms(
     teacher_params: dict | None = None,
     progress: Progress | None = None,
 ) -> TrainState:
-    """Trains each arm in its folder of `out`, from one start; returns the final state of the last.
+    """Trains each arm in its folder of `out` from the same start. Returns the final state of the last arm.
 
     Args:
-      evaluation: what `evaluate` returned of the start; measured if not given.
+      evaluation: result of `evaluate` for the start; measured by default.
       start: the state before the first step, which is donated.
-      teacher_params: the teacher's weights. Both are read if one is not given.
+      teacher_params: the teacher's weights. If `start` or these are missing, both are read.
     """
     *_, last = jobs
     with own(progress) as shown:
@@ -181,7 +181,7 @@ def train_arms(
             with shown.titled(arm):
                 state = train(job, out / arm, evaluation, shown, start=taken, teacher_params=teacher_params)
             if arm != last:
-                del state, taken  # two states at a time are enough
+                del state, taken  # keeps at most two states in memory
     return state
 
 
@@ -191,17 +191,17 @@ def read_arms(out: Path) -> dict[str, Run]:
 
 
 def teachers_own(job: Job, teacher_params: dict, progress: Progress | None = None) -> dict[str, float]:
-    """How the teacher itself answers the held-out prompts, named as the evaluation of a start has it."""
+    """How the teacher itself answers the held-out prompts, under the names in the start's evaluation."""
     found = evaluate_teacher(job, teacher_params, progress)
     names = ("response_length", "finished_share", "repeated_share")
     return {f"teacher_{name}": found[name] for name in names}
 
 
 def measure(job: Job, params: dict, teacher_params: dict, progress: Progress | None = None) -> tuple:
-    """(the evaluation of the start, what it says of the machine as demo_plan.Measured)."""
+    """Returns (the evaluation of the start, the machine's speed as demo_plan.Measured)."""
     c = job.config
     batches = -(-c.data.heldout // c.rollout.batch)
-    timed = 1 if batches > 1 else 2  # a single batch is evaluated again, when everything is compiled
+    timed = 1 if batches > 1 else 2  # a single batch is evaluated again after compilation
     if progress is not None:
         progress.expect("evaluation", timed)
     results = [evaluate(job, params, teacher_params, progress) for _ in range(timed)]
@@ -214,11 +214,11 @@ def measure(job: Job, params: dict, teacher_params: dict, progress: Progress | N
 def announcement(
     plan: demo_plan.Plan, measured: demo_plan.Measured, lowered: dict[str, tuple[int, int]], spent: float
 ) -> str:
-    """What will be done and how long it will take, and what is left out.
+    """Text that says what will be done, how long it will take, and what is left out.
 
     Args:
-      lowered: config key -> (value before, value now).
-      spent: seconds until now.
+      lowered: config key -> (old value, new value).
+      spent: seconds since the start.
     """
     seconds = spent + sum(plan.seconds.values())
     answers, tokens = plan.look
@@ -239,7 +239,7 @@ def announcement(
 
 
 def introduction(job: Job) -> str:
-    """What is about to happen, in numbers from the job."""
+    """Text that describes the job in numbers."""
     c = job.config
     return INTRODUCTION.format(
         teacher=c.teacher.path,
@@ -253,7 +253,7 @@ def introduction(job: Job) -> str:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """start, full, release and, where its answers were measured, the teacher: one column each, as text."""
+    """A text table with columns for start, full, release, and the teacher if its answers were measured."""
 
     def evaluated(line):
         return [
@@ -297,10 +297,10 @@ def table(runs: dict[str, Run]) -> str:
 
 
 def before_and_after(out: Path) -> dict:
-    """One held-out prompt with what the student wrote at the start and at the end of each arm.
+    """One held-out prompt with the student's answers at the start and after each arm.
 
-    All three draw from the same uniform numbers, so they differ by the student alone. The prompt is the
-    first whose answer ended by itself in every arm, or the first one.
+    All three are sampled with the same uniform numbers, so only the student differs. The prompt is the first
+    one whose answer ended by itself in every arm, or else the first of all.
     """
     rows = {arm: _evaluations(out / arm) for arm in ARMS}
     last = {arm: max(lines) for arm, lines in rows.items()}

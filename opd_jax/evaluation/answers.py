@@ -1,6 +1,7 @@
-"""Is the final answer of a response right? Text alone, one pair at a time.
+"""Is the final answer of a response right? Compares text, one pair at a time.
 
-This may take any time and memory on a hostile expression: `grading` runs it in processes that it can end.
+A hostile expression may take any amount of time and memory, so `grading` runs this in processes that it can
+kill.
 """
 
 import fractions
@@ -26,7 +27,7 @@ ORDINAL = re.compile(r"(\d+)\s*(?:\^\s*\{\s*(?:st|nd|rd|th)\s*\}|\^?\s*(?:st|nd|
 SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹⁻]+")
 ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|(\d+))")
 HALF_DAY = re.compile(r"(?<=\d)\s*([ap])\.?m\b\.?")
-NUMBER = re.compile(rf"(?<![\w.^/{{])-?{quantities.UNSIGNED}(?![\w^])")  # in no exponent and no argument
+NUMBER = re.compile(rf"(?<![\w.^/{{])-?{quantities.UNSIGNED}(?![\w^])")  # not in an exponent or argument
 CHOICE = re.compile(r"\(?([A-J])\)?[.:]?")
 LEAD = re.compile(r"(?:(?:the|my|our)\s+)?(?:final\s+)?answer(?:\s+is|\s*:)\s*:?\s*", re.IGNORECASE)
 CHOSEN = re.compile(r"(?:option|choice|answer)?\s*(?:\(([A-J])\)|([A-J])(?=$|[).:,]|\s+(?![a-z])))", re.I)
@@ -55,19 +56,21 @@ NUMBER_WORDS = (
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 NUMBER_WORDS += tuple(f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in NUMBER_WORDS[:10])
 NAME = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?")
-LONGEST = 1000  # characters of a final answer; no reference is that long
+LONGEST = 1000  # most characters of a final answer; no reference is longer
 
 
 def grade(response: str, answer: str) -> bool:
     """Whether the final answer of `response` equals the reference `answer`.
 
-    The final answer is what the last \\boxed{} holds, else what stands in <answer> tags, after #### or
-    after "answer is"; without any of these, the last number for a numeric reference, the numbers of the
-    last sentence for one of several with spaces between, and for any other the last line or what follows
-    its last "is". A reference of one letter from A to J is a choice. Numbers are compared as
-    numbers, without currency and thousands separators, and by `quantities.same` where they have units; a
-    per cent sign on one side alone may or may not count.
-    Words are compared without case and closing punctuation, and the rest as expressions, by math-verify.
+    The final answer is the content of the last \\boxed{}, or else the text in <answer> tags, after #### or
+    after "answer is". If the response marks no answer, it depends on the reference: - a number: the last
+    number of the response; - several numbers with spaces between them: the numbers of the last sentence; -
+    anything else: the last line, or what follows its last "is".
+
+    A reference of one letter from A to J is a choice. Numbers are compared as numbers, without currency signs
+    and thousands separators, and with `quantities.same` if they have units. A per cent sign on only one side
+    is allowed. Words are compared without case and closing punctuation. math-verify compares everything else
+    as expressions.
     """
     answer = reference(answer)
     said = final_answers(response)
@@ -89,7 +92,7 @@ def grade(response: str, answer: str) -> bool:
 
 
 def reference(answer: str) -> str:
-    """The reference itself, where the data has a worked solution that boxes it or ends in #### (GSM8K)."""
+    """The reference itself, if the data has a worked solution that boxes it or ends in #### (GSM8K)."""
     if "####" in answer or "\\boxed" in answer:
         return (final_answers(answer) or [answer])[-1].strip()
     return answer
@@ -128,10 +131,11 @@ def same(said: str, answer: str) -> bool:
 
 
 def final_answers(response: str) -> list[str]:
-    """What the response marks as its answer, [] where nothing is marked.
+    """The answers that the response marks, [] if it marks none.
 
-    Several only where the line of the last box has more than one box. Where no box is closed, the response
-    was cut in one, and what is there of it is the answer. Linear in the response's length.
+    There are several only if the line of the last box has several boxes. If no box is closed, the response
+    was cut off inside one, and the part that is there is the answer. Takes time linear in the response's
+    length.
     """
     boxes, cut = _boxes(response)
     if cut is not None and not boxes:
@@ -154,7 +158,7 @@ def final_answers(response: str) -> list[str]:
 
 
 def _boxes(response: str) -> tuple[list[tuple[int, str]], int | None]:
-    """(start, content) of every closed box, in order; where the content of the last open box starts."""
+    """Returns ((start, content) of each closed box, in order; start of the content of the last open box)."""
     boxes, opened = [], []
     for match in BRACE.finditer(response):
         brace = match.group()
@@ -169,18 +173,18 @@ def _boxes(response: str) -> tuple[list[tuple[int, str]], int | None]:
 
 
 def _first_sentence(text: str) -> str:
-    """The text up to the end of its first sentence; "3.5" and "(1, 2)" have none inside."""
+    """The text up to the end of its first sentence; "3.5" and "(1, 2)" contain no end."""
     return SENTENCE_END.split(text, maxsplit=1)[0]
 
 
 def _clean(text: str) -> str:
-    """The text without delimiters of mathematics, spacing commands and markup of words."""
+    """The text without math delimiters, spacing commands and text markup."""
     text = text.strip().replace("\\$", "").replace("{,}", ",").replace("\\!", "")
     text = text.replace("\\varnothing", "\\emptyset").replace("\\dfrac", "\\frac")
     text = SUPERSCRIPT.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
     text = ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", text.replace("−", "-"))
     text = TYPED_PI.sub(r"\\pi", UNIT_FRACTION.sub(r" \1/\2 ", text))
-    text = re.sub(r"(\\sqrt(?:\[\d+\])?)\s*(\d+)", r"\1{\2}", text)  # all of \sqrt 51, as it is meant
+    text = re.sub(r"(\\sqrt(?:\[\d+\])?)\s*(\d+)", r"\1{\2}", text)  # \sqrt 51 means the root of 51, not of 5
     text = re.sub(r"(\d)\\,(?=\d{3}(?!\d))", r"\1,", text)
     text = re.sub(r"\\[()\[\]]", " ", text) if re.match(r"\\[(\[]", text) else text
     text = REPEATING.sub(_repeating, SPACING.sub(" ", text))
@@ -192,7 +196,7 @@ def _clean(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without case, quotes, closing punctuation of a word (7! stays) and an article before a word."""
+    """The text without case, quotes, a word's closing punctuation (7! stays) and a leading article."""
     text = re.sub(r"\s+", " ", text).strip().strip("\"'`*").casefold()
     text = HALF_DAY.sub(r" \1m", text)
     text = re.sub(r"(?<=[^\W\d_])[.!]+$|\.+$", "", text).strip()
@@ -200,13 +204,13 @@ def _plain(text: str) -> str:
 
 
 def _in_digits(text: str) -> str:
-    """A number below 100 that is written in words, in digits; any other text as it is."""
+    """Converts a number below 100 in words to digits; returns other text unchanged."""
     word = _plain(text).replace(" ", "-")
     return str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else text
 
 
 def _chosen(said: str | None, response: str) -> str | None:
-    """The letter of the choice that was made, or None."""
+    """The letter of the chosen option, or None."""
     if said is not None:
         if CHOICES.fullmatch(_clean(said)):
             return None  # more than one
@@ -215,21 +219,21 @@ def _chosen(said: str | None, response: str) -> str | None:
             return last[1]
         return (match[1] or match[2]).upper() if match else None
     lines = response.replace("**", "").strip().splitlines() or [""]
-    listed = sum(bool(OPTION.match(line)) for line in lines) > 1  # which chooses none of them
+    listed = sum(bool(OPTION.match(line)) for line in lines) > 1  # a list of options chooses none
     alone = CHOICE.fullmatch(_clean(lines[-1])) or (None if listed else OPTION.match(lines[-1]))
     if alone:
         return alone[1]
     if chosen := CHOSEN_BY.findall(lines[-1]):
         return chosen[-1]
     found = list(re.finditer(r"\(([A-J])\)|\b(?:[oO]ption|[cC]hoice) ([A-J])\b", lines[-1]))
-    # A line that breaks off after a choice has been named was still weighing it.
+    # A line that breaks off after naming a choice had not yet decided.
     if not found or not re.match(r".*[.!)\]]\s*$|\s*$", lines[-1][found[-1].end() :]):
         return None
     return found[-1][1] or found[-1][2]
 
 
 def _last_number(text: str) -> float | None:
-    """The last number that is no part of a word or a difference, or None."""
+    """The last number that is not part of a word or a difference, or None."""
     return (_numbers(text) or [None])[-1]
 
 
@@ -241,7 +245,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _parse(text: str) -> list:
-    """What math-verify reads, [] if nothing."""
+    """The expressions that math-verify reads, [] if none."""
     import math_verify
 
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text) if "(" not in text and "{" not in text else text
@@ -251,7 +255,7 @@ def _parse(text: str) -> list:
 
 
 def _same_equation(said: re.Match, answer: re.Match) -> bool:
-    """Whether two equations with different left sides hold for the same values; may take any time."""
+    """Whether two equations with different left sides are equivalent; may take any amount of time."""
     import sympy
 
     if all(NAME.fullmatch(side[1].strip()) for side in (said, answer)):
@@ -268,16 +272,17 @@ def _same_equation(said: re.Match, answer: re.Match) -> bool:
 
 
 def _same_expression(said: str, answer: str) -> bool:
-    """Whether two expressions are equal, by math-verify; may take any time."""
-    import math_verify  # a second to import
+    """Whether math-verify finds two expressions equal; may take any amount of time."""
+    import math_verify  # the import takes a second
     import sympy
 
     def equal(one, other):
         return bool(math_verify.verify(one, other, timeout_seconds=None))
 
-    # "22/7 ≈ 3.14" says the first of the two.
+    # "22/7 ≈ 3.14" means the first of the two.
     said = re.split(r"\\approx|≈", re.sub(r"^(?:\\approx|≈)", "", said))[0].strip()
-    # math-verify divides a mixed number's fraction alone by 100: per cent is taken off before it.
+    # math-verify would divide only the fraction of a mixed number by 100, so per cent signs are removed
+    # first.
     said_bare, bare = PER_CENT.sub("", said), PER_CENT.sub("", answer)
     said_values, values = _parse(said_bare), _parse(bare)
     if equal(values, said_values):
@@ -290,22 +295,22 @@ def _same_expression(said: str, answer: str) -> bool:
 
 
 def _same_in_base(said: re.Match, answer: re.Match) -> bool:
-    """Whether 1011_2 and 13_8 are one number."""
+    """Whether two numbers with bases are equal, such as 1011_2 and 13_8."""
     try:
         value, other = (int(digits, int(base)) for digits, base in (said.groups(), answer.groups()))
-    except ValueError:  # a digit or a base that there is not
+    except ValueError:  # no such digit or base
         return False
     return value == other
 
 
 def _congruent(said: re.Match, answer: re.Match) -> bool:
-    """Whether 5 mod 12 and 17 mod 12 are one class."""
+    """Whether two residues are equal, such as 5 mod 12 and 17 mod 12."""
     (value, modulus), (other, other_modulus) = (map(int, match.groups()) for match in (said, answer))
     return modulus == other_modulus and modulus > 0 and (value - other) % modulus == 0
 
 
 def _repeating(match: re.Match) -> str:
-    """The fraction that a repeating decimal is."""
+    """A repeating decimal as a fraction."""
     sign, whole, fixed, period = match.groups()
     scale = 10 ** len(fixed)
     value = fractions.Fraction(int(whole + fixed or 0), scale)
@@ -314,7 +319,7 @@ def _repeating(match: re.Match) -> str:
 
 
 def _interval(text: str) -> str:
-    """The interval that x > 2 or 2 <= x < 5 describes, or the union of several; any other text as it is."""
+    """Writes x > 2 or 2 <= x < 5 as an interval, or several as a union; returns other text unchanged."""
     parts = OR.split(text)
     if len(parts) > 1 and all(_one_interval(part.strip()) != part.strip() for part in parts):
         return "\\cup".join(_one_interval(part.strip()) for part in parts)

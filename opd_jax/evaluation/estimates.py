@@ -7,11 +7,11 @@ import numpy as np
 
 RESAMPLES = 1000
 PERMUTATIONS = 10_000
-BLOCK = 1 << 22  # values of resampled data at a time
+BLOCK = 1 << 22  # resampled values in memory at a time
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The probability that one of k responses is right, unbiased, from `right` of `samples` right ones.
+    """Unbiased estimate of the probability that at least one of k responses is right.
 
     Source: Chen et al. 2021 (arXiv 2107.03374), 1 - C(n - c, k) / C(n, k).
     """
@@ -21,7 +21,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def bootstrap_ratio(total_B, count_B) -> tuple[float, float]:
-    """95% percentile interval of sum(total) / sum(count) over resampled rows, from a fixed seed."""
+    """95% percentile interval of sum(total) / sum(count) over resampled rows, with a fixed seed."""
     return bootstrap_mean([(total_B, count_B)])
 
 
@@ -29,7 +29,7 @@ def bootstrap_mean(parts) -> tuple[float, float]:
     """95% percentile interval of the mean of sum(total) / sum(count) over several sets of problems.
 
     Args:
-      parts: (total_B, count_B) of each set; rows are resampled within their set, from a fixed seed.
+      parts: (total_B, count_B) of each set; rows are resampled within their set, with a fixed seed.
     """
     drawn = []
     for seed, (total_B, count_B) in enumerate(parts):
@@ -55,20 +55,20 @@ class Difference(NamedTuple):
 
 
 def paired(total_a_B, count_a_B, total_b_B, count_b_B) -> Difference:
-    """sum(total) / sum(count) of b less that of a, over rows that are the same problems in both.
+    """Compares sum(total) / sum(count) of b and a; row by row, both have the same problems.
 
-    The interval resamples problems; the p-value swaps a and b within problems (a permutation test), which
-    is exact where the two are exchangeable. Both from a fixed seed.
+    The interval resamples problems. The p-value is of a permutation test that swaps a and b within problems;
+    it is exact if the two are exchangeable. Both use a fixed seed.
     """
     return paired_mean([(total_a_B, count_a_B)], [(total_b_B, count_b_B)])
 
 
 def paired_mean(a, b) -> Difference:
-    """As `paired`, of the mean of sum(total) / sum(count) over several sets of problems.
+    """As `paired`, for the mean of sum(total) / sum(count) over several sets of problems.
 
     Args:
-      a, b: (total_B, count_B) of each set, the same sets in both; problems are resampled, and swapped,
-        within their set.
+      a, b: (total_B, count_B) of each set, the same sets in both. Problems are resampled and swapped within
+        their set.
     """
     parts = [
         _draws(np.array(x, float), np.array(y, float), seed)
@@ -81,7 +81,7 @@ def paired_mean(a, b) -> Difference:
 
 
 def _draws(a_2B, b_2B, seed: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """The difference of one set, and of its problems resampled [RESAMPLES] and swapped [PERMUTATIONS]."""
+    """The difference on one set, and on its problems resampled [RESAMPLES] and swapped [PERMUTATIONS]."""
     rows = a_2B.shape[1]
 
     def difference(a_2N, b_2N):
@@ -110,7 +110,7 @@ STUDENT_T = (
 
 
 def seed_interval(values) -> tuple[float, float]:
-    """95% Student-t interval of the mean over independent runs; at least two."""
+    """95% Student-t interval of the mean over two or more independent runs."""
     values = np.asarray(values, float)
     free = len(values) - 1
     quantile = STUDENT_T[free - 1] if free <= len(STUDENT_T) else 1.96

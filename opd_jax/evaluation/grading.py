@@ -1,7 +1,7 @@
-"""Grades many answers in worker processes, each task within a time limit, so that none can harm a run.
+"""Grades many answers in worker processes with a time limit per task, so that no answer can harm a run.
 
-A worker that is past the limit, out of memory or crashed is replaced, and its task is not right.
-Workers import neither JAX nor what the caller runs.
+A worker that exceeds the limit, runs out of memory or crashes is replaced, and its task counts as not right.
+Workers import neither JAX nor the caller's program.
 """
 
 import concurrent.futures
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 SECONDS = 5.0
-GRACE_SECONDS = 5.0  # after the limit, for the worker to say so itself
-START_SECONDS = 120.0  # for Python and sympy on a busy machine
+GRACE_SECONDS = 5.0  # after the limit, for the worker's own report
+START_SECONDS = 120.0  # to start Python and sympy on a busy machine
 MEMORY_BYTES = 4 << 30
 WORKER = "opd_jax.evaluation.grading_worker"
 
@@ -33,7 +33,7 @@ class Task:
     Attributes:
       response: what the model wrote.
       answer: the reference answer.
-      problem: where reasoning-gym's own scorer decides: (task, size, seed, index) of its generator.
+      problem: (task, size, seed, index) of a reasoning-gym generator whose scorer decides, else None.
     """
 
     response: str
@@ -55,10 +55,10 @@ class Verdict:
 
 
 class Grader:
-    """A pool of worker processes, started at the first use and ended with this object.
+    """A pool of worker processes that start at the first use and end with this object.
 
     Args:
-      workers: how many; by default one a core, at most 8.
+      workers: how many; by default one per core, at most 8.
       seconds: wall-clock limit of one task.
     """
 
@@ -73,10 +73,10 @@ class Grader:
         """A verdict for each task, in order.
 
         Args:
-          told: called with the number of each task that is begun, from 1, by several threads.
+          told: called with the number of each task as it begins, from 1, by several threads.
         """
         verdicts: dict[int, Verdict] = {}
-        # One iterator that all threads draw from: a slow task holds up one worker alone.
+        # All threads draw from one iterator, so that a slow task delays only one worker.
         numbered = iter(list(enumerate(tasks)))
 
         def work(worker):
@@ -103,7 +103,7 @@ class Grader:
 
 @functools.cache
 def shared_grader() -> Grader:
-    """The pool of this process, for all that grade in it; ended with the process."""
+    """The pool that all graders in this process share; it ends with the process."""
     return Grader()
 
 
@@ -113,7 +113,7 @@ def _end(workers):
 
 
 class _Worker:
-    """One process: a line of JSON in, a line out."""
+    """One worker process, which answers each line of JSON with a line of JSON."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
@@ -121,7 +121,7 @@ class _Worker:
 
     def ask(self, task: Task) -> Verdict:
         tasks, verdicts = _pipes(self._process or self._start())
-        while _read(verdicts, 0):  # said by a worker that died without a task
+        while _read(verdicts, 0):  # written by a worker that died between tasks
             pass
         try:
             tasks.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
@@ -143,7 +143,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a group that ends as one
+            start_new_session=True,  # so that the whole group can be killed
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
         if not _read(_pipes(process)[1], START_SECONDS):

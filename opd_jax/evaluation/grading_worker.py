@@ -1,8 +1,8 @@
-"""A worker of `grading`: reads tasks from standard input, a JSON object a line, and writes verdicts.
+"""A worker of `grading`: reads tasks from standard input, one JSON object per line, and writes verdicts.
 
     python -m opd_jax.evaluation.grading_worker SECONDS MEMORY_BYTES
 
-The tasks are done by a child, which a task may cost: the next child has all imports done and starts at once.
+A child process does the tasks. If a task kills it, the next child starts at once, with all imports done.
 """
 
 import functools
@@ -17,10 +17,11 @@ from opd_jax.evaluation import answers
 
 def main():
     seconds, memory = float(sys.argv[1]), int(sys.argv[2])
-    # Verdicts go out on a copy of standard output; whatever a parser prints goes nowhere.
+    # Verdicts are written to a copy of standard output. Standard output itself, where parsers print, is
+    # discarded.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    answers.grade("\\boxed{\\frac{1}{2}}", "x + 1")  # the parsers' imports and tables, before any task's time
+    answers.grade("\\boxed{\\frac{1}{2}}", "x + 1")  # loads the parsers before any task is timed
     print(json.dumps("ready"), file=out, flush=True)
     while True:
         child = os.fork()
@@ -38,7 +39,7 @@ def _serve(seconds: float, memory: int, out):
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # the kernel ends this process even inside a C loop
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # the kernel kills this process even inside a C loop
         verdict = json.dumps(_verdict(**json.loads(line)))
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(verdict, file=out, flush=True)
@@ -50,7 +51,7 @@ def _verdict(response: str, answer: str, problem: list | None) -> dict:
             return {"right": answers.grade(response, answer)}
         return {"right": _gym_score(tuple(problem), response) >= 1.0}
     except (Exception, RecursionError, MemoryError) as error:
-        # Parsers raise whatever they like on text that is no mathematics.
+        # Parsers raise all kinds of errors on text that is not mathematics.
         return {"right": False, "failed": "crash" if isinstance(error, MemoryError) else "error"}
 
 

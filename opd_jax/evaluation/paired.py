@@ -1,4 +1,4 @@
-"""Two runs or models problem by problem: is the difference more than chance?"""
+"""Compares two runs or models problem by problem: is the difference more than chance?"""
 
 import json
 import re
@@ -12,7 +12,7 @@ from opd_jax.errors import UserError
 from opd_jax.evaluation.estimates import Difference, paired
 
 LEVEL = 0.05
-# As benchmark_run.write names them: NAME-STEP, NAME-model, either with -greedy.
+# File names that answering.write gives: NAME-STEP or NAME-model, both optionally with -greedy.
 RESULTS = re.compile(r"(?P<name>.+?)-(?P<label>\d+|model)(?P<greedy>-greedy)?")
 
 
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 
 
 def compare(a: str | Path, b: str | Path) -> dict[str, tuple[float, float, int, Difference]]:
-    """name -> (value of a, value of b, problems, difference b less a); the KL is named "KL".
+    """name -> (value of a, value of b, number of problems, difference b - a); the KL is named "KL".
 
     Raises:
       UserError: one of them holds no results, they share none, or the problems differ.
@@ -61,13 +61,13 @@ def compare(a: str | Path, b: str | Path) -> dict[str, tuple[float, float, int, 
 
 
 def measured(path: str | Path, step: int | None = None) -> dict[str, Measured]:
-    """What a workdir, a folder of results or a results file holds: name -> results; empty if none.
+    """Results in a workdir, a folder of results or a results file: name -> results.
 
     Args:
-      step: take what was measured after this step; the newest of each by default.
+      step: the step of the results; by default the newest results of each name.
 
     Raises:
-      UserError: a file is not what evaluate or a run writes.
+      UserError: a file was not written by evaluate or a run.
     """
     path = Path(path)
     if path.is_file():
@@ -83,10 +83,10 @@ def measured(path: str | Path, step: int | None = None) -> dict[str, Measured]:
 
 
 def _of(path: Path, quantity: Callable[[list], Any]) -> Any:
-    """A quantity of the lines of a file.
+    """Computes a quantity from the lines of a file.
 
     Raises:
-      UserError: they are no results.
+      UserError: the lines are not results.
     """
     try:
         return quantity(read_lines(path))
@@ -104,10 +104,10 @@ def _distance(rows: Sequence[Mapping[str, Any]], step: int | None) -> Measured |
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> Measured:
-    """Right responses and responses of each problem.
+    """Numbers of right responses and of responses to each problem.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there are no rows.
     """
     if not rows:
         raise ValueError("no line")
@@ -117,7 +117,7 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> Measured:
 
 
 def kl(rows: Sequence[Mapping[str, Any]]) -> Measured:
-    """KL in nats and tokens of each held-out prompt."""
+    """Summed KL in nats, and number of tokens, of each held-out prompt."""
     rows = sorted(rows, key=lambda row: row["prompt"])
     tokens = np.array([row["tokens"] for row in rows], float)
     nats = np.array([row["kl"] for row in rows], float) * tokens
@@ -140,7 +140,7 @@ def statement(name: str, value_a: float, value_b: float, problems: int, differen
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; [] where there is none."""
+    """The objects of a JSONL file; [] if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

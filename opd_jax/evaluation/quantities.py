@@ -1,4 +1,4 @@
-"""Numbers with or without a unit, as final answers give them: read from text, and compared."""
+"""Reads and compares numbers in final answers, with or without a unit."""
 
 import functools
 import math
@@ -10,21 +10,21 @@ QUANTITY = re.compile(rf"([-+]?{UNSIGNED})(\s*)([^\d\s].*)?")
 POWER_OF_TEN = re.compile(
     r"(?<![\w.^{])(?:([\d.]+)\s*(?:\\times|\\cdot|×|\*|x)\s*)?10\s*\^\s*(?:\{\s*(-?\d+)\s*\}|(-?\d+))"
 )
-FRACTION = re.compile(  # with a whole number before it, or without
+FRACTION = re.compile(  # with or without a whole number before it
     r"(?<![\w.^{}/])(?:(\d+)(?:\s+(?=\d)|\s*(?=\\)))?"
     r"(?:(\d+)\s*/\s*(\d+)(?![\w^/]|\.\d)|\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\})"
 )
-TOLERANCE = 1e-6  # relative, between two numbers of which one has a decimal point
-ROUNDING = 1e-14  # between two that have none
+TOLERANCE = 1e-6  # relative, if one of two numbers has a decimal point
+ROUNDING = 1e-14  # if neither has one
 SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-# Letters straight after a number are a unit only if they are one of these: 5cm, but not 5x.
+# Letters directly after a number are a unit only if they are in this list: 5cm, but not 5x.
 ATTACHED = re.compile(
     r"[mcdk]?m|in|ft|yd|mi|[mk]?g|lbs?|oz|m?[lL]|m?s|min|hr?s?|[kM]?Hz|k?[JWN]|kWh|k?Pa|k?V|mol|[KCF]"
     r"|[mk]ph|rad|deg|km/h|m/s"
 )
-# Words after a number that are mathematics.
+# Words that may follow a number and are mathematics, not units.
 NO_UNIT = re.compile(r"pi|sqrt|sin|cos|tan|log|ln|exp|and|or|mod|to|[xyzn]|times|plus|minus|over")
-# What units of one dimension measure, in the first unit of each line; without the plural's s.
+# Sizes of the units of each dimension, relative to the first unit; names without a plural s.
 SIZES = {
     "length": {"m": 1, "meter": 1, "metre": 1, "km": 1e3, "kilometer": 1e3, "kilometre": 1e3}
     | {"cm": 1e-2, "centimeter": 1e-2, "centimetre": 1e-2, "mm": 1e-3, "millimeter": 1e-3, "millimetre": 1e-3}
@@ -64,7 +64,7 @@ class Quantity(NamedTuple):
 
 
 def read(text: str) -> Quantity | None:
-    """The one number that a final answer consists of, with or without a unit; None for all else."""
+    """The number that a final answer consists of, with or without a unit; None for any other text."""
     text = re.sub(r"[$€£]", "", text).strip()
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degrees", text)
     text = re.split(r"(?<![<>!=])=(?!=)", text)[-1].strip()
@@ -84,7 +84,7 @@ def read(text: str) -> Quantity | None:
 
 
 def decimal(text: str) -> str:
-    """The text with its powers of ten, fractions and mixed numbers as decimal numbers."""
+    """Writes the powers of ten, fractions and mixed numbers in a text as decimal numbers."""
     text = POWER_OF_TEN.sub(lambda match: f"{match[1] or 1}e{match[2] or match[3]}", text)
     return FRACTION.sub(_divided, text)
 
@@ -97,8 +97,9 @@ def _divided(match: re.Match) -> str:
 def same(said: Quantity, answer: Quantity) -> bool:
     """Whether two quantities are equal.
 
-    50% is 50 and 0.5, but 0.5% is not 50%. Units of one dimension are converted: 5 m is 500 cm, not 5 cm.
-    Where one has no unit or the dimensions differ, the numbers alone count: the problem sets the dimension.
+    50% equals 50 and 0.5, but 0.5% does not equal 50%. Units of one dimension are converted: 5 m is 500 cm,
+    not 5 cm. If one has no unit or the dimensions differ, only the numbers count: the problem gives the
+    dimension.
     """
     close = functools.partial(math.isclose, rel_tol=ROUNDING if said.exact and answer.exact else TOLERANCE)
     said_unit, unit = _size(said.unit), _size(answer.unit)

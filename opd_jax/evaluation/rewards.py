@@ -1,4 +1,4 @@
-"""Task rewards: is the final answer of a response right? Host side, with the device waiting."""
+"""Task rewards: is the final answer of a response right? Runs on the host while the device waits."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from opd_jax.parallel import distributed, sharding
 
 
 def reward_batch(mesh, tokenizer, grader: Grader, answers: Sequence[str | None], rollouts) -> jax.Array:
-    """Decodes and grades a batch of responses: reward_B on the mesh, NaN where there is no answer.
+    """Decodes and grades a batch of responses. Returns reward_B on the mesh.
 
-    1 for a right answer, else 0; an answer that cannot be graded within the grader's limits is not right.
-    One host round trip: it waits for the sampler, and each process grades its own rows. Where several hold
-    a row, one that finds it right in time decides for all.
+    The reward is 1 for a right answer and 0 otherwise, NaN without a reference answer. An answer that cannot
+    be graded within the grader's limits is not right. This waits for the sampler, and each process grades its
+    own rows. If several processes hold a row, it is right if one of them finds it right in time.
 
     Args:
       answers: the reference answers of this process's rows.
@@ -33,7 +33,7 @@ def reward_batch(mesh, tokenizer, grader: Grader, answers: Sequence[str | None],
 def graded(
     tokenizer, grader: Grader, answers: Sequence[str | None], response_BT: np.ndarray, mask_BT: np.ndarray
 ) -> list[bool | None]:
-    """Whether each response is right; None where there is no answer to compare with."""
+    """Whether each response is right; None without a reference answer."""
     right: list[bool | None] = [None] * len(answers)
     known = [(b, answer) for b, answer in enumerate(answers) if answer is not None]
     texts = [tokenizer.decode(response_BT[b][mask_BT[b]], skip_special_tokens=True) for b, _ in known]

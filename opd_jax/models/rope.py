@@ -29,7 +29,11 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Stretches wavelengths above original / low_freq_factor, not those below original / high_freq_factor."""
+    """Stretches long wavelengths and keeps short ones.
+
+    Wavelengths above original / low_freq_factor are stretched, those below original / high_freq_factor are
+    kept.
+    """
 
     factor: float
     low_freq_factor: float
@@ -50,7 +54,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Keeps fast channels, stretches those that rarely turn over the original length, scales cos and sin."""
+    """Keeps channels that turn often over the original length, stretches slow ones, scales cos and sin."""
 
     factor: float
     original_max_position_embeddings: int

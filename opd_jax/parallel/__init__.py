@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, shardings by logical axis, several hosts, compiled programs kept on disk.
+"""Devices and processes: the mesh, shardings by logical axis, several hosts, the compilation cache.
 
 In: mesh sizes and tables of axis rules. Out: `jax.sharding.Mesh`, `NamedSharding`s, arrays placed on them.
 May import: errors, progress.

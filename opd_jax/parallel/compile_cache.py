@@ -1,4 +1,4 @@
-"""Keeps compiled programs on disk, so that a run that starts again does not compile again."""
+"""Keeps compiled programs on disk, so that a restarted run does not compile again."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,15 @@ def enable(setting: str) -> str | None:
     """Turns JAX's persistent compilation cache on or off for this process; call before compiling.
 
     Args:
-      setting: the config's compile.cache: a folder; "off"; or "auto", which is $JAX_COMPILATION_CACHE_DIR
-        where that is set, else ~/.cache/opd_jax/compiled (or $XDG_CACHE_HOME/opd_jax/compiled) on TPU and
-        GPU, and off on CPU.
+      setting: the config's compile.cache: a folder, "off", or "auto". Auto is $JAX_COMPILATION_CACHE_DIR if
+        it is set; otherwise ~/.cache/opd_jax/compiled (or $XDG_CACHE_HOME/opd_jax/compiled) on TPU and GPU,
+        and off on CPU.
 
     Returns:
-      The folder; None where it is off.
+      The folder, or None if the cache is off.
 
     Raises:
-      UserError: the folder cannot be made.
+      UserError: the folder cannot be created.
     """
     if setting == "auto":
         # jax declares its settings at runtime, where pyright does not see them.

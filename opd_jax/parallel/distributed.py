@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, and how they stop together.
 
-A process belongs to a larger run where JAX_NUM_PROCESSES says so (with JAX_COORDINATOR_ADDRESS and
-JAX_PROCESS_ID, as launch/local_pod.sh sets them), or where it runs on a TPU host that may be one of many.
-Anywhere else it is alone and needs none of this.
+A process belongs to a larger run if JAX_NUM_PROCESSES is set (with JAX_COORDINATOR_ADDRESS and
+JAX_PROCESS_ID, as in launch/local_pod.sh), or if it is on a TPU host that may be one of many. Otherwise it
+runs alone.
 """
 
 import glob
@@ -19,24 +19,25 @@ from jax.experimental import multihost_utils
 
 from opd_jax.errors import UserError
 
-# JAX stops all processes at the point after the last that any has reached, so points never start anew: a
-# notice between two runs of one process would otherwise wait for a step that the second may not have.
+# JAX stops all processes at the point after the last one that any process has reached. So the numbers of
+# points go on through all runs of a process: a notice between two runs would otherwise wait for a step that
+# the second run may not have.
 _SYNC_POINTS = itertools.count(1)
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: what was started here can go on later
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run can continue later
 
 
 class Preempted(SystemExit):
-    """Ends the program because it was told to stop; exit status PREEMPTED asks to be started again."""
+    """Ends the program because it was told to stop. Exit status PREEMPTED asks for a restart."""
 
     def __init__(self):
         super().__init__(PREEMPTED)
 
 
 def initialize():
-    """Joins the processes of this run; call it before anything touches a device.
+    """Joins the processes of this run; call it before anything uses a device.
 
     Raises:
-      UserError: the environment describes half a run, or the others cannot be reached.
+      UserError: the environment describes a run incompletely, or the other processes cannot be reached.
     """
     environment = os.environ
     try:
@@ -60,7 +61,7 @@ def initialize():
 
 
 def _may_be_one_of_many_tpu_hosts(environment) -> bool:
-    """Whether this is a TPU host, and nothing says that it is the only one."""
+    """Whether this is a TPU host that may not be the only one."""
     # jax declares its settings at runtime, where pyright does not see them.
     platforms: str | None = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if platforms and "tpu" not in platforms.split(","):
@@ -76,17 +77,17 @@ def _may_be_one_of_many_tpu_hosts(environment) -> bool:
 
 
 def gathered(values: Any) -> np.ndarray:
-    """Every process's values, a row each, in every process; call it in all, with equal shapes."""
+    """Collects the values of all processes, one row each. Call it in every process, with equal shapes."""
     with jax.transfer_guard("allow"):  # the values are host numbers
         return multihost_utils.process_allgather(np.asarray(values))
 
 
 class Preemption:
-    """Whether this run has been told to stop by SIGTERM; a context manager around the loop.
+    """Whether SIGTERM has told this run to stop; a context manager around the loop.
 
-    In a run of several processes the notice of any reaches all, and all stop after the same step. There
-    the signal is caught from `initialize` on; a lone process catches it inside the context alone, and the
-    first SIGINT (Ctrl-C, a notebook's stop button) with it: the second does what it always does.
+    In a run of several processes, a notice to one of them reaches all, and all stop after the same step. They
+    catch the signal from `initialize` on. A process that runs alone catches it only inside the context. There
+    it also catches the first SIGINT (Ctrl-C, a notebook's stop button); a second SIGINT has its usual effect.
     """
 
     def __init__(self):
@@ -94,7 +95,7 @@ class Preemption:
         self._before = {}
 
     def reached(self) -> bool:
-        """Whether to save and stop after this step; call it at every step, in every process."""
+        """Whether to save and stop after this step. Call it at every step, in every process."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return self._told

@@ -1,8 +1,8 @@
-"""Where arrays may live, as data: meshes by name, and tables of which mesh axes cut which logical axis.
+"""Meshes by name, and tables that say which mesh axes cut which logical axis.
 
-A run names one mesh (`mesh.preset`) and a table each for the student's weights, the teacher's, the key/value
-cache and the batch (`sharding.*`). An axis that the mesh does not divide evenly stays whole, and so does one
-whose mesh axis an earlier axis took: experts are cut before their hidden width.
+A run names one mesh (`mesh.preset`), and one table each for the student's weights, the teacher's weights, the
+key/value cache and the batch (`sharding.*`). An axis stays whole if the mesh does not divide it evenly, or if
+an earlier axis of the array uses the same mesh axis: experts are cut before their hidden width.
 """
 
 import functools
@@ -12,18 +12,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 AXES = ("data", "fsdp", "tensor")
-SLICES = "slices"  # stands for their number
+SLICES = "slices"  # stands for the number of slices
 
-# Devices along data, fsdp and tensor; -1 takes what is left.
+# Devices along data, fsdp and tensor; -1 takes the devices that are left.
 MESHES = {
     "one_chip": (1, 1, 1),
     "one_host": (1, -1, 1),
     "slice": (1, -1, 1),
-    "slices": (SLICES, -1, 1),  # on one slice or host the same as those
+    "slices": (SLICES, -1, 1),  # on one slice or host, the same as "slice" or "one_host"
     "replicas": (-1, 1, 1),
 }
 
-_SPREAD = {"spread_experts": ("fsdp", "tensor")}  # few tokens (decoding) go to experts all over the slice
+_SPREAD = {"spread_experts": ("fsdp", "tensor")}  # decoding: few tokens, so they move to the experts
 _TENSOR = dict.fromkeys(("experts", "heads", "kv_heads", "ffn", "vocab"), "tensor")
 
 WEIGHTS = {
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
         return _rules(*self)
 
     def parts(self, axis: str, mesh_shape: Mapping[str, int]) -> int:
-        """Into how many parts a logical axis is cut where it divides evenly."""
+        """Number of parts into which a logical axis is cut if it divides evenly."""
         over = self.rules.get(axis, ())
         return math.prod(mesh_shape[name] for name in ((over,) if isinstance(over, str) else over))
 
@@ -75,7 +75,7 @@ def _rules(weights: str, cache: str, batch: str):
 
 
 def mesh_sizes(sizes: Mapping[str, Any], slices: int) -> list[int]:
-    """Devices along each of AXES: a config's `mesh`, whose zeros its preset fills."""
+    """Devices along each of AXES, from a config's `mesh`; its preset fills the zeros."""
     preset = MESHES.get(sizes.get("preset", ""), (0, 0, 0))
     filled = [sizes[axis] or named for axis, named in zip(AXES, preset, strict=True)]
     return [slices if size == SLICES else int(size) for size in filled]

@@ -1,4 +1,4 @@
-"""The mesh, and where every array of a run lives, by the tables of `layouts`."""
+"""The mesh, and the placement of every array of a run by the tables of `layouts`."""
 
 import functools
 import math
@@ -18,16 +18,16 @@ BATCH = P(("data", "fsdp"))
 def make_mesh(sizes, devices=None) -> Mesh:
     """A mesh with axes data, fsdp and tensor.
 
-    Where the devices are several slices, the data axis alone runs across them: it needs the least
-    traffic, one sum of the gradients a step, and the network between slices is the slowest.
+    If the devices form several slices, only the data axis crosses them. It needs the least traffic, one sum
+    of the gradients per step, and the network between slices is the slowest.
 
     Args:
-      sizes: the config's `mesh`, whose zeros its preset fills; at most one size is -1 and takes the devices
+      sizes: the config's `mesh`; its preset fills the zeros. At most one size is -1, which takes the devices
         that are left.
-      devices: all of them if None.
+      devices: all devices by default.
 
     Raises:
-      UserError: the sizes do not fit the number of devices, or of slices.
+      UserError: the sizes do not fit the number of devices or slices.
     """
     devices = jax.devices() if devices is None else devices
     slices = slice_count(devices)
@@ -43,7 +43,7 @@ def make_mesh(sizes, devices=None) -> Mesh:
             f"{named} does not fit {len(devices)} devices; set one axis to -1 to take what is left"
         )
     types = (jax.sharding.AxisType.Auto,) * 3
-    if slices == 1:  # an axis may take a part of a side of the slice: tensor=2 of 8 x 8 chips
+    if slices == 1:  # an axis may use a part of a side of the slice: tensor=2 on 8 x 8 chips
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
     if shape[0] % slices:
@@ -59,12 +59,12 @@ def make_mesh(sizes, devices=None) -> Mesh:
 
 
 def slice_count(devices) -> int:
-    """Of how many TPU slices the devices are; 1 for all others."""
+    """Number of TPU slices that the devices belong to; 1 for other devices."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def pieces(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts the rows of a batch."""
+    """Number of parts into which the mesh cuts the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -83,7 +83,7 @@ def check_batch(mesh: Mesh, name: str, size: int):
 
 
 def on(mesh: Mesh, fn):
-    """fn, traced with the mesh in sight of `constrain` and `gather_weight`."""
+    """fn, traced with the mesh available to `constrain` and `gather_weight`."""
 
     @functools.wraps(fn)
     def traced(*args):
@@ -94,10 +94,11 @@ def on(mesh: Mesh, fn):
 
 
 def constrain(x, *axes, layout: Layout = DEFAULT):
-    """x laid out by the logical names of its leading axes (None or absent: whole), its gradient too.
+    """Constrains the sharding of x and of its gradient, by the logical names of the leading axes.
 
-    The compiler would otherwise cut activations by width wherever a weight is, and sum them over the
-    mesh after every product. Outside of `on`, x as it is.
+    An axis without a name, or named None, stays whole. Without the constraint the compiler would cut
+    activations along the width where a weight is cut, and sum them over the mesh after every product. Outside
+    of `on`, x is returned unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -108,7 +109,7 @@ def constrain(x, *axes, layout: Layout = DEFAULT):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_weight(weight, axes, layout: Layout = DEFAULT):
-    """A weight as products need it, whole along fsdp; its gradient is cut as the weight is stored."""
+    """Gathers a weight along fsdp for a product; its gradient is cut as the stored weight is."""
     axes = (None if layout.rules.get(axis) == "fsdp" else axis for axis in axes)
     return constrain(weight, *axes, layout=layout)
 
@@ -121,12 +122,12 @@ gather_weight.defvjp(lambda *args: (gather_weight(*args), None), _gather_weight_
 
 
 def stored_axes(axes) -> tuple:
-    """Logical axes that a parameter is cut along: none for vectors, which cost a message for each use."""
+    """Logical axes along which a parameter is cut: none for vectors, which would cost a message per use."""
     return axes if sum(axis != "layers" for axis in axes) > 1 else (None,) * len(axes)
 
 
 def spec(shape, axes, mesh: Mesh | AbstractMesh, rules=DEFAULT.rules) -> P:
-    """PartitionSpec of an array from its logical axes, by `Layout.rules`."""
+    """PartitionSpec of an array from its logical axes and `Layout.rules`."""
     names, taken = [], set()
     for size, axis in zip(shape, axes, strict=True):
         name = rules.get(axis)
@@ -150,10 +151,12 @@ def param_shardings(mesh: Mesh, abstract, axes, rules=DEFAULT.rules):
 
 
 def like_params(mesh: Mesh, abstract_state, params_shardings, memory: str = "device"):
-    """Shardings of an optimizer state: subtrees shaped like the parameters as those, the rest whole.
+    """Shardings of an optimizer state.
+
+    Subtrees shaped like the parameters are cut like them. The rest is whole.
 
     Args:
-      memory: device, or host: those subtrees then lie in the memory of the devices' hosts.
+      memory: "device", or "host", which puts those subtrees into the memory of the devices' hosts.
     """
     treedef = jax.tree.structure(params_shardings)
     if memory == "host":
@@ -170,7 +173,7 @@ def like_params(mesh: Mesh, abstract_state, params_shardings, memory: str = "dev
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """A full copy on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -180,9 +183,9 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """Numbers of the rows of a batch of `size` that this process's devices hold, ascending.
+    """Indices of the rows of a batch of `size` that this process's devices hold, ascending.
 
-    Where devices of several processes share a row (a tensor axis across hosts), each of them has it.
+    If devices of several processes share a row (a tensor axis across hosts), each of the processes has it.
     """
     pieces = mesh.devices.reshape(-1, mesh.shape["tensor"])
     here = [any(d.process_index == jax.process_index() for d in piece) for piece in pieces]
@@ -190,17 +193,17 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def key(mesh: Mesh, seed: int, purpose: int) -> jax.Array:
-    """A PRNG key of a seed for one purpose, the same on every device."""
+    """A PRNG key from a seed for one purpose, the same on every device."""
     with jax.transfer_guard("allow"):  # a seed is a host number
         made = jax.random.fold_in(jax.random.key(seed), purpose)
-        # As plain words: a key array cannot be put onto devices of other processes.
+        # As plain words, because a key array cannot be put onto devices of other processes.
         words = jax.device_get(jax.random.key_data(made))
         return jax.random.wrap_key_data(jax.device_put(words, replicated(mesh)))
 
 
 def put_batch(mesh: Mesh, local):
-    """Global arrays from each process's `local_rows` of them (NumPy)."""
-    # JAX counts this transfer as implicit where there are several processes.
+    """Makes global arrays from the NumPy `local_rows` of each process."""
+    # With several processes JAX counts this transfer as implicit.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(batch(mesh), np.asarray(x)), local
@@ -208,7 +211,7 @@ def put_batch(mesh: Mesh, local):
 
 
 def gather(mesh: Mesh, tree):
-    """NumPy copies of sharded arrays, whole, on every host. For small arrays."""
+    """Whole NumPy copies of sharded arrays on every host. For small arrays."""
     return jax.device_get(_everywhere(mesh)(tree))
 
 
@@ -223,7 +226,7 @@ def _local_values(x):
 
 
 def first_rows(mesh: Mesh, tree, rows: int):
-    """The first rows of batch-sharded arrays, replicated over the mesh; starts no transfer to the host."""
+    """The first rows of batch-sharded arrays, replicated over the mesh, without a transfer to the host."""
     return _first_rows(mesh, rows)(tree)
 
 

@@ -5,8 +5,8 @@
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --json
     python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 --stop_after=buffers
 
-Weights and tokenizers are not read where the paths are presets (preset:Qwen3-1.7B). Ends with status 1 where
-memory does not suffice, or a program reaches the host or holds logits of all positions.
+Presets as paths (preset:Qwen3-1.7B) need no weights or tokenizers. The exit status is 1 if the memory does
+not suffice, or if a program reaches the host or holds the logits of all positions.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from opd_jax.progress import Progress
 
 
 def as_dict(report: check.StepReport) -> dict:
-    """A report as --json prints it."""
+    """The report that --json prints."""
     return dataclasses.asdict(report) | {"ok": report.ok, "assumed": check.ASSUMED}
 
 
 def builder(f):
-    """(how programs are compiled, as preflight_build.built; whether whole), by the flags."""
+    """Returns, by the flags, (a function like build.built, whether it compiles whole programs)."""
     if f.only:
         return dump.only(f.only, f.dump), False
     if f.from_dump:
@@ -42,7 +42,7 @@ def builder(f):
 
 
 def announced(build, progress: Progress):
-    """The same way to compile, shown: what is compiled, as it begins."""
+    """`build`, with a phase of progress for each program."""
 
     def compile_shown(traced, name: str) -> Built:
         with progress.phase(f"compiling {name}"):
@@ -59,7 +59,7 @@ def main(_):
         raise UserError("--search compiles whole programs; leave out --stop_after, --from_dump and --only")
     chip, devices = topology.describe(flags.FLAGS.topology)
     if flags.FLAGS.search:
-        # Each takes minutes: what is known so far goes to standard error, the table alone to standard output.
+        # Each compile takes minutes. Results so far go to standard error, only the table to standard output.
         with Progress() as progress:
             build = announced(built, progress)
             found = search.search(config, devices, chip, plan, progress.say, build)

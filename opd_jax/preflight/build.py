@@ -1,4 +1,4 @@
-"""A traced program, compiled for devices that need not be attached."""
+"""Compiles a traced program for devices that need not be attached."""
 
 import dataclasses
 import re
@@ -10,13 +10,13 @@ from opd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A compiled program: bytes of one device, and its optimised text.
+    """A compiled program: its memory in bytes on one device, and its optimised text.
 
     Attributes:
-      arguments, temporaries, peak: as ProgramReport has them.
-      host: bytes of the arguments that lie in the host's memory; in none of the above.
-      text: what hlo.Program reads.
-      shortage: what the compiler said where it found no room, else "".
+      arguments, temporaries, peak: as in check.ProgramReport.
+      host: bytes of arguments in the host's memory; not part of the above.
+      text: optimised HLO, which hlo.Program reads.
+      shortage: the compiler's message if the memory does not suffice, else "".
     """
 
     arguments: int = 0
@@ -28,10 +28,10 @@ class Built:
 
 
 def built(traced, name: str) -> Built:
-    """Compiles a traced program; preflight_dump.py has others of this signature.
+    """Compiles a traced program; dump.py has other functions with this signature.
 
     Raises:
-      UserError: the compiler refuses it for another reason than memory.
+      UserError: the compiler refuses it for a reason other than memory.
     """
     try:
         compiled = traced.lower().compile()
@@ -43,7 +43,7 @@ def built(traced, name: str) -> Built:
             ) from error
         return Built(shortage=shortage(str(error)))
     memory = compiled.memory_analysis()
-    # The compiler's peak counts the host's memory too, whose results lie where the arguments did.
+    # The compiler's peak includes the host's memory, in which results take the place of the arguments.
     peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     return Built(
         memory.argument_size_in_bytes,
@@ -55,7 +55,7 @@ def built(traced, name: str) -> Built:
 
 
 def shortage(message: str) -> str:
-    """What the compiler's out-of-memory message says, in a line."""
+    """The compiler's out-of-memory message in one line."""
     found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
     if found:
         return f"needs {found[1]} of {found[2]}"

@@ -1,12 +1,14 @@
-"""What a step needs, counted from its shapes: FLOPs, and bytes between HBM and the compute units.
+"""Costs of a step, computed from its shapes: FLOPs, and bytes between HBM and the compute units.
 
-FLOPs are multiplications and additions of matrix products and causal attention, nothing else. Bytes are
-those of arrays too large to stay on the chip; docs/preflight.md lists the terms.
+FLOPs are the multiplications and additions of matrix products and causal attention only. Bytes are those of
+arrays that are too large to stay on the chip; docs/preflight.md lists the terms.
 """
+
+from collections.abc import Mapping
 
 from opd_jax.models import ModelConfig
 
-LOGIT_BYTES = 12  # a logit: written once and read twice in float32
+LOGIT_BYTES = 12  # per logit: written once and read twice in float32
 
 
 def value_bytes(model: ModelConfig) -> int:
@@ -15,12 +17,12 @@ def value_bytes(model: ModelConfig) -> int:
 
 
 def matrix_bytes(model: ModelConfig) -> int:
-    """Bytes of a weight as products read it; vectors, scales and routers are too few to count."""
+    """Bytes of a weight that products read. Vectors, scales and routers are too small to count."""
     return 1 if model.weights == "int8" else value_bytes(model)
 
 
 def attention_flops(model: ModelConfig, start: int, count: int) -> int:
-    """FLOPs of `count` tokens' attention whose first sees start + 1 keys, each its causal past."""
+    """FLOPs of causal attention for `count` tokens, the first of which sees start + 1 keys."""
     keys = count * start + count * (count + 1) // 2
     return 4 * keys * model.heads * model.head_size * model.layers
 
@@ -28,7 +30,7 @@ def attention_flops(model: ModelConfig, start: int, count: int) -> int:
 def phase_flops(
     student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t: int, samples: int = 1
 ) -> dict:
-    """FLOPs of each phase of a step at batch x (p + t) tokens, `samples` rollouts to a prompt."""
+    """FLOPs of each phase of a step on batch x (p + t) tokens, with `samples` rollouts per prompt."""
     block, whole = (student.matmul_flops_per_token(head=h) for h in (False, True))
     head = whole - block
     length = p + t
@@ -41,25 +43,25 @@ def phase_flops(
 
 
 def block_values(model: ModelConfig) -> int:
-    """Activations that the blocks write for one token, values."""
+    """Number of activations that the blocks write for one token."""
     attention = model.head_size * (3 * model.heads + 4 * model.kv_heads)
     feed_forward = 3 * model.ffn
-    if model.experts:  # a row for each chosen expert, taken to it and back; the router's float32 softmax
+    if model.experts:  # a row to and from each chosen expert; the router's float32 softmax
         feed_forward = model.experts_per_token * (3 * model.ffn + 2 * model.width) + 2 * model.experts
     return model.layers * (attention + 6 * model.width + feed_forward)
 
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
-    """One device's copy of a model's weights as products read them, bfloat16 or int8, whole along fsdp."""
+    """Bytes of one device's weights in the products: bfloat16 or int8, gathered along fsdp."""
     return matrix_bytes(model) * model.parameter_count() // _cut(model, tensor)
 
 
 def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) -> int:
-    """The part of `weight_bytes` that a pass reads, each expert as likely as another.
+    """The part of `weight_bytes` that a pass reads, assuming uniform routing to experts.
 
     Args:
       tokens: of one device.
-      spread: devices along fsdp that the experts are spread over and whose tokens come to them.
+      spread: number of devices along fsdp over which the experts are spread.
     """
     if not model.experts:
         return weight_bytes(model, tensor)
@@ -70,7 +72,7 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) ->
 
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
-    """HBM traffic of one device's blocks over rows x length tokens; plain attention writes its scores."""
+    """HBM traffic of one device's blocks for rows x length tokens; plain attention writes its scores."""
     scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
     scores *= model.attention == "plain"
     width = value_bytes(model)
@@ -93,14 +95,14 @@ def sample_bytes(
     int8_cache: bool = False,
     spread: int = 1,
 ) -> int:
-    """HBM traffic of one device that samples t tokens for each of its rows.
+    """HBM traffic of one device to sample t tokens for each of its rows.
 
     Args:
       rows: of one device.
       stages: rollout.cache_stages.
       samples: rollouts that share one prefill.
-      int8_cache: the cache holds a byte a value and a float32 a token and head.
-      spread: devices along fsdp that the experts are spread over while tokens are decoded.
+      int8_cache: the cache holds one byte per value, and one float32 per token and head.
+      spread: number of devices along fsdp over which the experts are spread while decoding.
     """
     slots = p + t * (stages + 1) / (2 * stages)
     kv_heads = -(-model.kv_heads // tensor)
@@ -113,13 +115,13 @@ def sample_bytes(
 
 
 def train_bytes(
-    student,
-    teacher,
+    student: ModelConfig,
+    teacher: ModelConfig,
     rows: int,
     pieces: int,
     p: int,
     t: int,
-    mesh_shape,
+    mesh_shape: Mapping[str, int],
     mu_bytes: int,
     recomputed: bool = False,
     updates: int = 1,
@@ -129,8 +131,8 @@ def train_bytes(
     Args:
       rows: of one device in one micro-batch.
       pieces: micro-batches.
-      recomputed: scoring runs the student too.
-      updates: on the same rollouts, scored once.
+      recomputed: scoring also runs the student.
+      updates: updates on the same rollouts, which are scored once.
     """
     tensor = mesh_shape["tensor"]
     scored = score_bytes(student, teacher, rows, p, t, tensor, recomputed)
@@ -142,21 +144,21 @@ def train_bytes(
 
 
 def gradient_noise_bytes(
-    student,
-    teacher,
+    student: ModelConfig,
+    teacher: ModelConfig,
     rows: int,
     pieces: int,
     groups: int,
     p: int,
     t: int,
-    mesh_shape,
+    mesh_shape: Mapping[str, int],
     recomputed: bool = False,
 ) -> int:
-    """HBM traffic of one device in the score and three gradients of each group.
+    """HBM traffic of one device for scoring and three gradients of each group.
 
     Args:
-      rows, pieces, recomputed: of the score, as in `train_bytes`.
-      groups: that the batch is cut into, instead of `pieces`.
+      rows, pieces, recomputed: as in `train_bytes`, for scoring.
+      groups: number of groups of the batch, which replace `pieces` for the gradients.
     """
     tensor = mesh_shape["tensor"]
     own = _own(student, mesh_shape)
@@ -167,31 +169,41 @@ def gradient_noise_bytes(
 
 
 def _cut(model: ModelConfig, tensor: int) -> int:
-    """Into how many parts a matrix is cut along tensor."""
+    """Number of parts into which tensor cuts a matrix."""
     return model.layout.parts("heads", {"tensor": tensor})
 
 
-def _own(model: ModelConfig, mesh_shape) -> int:
-    """Parameters that a device stores."""
+def _own(model: ModelConfig, mesh_shape: Mapping[str, int]) -> int:
+    """Number of parameters that one device stores."""
     parts = model.layout.parts("embed", mesh_shape) * _cut(model, mesh_shape["tensor"])
     return model.parameter_count() // parts
 
 
-def score_bytes(student, teacher, rows: int, p: int, t: int, tensor: int, recomputed: bool = False) -> int:
-    """Of scoring one micro-batch."""
+def score_bytes(
+    student: ModelConfig,
+    teacher: ModelConfig,
+    rows: int,
+    p: int,
+    t: int,
+    tensor: int,
+    recomputed: bool = False,
+) -> int:
+    """HBM traffic of scoring one micro-batch."""
     logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + recomputed * student.vocab_size) // tensor
     again = recomputed * forward_bytes(student, rows, p + t, tensor)
     return forward_bytes(teacher, rows, p + t, tensor) + again + logits
 
 
-def _gradient_bytes(student, rows: int, p: int, t: int, tensor: int) -> int:
-    """Of the gradient of one micro-batch: forward, again, and a backward of two."""
+def _gradient_bytes(student: ModelConfig, rows: int, p: int, t: int, tensor: int) -> int:
+    """HBM traffic of a micro-batch's gradient: two forward passes, and a backward pass that counts as two."""
     logits = LOGIT_BYTES * rows * t * 3 * student.vocab_size // tensor
     return 4 * forward_bytes(student, rows, p + t, tensor) + logits
 
 
-def divergence_bytes(student, teacher, rows: int, pieces: int, p: int, t: int, tensor: int) -> int:
-    """HBM traffic of one device in the evaluation's KL."""
+def divergence_bytes(
+    student: ModelConfig, teacher: ModelConfig, rows: int, pieces: int, p: int, t: int, tensor: int
+) -> int:
+    """HBM traffic of one device for the KL of an evaluation."""
     logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + student.vocab_size) // tensor
     models = sum(forward_bytes(model, rows, p + t, tensor) for model in (student, teacher))
     return pieces * (models + logits)

@@ -1,7 +1,8 @@
-"""Programs read from what the compiler writes once it has optimised them and given them their memory.
+"""Reads programs from the compiler's dump after optimisation and buffer assignment.
 
-Generating code is the longest part of a large program's compile, and tells nothing that preflight asks but
-its own size and its errors. `--stop_after=buffers` starts a process for each program and ends it there.
+Code generation is the longest part of compiling a large program. Preflight would learn from it only the size
+of the code and its errors. `--stop_after=buffers` starts a process for each program and kills it before code
+generation.
 """
 
 import re
@@ -24,15 +25,15 @@ OPTIMISED, BUFFERS, LAST = (
 
 
 def options(folder) -> dict:
-    """Compiler options that have it write to a folder."""
+    """Options that make the compiler dump to a folder."""
     return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
 def read(folder) -> Built:
-    """The program that was dumped to a folder; its code's size is in no figure.
+    """Reads the program that was dumped to a folder; no number includes the size of its code.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder holds no dump.
     """
     text, buffers = (next(Path(folder).glob(name), None) for name in (OPTIMISED, BUFFERS))
     if text is None or buffers is None:
@@ -48,14 +49,14 @@ def read(folder) -> Built:
 
 
 def reader(folder):
-    """build(traced, name) for `preflight_check.check`, from FOLDER/NAME."""
+    """A build(traced, name) for `check.check` that reads FOLDER/NAME."""
     return lambda traced, name: read(Path(folder) / name)
 
 
 def only(wanted: str, folder):
-    """build(traced, name) that compiles one program, writing to FOLDER/NAME, and leaves out the others.
+    """A build(traced, name) that compiles one program with a dump in FOLDER/NAME, and skips the others.
 
-    From here on this process keeps no compiled programs on disk: one that is found there writes nothing.
+    It turns off the compilation cache of this process, because a program from the cache writes no dump.
     """
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -70,10 +71,10 @@ def only(wanted: str, folder):
 
 
 def until_buffers(folder, arguments):
-    """build(traced, name) that starts preflight again for one program, and ends it once that has its memory.
+    """A build(traced, name) that runs preflight in a process of its own, up to buffer assignment.
 
     Args:
-      arguments: of this command.
+      arguments: the command line of this process.
     """
 
     def build(traced, name):

@@ -1,4 +1,4 @@
-"""What colab/qwen3.ipynb needs beside a run: its config, preflight in a process of its own, fetching."""
+"""Functions for colab/qwen3.ipynb: the config, preflight in a process of its own, downloading."""
 
 import os
 import subprocess
@@ -17,12 +17,12 @@ DEMO_PROMPTS = {"data.source": "demo", "data.path": ""}
 
 
 def settings(steps: int, prompts: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes of a recipe that a notebook's parameters are: dotted key -> value.
+    """Turns a notebook's parameters into changes of a recipe: dotted key -> value.
 
     Args:
       steps: train.steps.
-      prompts: a JSONL file; "" takes the demo's prompts.
-      overrides: further fields, which win.
+      prompts: a JSONL file; "" stands for the demo's prompts.
+      overrides: further fields, which take precedence.
     """
     source = {"data.source": "jsonl", "data.path": prompts} if prompts else DEMO_PROMPTS
     return {**source, "data.over_long": "drop", "train.steps": steps, **overrides}
@@ -32,7 +32,7 @@ def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:
     """A recipe with changes.
 
     Raises:
-      UserError: one of them is no field, or of another type.
+      UserError: a change names no field, or has the wrong type.
     """
     c = configs.load(recipe, plugins=changes.get("plugins", ()))
     for key, value in changes.items():
@@ -45,15 +45,15 @@ def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def preflight(recipe: str, student: str, teacher: str, changes: Mapping[str, Any], topology: str) -> None:
-    """Compiles the run for a slice in a process of its own, so that this one does not hold the chip yet.
+    """Compiles the run for a slice, in a process of its own so that this one does not hold the chip yet.
 
     Args:
-      student, teacher: folders, or names on the Hub, of which the sizes are known here (models/presets.py).
-      changes: as of `config`; the same run is compiled that will be trained.
-      topology: such as v5e:1x1; "" skips it.
+      student, teacher: folders, or names on the Hub that are presets (models/files/presets.py).
+      changes: the changes that `config` gets, so that the compiled run is the one that will be trained.
+      topology: such as v5e:1x1; "" skips preflight.
 
     Raises:
-      UserError: it does not fit, or cannot be compiled; what preflight printed says why.
+      UserError: the run does not fit or cannot be compiled; preflight's output says why.
     """
     if not topology:
         return
@@ -70,7 +70,7 @@ def preflight(recipe: str, student: str, teacher: str, changes: Mapping[str, Any
 
 
 def fetch(name: str) -> str:
-    """The folder of a model: itself, or where the Hub's cache holds what is now downloaded."""
+    """The folder of a model: `name` if it is a folder, else the downloaded copy in the Hub's cache."""
     from huggingface_hub import snapshot_download
 
     return name if os.path.isdir(name) else snapshot_download(name)

@@ -1,4 +1,4 @@
-"""Compiles a run for one slice cut in other ways, and ranks them."""
+"""Compiles a run for one slice with different meshes and micro-batches, and ranks them."""
 
 import copy
 from collections.abc import Callable
@@ -23,16 +23,16 @@ def search(
 ) -> list[tuple[dict[str, int], int, check.StepReport]]:
     """Compiles all programs over mesh shapes and micro-batches.
 
-    On each mesh micro-batches of 1, 2, 4 ... rollouts a device, up to the first that does not pass.
-    mesh.data is the number of slices.
+    On each mesh it tries micro-batches of 1, 2, 4 ... rollouts per device, up to the first that does not
+    pass. mesh.data is the number of slices.
 
     Args:
       planned: (config, devices) -> Programs.
-      tell: takes a line on each mesh and micro-batch once it has been compiled, or why a mesh was not.
-      build: how a program is compiled, as `preflight_build.built`.
+      tell: called with a line about each mesh and micro-batch that was compiled, or was not and why.
+      build: compiles a program, as `build.built` does.
 
     Returns:
-      [(mesh sizes, micro-batch, StepReport)], what works first, fastest first.
+      [(mesh sizes, micro-batch, StepReport)]: first those that pass, the fastest first.
     """
     found = []
     count, slices = len(devices), sharding.slice_count(devices)
@@ -57,7 +57,7 @@ def search(
             found.append((dict(plan.mesh.shape), micro_batch, report))
             verdict = f"{report.seconds:.3g} s a step" if report.ok else "does not pass"
             tell(f"mesh.tensor={tensor}, train.micro_batch={micro_batch}: {verdict}")
-            jax.clear_caches()  # else every compiled program is kept, half a gigabyte each
+            jax.clear_caches()  # otherwise all compiled programs stay in memory, half a gigabyte each
             if not report.ok:
                 break
             micro_batch *= 2

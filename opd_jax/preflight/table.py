@@ -6,7 +6,7 @@ GIB = 2**30
 
 
 def step(report: check.StepReport, where: str) -> str:
-    """The whole report as a table of programs and lines on the step."""
+    """The whole report: a table of programs, and lines about the step."""
     columns = ("", *(program.name for program in report.programs))
     rows = [columns]
 
@@ -55,7 +55,7 @@ def step(report: check.StepReport, where: str) -> str:
 
 
 def search(found) -> str:
-    """One line for each mesh and micro-batch, the best first, and the best as flags."""
+    """One line for each mesh and micro-batch, the best first; then the flags of the best."""
     rows = [("mesh", "micro-batch", "predicted s", "peak, GiB", "passes")]
     for mesh, micro_batch, report in found:
         sizes = " ".join(f"{axis}={n}" for axis, n in mesh.items())

@@ -1,4 +1,4 @@
-"""TPU topologies by name: devices of slices that are not attached, and what a chip of each kind can do."""
+"""TPU topologies by name: devices of slices that are not attached, and the specifications of their chips."""
 
 import dataclasses
 import importlib.util
@@ -15,17 +15,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a slice, as a program sees it (a chip, or one of the two halves of a tpu7x chip).
+    """One device of a slice: a chip, or one of the two halves of a tpu7x chip.
 
     Attributes:
-      flops: bfloat16 multiplications and additions a second, peak.
+      flops: peak bfloat16 FLOP/s.
       hbm_bytes: memory that the compiler lets a program use.
-      hbm_bandwidth: bytes a second.
-      link_bandwidth: bytes a second of one inter-chip link in one direction.
-      network_bandwidth: bytes a second of its share of the hosts' network, which joins slices.
-      host_bandwidth: bytes a second between its memory and its host's, in one direction.
+      hbm_bandwidth: bytes per second.
+      link_bandwidth: bytes per second of one inter-chip link in one direction.
+      network_bandwidth: bytes per second of its share of the hosts' network, which joins slices.
+      host_bandwidth: bytes per second between its memory and its host's, in one direction.
       dimensions: of the torus that the links form.
-      devices: devices a chip.
+      devices: devices per chip.
     """
 
     flops: float
@@ -39,9 +39,9 @@ class Chip:
 
 
 # Peaks: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} and jax-ml.github.io/scaling-book/tpus (links);
-# network: the former's (v5e and v6e: a pod's over its 256 chips); v4 is taken to have v5p's. The bus to the
-# host: what the latter gives for v6e, taken for all.
-# Memory: what the compiler of libtpu 0.0.42 calls available.
+# Network: from the former (v5e and v6e: a pod's network divided by its 256 chips); v4 is assumed to have
+# v5p's. Bus to the host: the latter's number for v6e, assumed for all. Memory: what the compiler of libtpu
+# 0.0.42 reports as available.
 CHIPS = {
     "v4": Chip(275e12, int(30.75 * GIB), 1.2e12, 45e9, 6.25e9, 3),
     "v5e": Chip(197e12, int(15.75 * GIB), 0.819e12, 45e9, 3.125e9, 2),
@@ -54,10 +54,10 @@ CHIPS = {
 def describe(name: str) -> tuple[Chip, list]:
     """(the chip, the devices) of a topology such as v5e:4x4 or v5p:4x4x4, or of two such slices, 2xv5e:4x4.
 
-    Nothing is attached.
+    The devices are only described, not attached.
 
     Raises:
-      UserError: an unknown name, a shape that no slice has, or no TPU compiler on this machine.
+      UserError: the name is unknown, no slice has the shape, or this machine has no TPU compiler.
     """
     several = re.fullmatch(r"([1-9]\d*)x([a-z].*)", name)
     slices, one = (int(several[1]), several[2]) if several else (1, name)
@@ -77,13 +77,13 @@ def describe(name: str) -> tuple[Chip, list]:
         raise UserError("the TPU compiler is not installed; pip install 'opd_jax[tpu]'")
     from jax.experimental import topologies
 
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is taken, so nothing is to be locked
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no device is used, so no lock is needed
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # any: the topology's name decides
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # not used: the topology's name decides
     options = {}
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # two cores a chip, one device
+        options["chip_config_name"] = "megacore"  # the two cores of a chip are one device
     if partial:
         options["chips_per_host_bounds"] = (*sides, 1)[:3]
     try:

@@ -1,6 +1,6 @@
 """What a command shows while it works: a bar in a terminal, lines with the time left in a log.
 
-In: phases and pieces of work as they begin and end. Out: text on standard error; nothing is computed here.
+In: phases and pieces of work as they begin and end. Out: text on standard error.
 May import: errors.
 """
 

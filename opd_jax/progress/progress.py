@@ -1,12 +1,12 @@
-"""What a command shows while it works: one bar on a terminal; elsewhere lines, at least one every 30 s.
+"""What a command shows while it works: a bar on a terminal, elsewhere a line at least every 30 s.
 
     with Progress() as progress:
-        progress.expect("step", 24, seconds=12)  # pieces of work, and what is known of their time
+        progress.expect("step", 24, seconds=12)  # pieces of work, and the estimate for each
         with progress.phase("reading the prompts"):
             ...
 
-A `phase` is what goes on now; a piece of `work` is part of a plan, whose pieces tell the time left.
-A thread shows both: it reads a clock twice a second and touches no device.
+A `phase` is what the command does now. A piece of `work` is part of a plan, from which the time left is
+computed. A thread shows both. It reads a clock twice a second and uses no device.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from opd_jax.progress.time_left import Plan
 
-QUIET = 25.0  # seconds without a line after which one says what goes on
-LONG = 20.0  # a phase that took less the last time begins without a line
-SOON = 2.0  # and so does one that ends sooner than this
+QUIET = 25.0  # seconds without a line, after which one says what is in progress
+LONG = 20.0  # a phase that took less than this the last time begins without a line
+SOON = 2.0  # a phase that ends sooner than this has no line
 TICK = 0.5
 REDRAWN = 0.1  # seconds between two drawings of the bar
 
@@ -57,13 +57,13 @@ class _Phase:
 class Progress:
     """Shows what a command does and how long it will take; a context manager.
 
-    Phases are entered by one thread. In a run of several processes only process 0 shows anything.
+    Only one thread may enter phases. In a run of several processes only process 0 shows anything.
 
     Args:
-      stream: where it goes; standard error by default.
-      active: whether to show anything; by default whether this is process 0.
-      clock: seconds, monotonic.
-      thread: whether a thread calls `beat`; without one the caller does.
+      stream: where the text goes; standard error by default.
+      active: whether to show anything; by default, whether this is process 0.
+      clock: returns monotonic seconds.
+      thread: whether a thread calls `beat`; otherwise the caller does.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class Progress:
             self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
             self._thread.start()
 
-    # ---- What goes on.
+    # ---- What is in progress.
 
     @contextlib.contextmanager
     def phase(self, label: str, *, kind: str | None = None, parts: int = 0) -> Iterator[None]:
-        """What goes on meanwhile, such as "reading the student's weights".
+        """Shows what is done inside the context, such as "reading the student's weights".
 
         Args:
-          label: shown; where there are parts, followed by "2 of 6".
-          kind: what its time is remembered under; the label by default.
-          parts: how many there are; `at` says which.
+          label: what is shown; with parts, "2 of 6" follows it.
+          kind: key under which its duration is remembered; the label by default.
+          parts: how many parts it has; `at` says which one is current.
         """
         with self._phase(label, kind, parts):
             yield
@@ -123,7 +123,7 @@ class Progress:
                 self._took[entered.kind] = self._clock() - entered.started
 
     def at(self, part: int) -> None:
-        """The innermost phase has come to this one of its parts, from 1; any thread may say so."""
+        """The innermost phase begins this part, counted from 1. Any thread may call it."""
         with self._lock:
             phase, now = self._phases[-1], self._clock()
             if phase.part < part <= phase.parts:
@@ -132,7 +132,7 @@ class Progress:
 
     @contextlib.contextmanager
     def compiling(self, what: str, program: Any, *shape: Any) -> Iterator[None]:
-        """Around a call of a jitted program: a phase if none of this shape was called before."""
+        """Goes around a call of a jitted program; shows a phase at the first call with this shape."""
         known = self._programs.setdefault(program, set())
         if shape in known:
             yield
@@ -146,7 +146,7 @@ class Progress:
             self._since += seconds
 
     def device(self, label: str | None, kind: str = "") -> None:
-        """What the device does from now on, for a thread that waits for it; shown while there is no phase."""
+        """Says what the device does from now on, for a thread that waits; shown if there is no phase."""
         with self._lock:
             now = self._clock()
             if self._device is not None:
@@ -155,19 +155,19 @@ class Progress:
 
     @contextlib.contextmanager
     def titled(self, title: str) -> Iterator[None]:
-        """Puts a title before all phases and steps meanwhile, such as the name of a run."""
+        """Puts a title before all phases and steps inside the context, such as the name of a run."""
         self._titles.append(title)
         try:
             yield
         finally:
             self._titles.pop()
 
-    # ---- What is still to do.
+    # ---- What is left to do.
 
     def expect(self, name: str, count: int = 1, seconds: float | None = None) -> None:
-        """Plans `count` more pieces of work of one name, and says what each takes where that is known.
+        """Plans `count` more pieces of work of one name, and sets the estimate for each if it is known.
 
-        A count of 0 only says what each takes; measurements replace it as they come.
+        A count of 0 only sets the estimate. Measurements replace it.
         """
         with self._lock:
             self._plan.add(name, count)
@@ -180,13 +180,13 @@ class Progress:
             self.expect(name, count)
 
     def skip(self, name: str, count: int = 1) -> None:
-        """Takes pieces out of the plan: they are there, or not needed."""
+        """Removes pieces from the plan, because they are done already or not needed."""
         with self._lock:
             self._plan.add(name, -count)
 
     @contextlib.contextmanager
     def work(self, name: str, label: str, parts: int = 0) -> Iterator[None]:
-        """One piece of planned work, and a phase. Compiling does not count as its time."""
+        """One piece of planned work, shown as a phase. Its time does not include compiling."""
         with self._lock:
             started = self._since = self._clock()
             before = self._compiling
@@ -198,7 +198,7 @@ class Progress:
             self.done(name, self._took[name])
 
     def done(self, name: str, seconds: float) -> None:
-        """One piece of planned work is done, and took so long."""
+        """Records that one piece of planned work is done, and how long it took."""
         with self._lock:
             self._plan.done(name, seconds)
             self._since = self._clock()
@@ -209,9 +209,9 @@ class Progress:
         return self._plan.worked
 
     def left(self) -> float | None:
-        """Seconds that the rest of the plan will take; None while that of most of its pieces is unknown."""
+        """Seconds that the rest of the plan will take; None if most durations are unknown."""
         with self._lock:
-            # The piece that goes on is that of the innermost phase which is one, else a step.
+            # The piece in progress is the innermost phase that is planned work, else a step.
             kinds = [phase.kind for phase in reversed(self._phases) if phase.kind in self._plan.pieces]
             compiling = self._phases and self._phases[-1].compiling
             until = self._phases[-1].started if compiling else self._clock()
@@ -220,7 +220,7 @@ class Progress:
     # ---- What is shown.
 
     def say(self, text: str, file: TextIO | None = None) -> None:
-        """Shows a line; into `file`, such as standard output, without tearing the bar."""
+        """Prints a line, to `file` if given (such as standard output), without breaking the bar."""
         with self._lock:
             if not self._closed:
                 self._line(text, file)
@@ -235,13 +235,14 @@ class Progress:
         busy: float | None = None,
         due: bool = True,
     ) -> None:
-        """A training step is done, one piece of "step".
+        """Records and shows a training step, which is one piece of "step".
 
         Args:
-          text: its numbers.
-          seconds: that it took; since the last piece of work if None.
-          busy: of these the device's own; taken instead where something was compiled meanwhile.
-          due: whether it has a line where there is no bar; it has one anyway if the next would come too late.
+          text: the step's numbers.
+          seconds: its duration; if None, the time since the last piece of work.
+          busy: seconds for which the device worked; used instead if something was compiled during the step.
+          due: whether to print a line if there is no bar. A line is also printed if the next would come too
+            late.
         """
         with self._lock:
             now = self._clock()
@@ -262,7 +263,7 @@ class Progress:
                 self._line("  ".join(filter(None, [self._title() + self._counted, text, self.left_text()])))
 
     def beat(self) -> None:
-        """Shows what is due now: the bar; without one, a line for a phase that began or goes on long."""
+        """Shows what is due: the bar, or a line for a phase that has begun or takes long."""
         with self._lock:
             if self._closed:
                 return
@@ -294,7 +295,7 @@ class Progress:
         return self._phases[-1] if self._phases else self._device
 
     def _takes(self, phase: _Phase) -> float | None:
-        """Seconds of the whole phase: as the last time or planned; if that was wrong, as its parts tell."""
+        """Seconds of the phase, from the last time or the plan; if they were too short, from its parts."""
         planned = self._plan.pieces.get(phase.kind)
         takes = self._took.get(phase.kind, planned.seconds if planned else None)
         if phase.part_started > phase.started and (takes is None or takes < self._clock() - phase.started):
@@ -309,7 +310,7 @@ class Progress:
         return "".join(f"{title}: " for title in self._titles)
 
     def left_text(self) -> str:
-        """The time left as it is shown, such as "about 4:05 left"; "" where it is not known."""
+        """The time left in words, such as "about 4:05 left"; "" if it is unknown."""
         seconds = self.left()
         if seconds is None:
             return ""
@@ -356,11 +357,11 @@ class Progress:
         while not self._stop.wait(TICK):
             try:
                 self.beat()
-            except (OSError, ValueError):  # the stream is gone
+            except (OSError, ValueError):  # the stream is closed
                 return
 
     def close(self) -> None:
-        """Ends the thread; nothing is shown from here on."""
+        """Ends the thread; shows nothing from now on."""
         self._stop.set()
         with self._lock:
             self._closed = True
@@ -379,7 +380,7 @@ class Progress:
 
 @contextlib.contextmanager
 def own(progress: Progress | None) -> Iterator[Progress]:
-    """The progress that a caller gave, or one for as long as this lasts where it gave none."""
+    """The caller's progress; if None, a new one for the length of the context."""
     if progress is not None:
         yield progress
     else:
@@ -388,7 +389,7 @@ def own(progress: Progress | None) -> Iterator[Progress]:
 
 
 def _first_process() -> bool:
-    """Whether this is process 0; touches no device where there is only one."""
+    """Whether this is process 0; uses no device if there is only one process."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 

@@ -1,4 +1,4 @@
-"""How long planned work will still take, by what its pieces took so far."""
+"""How long planned work will still take, judged by the pieces done so far."""
 
 import collections
 import dataclasses
@@ -22,16 +22,16 @@ class Pieces:
 
     @property
     def seconds(self) -> float | None:
-        """Of a piece: the mean of the last ones, else what is foreseen, else None."""
+        """Seconds of a piece: the mean of the last ones, else the estimate, else None."""
         return sum(self.measured) / len(self.measured) if self.measured else self.foreseen
 
     def foresee(self, seconds: float) -> None:
-        """From here on a piece takes so long, until one is measured."""
+        """Sets the estimate for a piece, which holds until one is measured."""
         self.foreseen, self.warm = seconds, False
         self.measured.clear()
 
     def measure(self, seconds: float) -> None:
-        """A piece took so long. The first of all is dropped once there is another: caches were cold."""
+        """Adds a measurement. The second one replaces the first, which ran with cold caches."""
         if self.measured and not self.warm:
             self.measured.clear()
             self.warm = True
@@ -43,7 +43,7 @@ class Plan:
 
     Attributes:
       pieces: name -> Pieces.
-      worked: seconds of all pieces done.
+      worked: total seconds of the pieces done.
     """
 
     def __init__(self):
@@ -51,11 +51,11 @@ class Plan:
         self.worked = 0.0
 
     def of(self, name: str) -> Pieces:
-        """The pieces of one name; none if it was not planned."""
+        """The pieces of one name; adds the name without pieces if it is new."""
         return self.pieces.setdefault(name, Pieces())
 
     def add(self, name: str, count: int) -> None:
-        """Adds pieces, or takes some out."""
+        """Adds pieces; a negative count removes some."""
         pieces = self.of(name)
         pieces.left = max(0, pieces.left + count)
 
@@ -67,14 +67,14 @@ class Plan:
 
     @property
     def partly_known(self) -> bool:
-        """Whether there are pieces of which nobody knows yet how long they take."""
+        """Whether some pieces are left whose duration is still unknown."""
         return any(pieces.left and pieces.seconds is None for pieces in self.pieces.values())
 
     def left(self, doing: str = "", elapsed: float = 0.0) -> float | None:
-        """Seconds of the pieces left, of those that are known; None while most are not, or none is left.
+        """Seconds of the pieces left whose duration is known; None if most are unknown or none is left.
 
         Args:
-          doing: the kind of the piece that goes on, since `elapsed` seconds.
+          doing: the kind of the piece in progress, which began `elapsed` seconds ago.
         """
         left = [pieces for pieces in self.pieces.values() if pieces.left]
         known = [(pieces, seconds) for pieces in left if (seconds := pieces.seconds) is not None]

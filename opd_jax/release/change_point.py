@@ -1,4 +1,4 @@
-"""The one downward step in a row of scores that BIC prefers to no step.
+"""Finds one downward step in a row of scores, if BIC prefers it to no step.
 
 Source: paper.md, "The release rule", step 5.
 """
@@ -13,7 +13,7 @@ from opd_jax.release.segments import scans
 
 @flax.struct.dataclass
 class ChangePoint:
-    """The best single drop of each row, and whether BIC prefers it to no drop.
+    """The best single drop in each row, and whether BIC prefers it to no drop.
 
     Attributes:
       accepted_B: bool, the drop is accepted.
@@ -31,7 +31,7 @@ class ChangePoint:
 
 
 def _moments(score_BN, valid_BN, origin_B1, *, reverse: bool = False):
-    """Moments of score - origin over the valid entries from one end of the row up to each position."""
+    """Moments of score - origin over the valid entries from one end of the row to each position."""
     centred_BN = jnp.where(valid_BN, score_BN - origin_B1, 0)
     moments = (valid_BN.astype(jnp.float32), centred_BN, jnp.zeros_like(centred_BN))
     return scans.scan(merge_moments, moments, (0, 0, 0), reverse=reverse)
@@ -40,21 +40,23 @@ def _moments(score_BN, valid_BN, origin_B1, *, reverse: bool = False):
 def change_point(
     score_BN: jax.Array, valid_BN: jax.Array, *, min_segments: int, eps: float = 1e-12
 ) -> ChangePoint:
-    """Finds the one downward step that BIC prefers over no step, per row.
+    """Finds, in each row, the downward step that BIC prefers over no step.
 
-    One mean has BIC0 = n log((RSS0 + eps) / n) + log n; a mean on each side of t, the first one
-    larger, has BIC1(t) = n log((RSS1(t) + eps) / n) + 3 log n; accepted if min BIC1 < BIC0.
+    One mean has BIC0 = n log((RSS0 + eps) / n) + log n. Two means, before and after t, with the first one
+    larger, have BIC1(t) = n log((RSS1(t) + eps) / n) + 3 log n. The step is accepted if min BIC1 < BIC0.
 
-    In float32 nothing may be a small difference of large sums. So residuals are merged from
-    non-negative terms, those before t about the row's first score and those after t about its last
-    (where a split explains nearly all, each side is close to its own). With
-    D = n1 n2 / n (mean1 - mean2)^2, BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, which
-    keeps its digits also where D is next to nothing.
+    In float32, small differences of large sums would lose their digits. So residuals are merged from
+    non-negative terms: those before t relative to the row's first score, those after t relative to its last
+    score. (If a
+      split
+    explains nearly everything, each side is close to its own end.) With D = n1 n2 / n (mean1 - mean2)^2,
+    BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, which is precise even if D is tiny.
 
     Args:
       score_BN: segment scores in nats (log scale). Entries outside valid_BN are ignored.
       valid_BN: bool, which entries are segments: any subset of a row, in the order of positions.
-      min_segments: rows with fewer valid segments accept nothing (with 2, any drop would).
+      min_segments: rows with fewer valid segments accept no step (with 2 segments any drop would be
+        accepted).
       eps: added to both residual sums, so that a perfect fit has a finite BIC.
 
     Source: paper.md, step 5. Among equal drops the first is taken.

@@ -1,8 +1,8 @@
 """Running statistics along positions, over runs of equal segment number.
 
-Segments are never gathered into a compact array: what belongs to a segment sits at the position of
-its last token, and every reduction is a scan over positions. So the static bound on the number of
-segments is the number of positions, there is no scatter, and rows stay independent of each other.
+Segments are never gathered into a compact array. A segment's values are at the position of its last token,
+and every reduction is a scan over positions. So the static bound on the number of segments is the number of
+positions, nothing is scattered, and rows are independent of each other.
 """
 
 import flax.struct
@@ -41,11 +41,11 @@ def merge_moments(left, right):
 
 
 def find_segments(segment_BT: jax.Array, mask_BT: jax.Array) -> Segments:
-    """The segments as runs over positions.
+    """Finds the segments as runs over positions.
 
     Args:
       segment_BT: int32 segment number, non-decreasing along the response tokens of a row.
-      mask_BT: response tokens; others are skipped, wherever they are.
+      mask_BT: response tokens; other positions are skipped, wherever they are.
     """
     mask_BT = mask_BT.astype(bool)
     top = jnp.iinfo(jnp.int32).max
@@ -58,9 +58,9 @@ def find_segments(segment_BT: jax.Array, mask_BT: jax.Array) -> Segments:
 
 
 def segment_mean(value_BT: jax.Array, segments: Segments) -> jax.Array:
-    """The running mean of value over the segment so far; at `segments.last_BT`, the segment's mean.
+    """Mean of value from the segment's start to each position; at `segments.last_BT`, the segment's mean.
 
-    Sums restart at each segment (no differences of long prefix sums), so float32 is enough.
+    Sums restart at each segment instead of being differences of long prefix sums, so float32 is enough.
     """
 
     def add(left, right):
@@ -73,7 +73,7 @@ def segment_mean(value_BT: jax.Array, segments: Segments) -> jax.Array:
 
 
 def segment_std(value_BT: jax.Array, segments: Segments) -> jax.Array:
-    """The running population standard deviation over the segment so far; 0 for a single token."""
+    """Population standard deviation from the segment's start to each position; 0 for a single token."""
     value_BT = jnp.where(segments.mask_BT, value_BT, 0).astype(jnp.float32)
     inside_BT = segments.mask_BT.astype(jnp.float32)
     moments = inside_BT, value_BT, jnp.zeros_like(value_BT)
@@ -82,7 +82,7 @@ def segment_std(value_BT: jax.Array, segments: Segments) -> jax.Array:
 
 
 def _segment_scan(combine, values, segments: Segments):
-    """Scan along positions that starts anew at each segment; zeros must be what `combine` leaves alone."""
+    """Scan along positions that restarts at each segment; zeros must be neutral elements of `combine`."""
 
     def restart(left, right):
         joined = combine(left[1:], right[1:])

@@ -1,4 +1,4 @@
-"""The section of a report that compares right with wrong answers, from the rollouts that a run recorded."""
+"""The section of a report that compares right and wrong answers, from a run's recorded rollouts."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ SHARES = (
 
 
 def section(runs: Sequence[Run]) -> str:
-    """The section; one line that says why where no rollout of any run is graded."""
+    """The section; if no rollout of any run is graded, one line that says why."""
     groups = [profiles.by_answer(run.rollouts) for run in runs]
     if not any(groups):
         return html.section(TITLE, f'<p class="empty">{_why_not(runs)}</p>')

@@ -22,10 +22,9 @@ def build(
 
     Args:
       titles: a name for each workdir; the folders' names by default.
-      summary_rows: further columns of the summary, a {column: value} for each workdir.
-      answers: what models replied to the same prompts, each
-        {"prompt": text, "answers": {label: text}}.
-      lead: HTML put before everything else.
+      summary_rows: further columns of the summary, one {column: value} for each workdir.
+      answers: replies of several models to the same prompts, each {"prompt": text, "answers": {label: text}}.
+      lead: HTML that comes before everything else.
 
     Raises:
       UserError: a workdir holds no run, or `out` cannot be written.
@@ -40,7 +39,7 @@ def build(
 
 
 def _default_titles(workdirs: Sequence[str | Path]) -> list[str]:
-    """Folder names; with the parent's where two are the same."""
+    """Folder names; duplicates get their parent's name too."""
     paths = [Path(workdir).resolve() for workdir in workdirs]
     names = [path.name for path in paths]
     return [

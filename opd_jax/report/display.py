@@ -1,4 +1,4 @@
-"""A report's figures by themselves, for notebooks and documents: fixed colours, and a key of the runs.
+"""A report's figures as single files for notebooks and documents, with fixed colours and a key of the runs.
 
     python -m opd_jax.report.display --workdir=runs/release --out=docs/images/margin.svg
 
@@ -6,7 +6,7 @@ draws one recorded rollout, sentence by sentence;
 
     python -m opd_jax.report.display --long=runs/demo/long_answers.jsonl --out=docs/images/long_answers.svg
 
-what make demo saw of long answers: the teacher's margin along them, and what of each is kept.
+draws the long answers of `make demo`: the teacher's margin along them, and the part of each that is kept.
 """
 
 import argparse
@@ -24,21 +24,21 @@ from opd_jax.report.html import SIGNS
 from opd_jax.report.rollouts import supervised
 from opd_jax.run import Run, column, phase_seconds, read_lines, read_run, write_text
 
-KEY_HEIGHT = 18  # points, of the line that names the runs
+KEY_HEIGHT = 18  # height in points of the line that names the runs
 
 
 class Svg(str):
-    """An <svg> element, which a notebook shows as a picture."""
+    """An <svg> element that a notebook shows as a picture."""
 
     def _repr_svg_(self) -> str:
         return str(self)
 
-    def __repr__(self) -> str:  # what a notebook keeps beside the picture
+    def __repr__(self) -> str:  # a notebook stores this text with the picture
         return f"<Svg of {len(self):,} characters>"
 
 
 def standalone(svg: str, titles: Sequence[str] = ()) -> Svg:
-    """A report's figure in the page's light colours, on white, below a line that names the runs."""
+    """A report's figure in the page's light colours, on white, under a line that names the runs."""
     style = report_page.STYLE_FILE.read_text(encoding="utf-8")
     light = dict(re.findall(r"--([\w-]+): (#\w+);", style.split("@media")[0]))
     svg = re.sub(r"var\(--([\w-]+)\)", lambda match: light[match[1]], svg)
@@ -75,20 +75,20 @@ def margin(runs: Sequence[Run]) -> Svg:
 
 
 def releases(runs: Sequence[Run]) -> Svg:
-    """Where accepted releases cut."""
+    """Positions of accepted releases."""
     counts = [report_page.binned(run.train, "release_histogram") for run in runs]
     return _of(runs, figures.release_histogram(counts), "accepted release")
 
 
 def times(runs: Sequence[Run]) -> Svg:
-    """Seconds a step of each phase."""
+    """Seconds of each phase of a step."""
     return _of(
         runs, figures.phase_bars([run.title for run in runs], [phase_seconds(run) for run in runs]), "time"
     )
 
 
 def _of(runs: Sequence[Run], svg: str | None, what: str) -> Svg:
-    """The figure with the runs' key; where there is nothing to draw, that in words."""
+    """The figure with the runs' key, or a line of text if there is nothing to draw."""
     if svg is None:
         words = f'<text x="4" y="14" font-family="sans-serif" font-size="11">No {what} was recorded.</text>'
         frame = 'xmlns="http://www.w3.org/2000/svg" width="240" height="20" viewBox="0 0 240 20"'
@@ -102,7 +102,7 @@ def sentences(rollout: Mapping[str, Any]) -> Svg:
 
 
 def long_answers(records: Sequence[Mapping[str, Any]]) -> Svg:
-    """Long answers: the teacher's margin along them, where it is recorded, and what is kept of each."""
+    """Long answers: the teacher's margin along them, if recorded, and the part of each that is kept."""
     margin_3N = rollout_profiles.profile(records, rollout_profiles.margin)
     if margin_3N is None:
         return standalone(figures.answers(records))
@@ -110,7 +110,7 @@ def long_answers(records: Sequence[Mapping[str, Any]]) -> Svg:
 
 
 def transcript(rollouts: Iterable[Mapping[str, Any]]) -> str:
-    """Rollouts as text: each sentence with what becomes of it, its margin M and advantage A in nats."""
+    """Rollouts as text: each sentence with its supervision, its margin M and its advantage A in nats."""
     lines = []
     for rollout in rollouts:
         kept = f"{rollout['kept_tokens']} of {rollout['tokens']} tokens kept"
@@ -128,7 +128,7 @@ def _nats(value: float | None, width: int) -> str:
 
 
 def clearest(rollouts: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The rollout whose release the evidence favours most.
+    """The rollout whose release has the strongest evidence.
 
     Raises:
       UserError: there is no rollout.

@@ -1,9 +1,9 @@
 """The plots of a report, as SVG text whose colours follow the page's light or dark scheme.
 
-Colours are drawn as placeholders and then replaced by CSS variables: `--run-0`, `--run-1`, ... (one
-a run, the same in every plot), `--ink`, `--muted` and `--grid`. A function returns None where the
-runs hold nothing to draw. A run's colour goes with a mark of its own: colours repeat after 8 runs, marks
-after 7. Every axis is labelled, with its unit.
+Colours are drawn as placeholders, which CSS variables then replace: `--run-0`, `--run-1`, ... (one per run,
+the same in every plot), `--ink`, `--muted` and `--grid`. A function returns None if the runs have nothing to
+draw. Each run has a colour and a mark: colours repeat after 8 runs, marks after 7. Every axis has a label
+with its unit.
 """
 
 import io
@@ -27,8 +27,8 @@ INK, MUTED, GRID = "#111101", "#111102", "#111103"
 MARKERS = "osD^vPX"  # 7, so that colour and mark together repeat after 56 runs
 STEP = "training step"
 POSITION = "relative position in the response, share of its tokens"
-SAMPLED = {"markerfacecolor": "none"}  # hollow marks: held-out points have filled ones
-MOST_POINTS = 400  # a line, so that a long run does not make a heavy page
+SAMPLED = {"markerfacecolor": "none"}  # hollow marks; held-out points have filled ones
+MOST_POINTS = 400  # of a line, so that a long run does not make a large page
 STYLE: dict[Any, Any] = {  # matplotlib's settings
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -57,10 +57,10 @@ def colour(number: int) -> str:
 
 
 def _svg(name: str, draw: Callable[..., Any], height: float = 3.1, columns: int = 1) -> str:
-    """Draws `columns` pairs of axes, each 5.2 by `height` inches, and returns the <svg> element.
+    """Draws `columns` axes side by side, each 5.2 by `height` inches, and returns the <svg> element.
 
     Args:
-      draw: is given each pair of axes.
+      draw: called with all axes.
     """
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):  # ids differ between the plots of a page
         figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
@@ -76,7 +76,7 @@ def _svg(name: str, draw: Callable[..., Any], height: float = 3.1, columns: int 
 
 
 def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
-    """A legend above the axes, where no curve can run into it."""
+    """A legend above the axes, where no curve can cross it."""
     axes.legend(
         handles=handles,
         fontsize=8,
@@ -89,12 +89,12 @@ def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
 
 
 def _kinds(axes: Axes, entries: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """A legend of line kinds in ink; which run a colour is, the page says."""
+    """A legend of line kinds, in ink; the page explains the runs' colours."""
     _legend(axes, [Line2D([], [], color=INK, label=label, **style) for label, style in entries])
 
 
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Means over neighbours, so that at most MOST_POINTS remain."""
+    """Averages neighbouring points, so that at most MOST_POINTS remain."""
     parts = min(len(x), MOST_POINTS)
     split_x, split_y = (np.array_split(np.asarray(v, float), parts) for v in (x, y))
     return np.array([part.mean() for part in split_x]), np.array([part.mean() for part in split_y])
@@ -107,7 +107,7 @@ def _smooth(y: np.ndarray) -> np.ndarray:
 
 
 def _line(axes: Axes, series: Series, run: int, **style: Any) -> None:
-    """One run's curve: the running mean, and the points themselves faintly where they are many."""
+    """One run's curve. If it has many points, its running mean, with the points drawn faintly."""
     steps, values = _thin(*series)
     if len(values) >= 40:
         axes.plot(steps, values, color=colour(run), linewidth=0.7, alpha=0.35)
@@ -116,7 +116,7 @@ def _line(axes: Axes, series: Series, run: int, **style: Any) -> None:
 
 
 def _marks(run: int, points: int) -> dict[str, Any]:
-    """The run's own marks on a curve, a few, and not where the next run's are."""
+    """A few of the run's marks on a curve, at other places than the next run's."""
     every = max(1, points // 5)
     start = int(every * (0.618 * run % 1))
     return {"marker": MARKERS[run % len(MARKERS)], "markersize": 4.5, "markevery": (start, every)}
@@ -146,8 +146,8 @@ def curves(
     """Curves over the steps.
 
     Args:
-      kinds: (label, line style, a series for each run); a legend appears where there are several.
-      share: the values are shares, so the axis runs from 0 to 1.
+      kinds: (label, line style, a series for each run); several kinds get a legend.
+      share: the values are shares, so the axis goes from 0 to 1.
     """
     kinds = [kind for kind in kinds if any(steps for steps, _ in kind[2])]
     if not kinds:
@@ -170,7 +170,7 @@ def curves(
 def kl(
     sampled: Sequence[Series], evals: Sequence[Sequence[Mapping[str, Any]]]
 ) -> str | None:
-    """KL over the steps: sampled in training (lines), held out with its interval (points)."""
+    """KL over the steps: sampled in training as lines, held out as points with intervals."""
     measured = [[line for line in lines if line.get("kl") is not None] for lines in evals]
     if not any(steps for steps, _ in sampled) and not any(measured):
         return None
@@ -218,9 +218,9 @@ def position(
     """Profiles over the relative position in the response.
 
     Args:
-      profiles: for each run {window or group: a value for each bin, NaN where it is empty; or [3, bins], the
-        values and the ends of their intervals, drawn as a band}.
-      floor: a value that the axis must show, drawn as a line.
+      profiles: for each run {window or group: values}. Values are one number for each bin, NaN if it is
+        empty; or [3, bins], the values and the ends of their intervals, which are drawn as a band.
+      floor: a value that the axis must include, drawn as a line.
       styles: the line style of each group; by default the first of two windows is dotted.
     """
     profiles = [{key: x for key, x in profile.items() if x is not None} for profile in profiles]
@@ -252,7 +252,7 @@ def position(
 
 
 def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
-    """Where accepted releases cut, as the share of a run's accepted releases in each bin."""
+    """Positions of accepted releases: the share of a run's accepted releases in each bin."""
     if not any(count is not None and count.sum() for count in counts):
         return None
 
@@ -273,10 +273,10 @@ def release_histogram(counts: Sequence[np.ndarray | None]) -> str | None:
 
 
 def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
-    """One rollout: the mean margin of each sentence, the cut, and the mean on either side of it.
+    """One rollout: the mean margin of each sentence, the cut, and the means before and after it.
 
     Args:
-      sentences: of a rollouts.jsonl record, in order: tokens, kept, contrast (nats).
+      sentences: from a rollouts.jsonl record, in order; reads tokens, kept and contrast (nats).
     """
     tokens = np.array([sentence["tokens"] for sentence in sentences])
     contrast = np.array([sentence["contrast"] for sentence in sentences], float)
@@ -309,20 +309,20 @@ def sentence_margins(sentences: Sequence[Mapping[str, Any]]) -> str:
 
 
 def answers(records: Sequence[Mapping[str, Any]]) -> str:
-    """Answers below one another as bars of tokens: kept, and released; the shortest kept part first.
+    """Answers as bars of kept and released tokens, one below the other, the shortest kept part first.
 
     Args:
-      records: of rollouts.jsonl; tokens and kept_tokens are read.
+      records: from rollouts.jsonl; reads tokens and kept_tokens.
     """
     return _svg("Kept and released tokens of long answers", lambda axes: _answers(axes, records))
 
 
 def margin_and_answers(records: Sequence[Mapping[str, Any]], margin_3N: np.ndarray) -> str:
-    """The teacher's margin along long answers, and beside it what of them is kept and released.
+    """The teacher's margin along long answers, next to the parts that are kept and released.
 
     Args:
       records: as in `answers`.
-      margin_3N: its mean in equal parts of the answers, and the ends of its interval, nats.
+      margin_3N: mean margin in equal parts of the answers, and the ends of its interval, nats.
     """
 
     def draw(left: Axes, right: Axes) -> None:
@@ -358,7 +358,7 @@ def _answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:
-    """Stacked bars: seconds a step of each phase, a bar for each run."""
+    """Stacked bars of the seconds of each phase of a step, one bar per run."""
     if not any(seconds):
         return None
     names = list(dict.fromkeys(name for phases in seconds for name in phases))
@@ -372,7 +372,7 @@ def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) ->
                 left += value
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(f"{left:.3g} s", (left, run), **place)
-        # Titles are a user's text, in which a dollar sign is no formula.
+        # A title is the user's text: a dollar sign in it does not start a formula.
         axes.set_yticks(range(len(titles)), titles, parse_math=False)
         axes.set_ylim(len(titles) - 0.4, -0.6)
         axes.margins(x=0.12)
@@ -389,7 +389,7 @@ def intervals(
     estimates: Sequence[tuple[float, float, float]],
     runs: Sequence[int | None],
 ) -> str:
-    """(value, low, high) of several runs below one another, by their numbers; None is drawn in ink."""
+    """Estimates (value, low, high) one below the other, in the colours of `runs`; None is drawn in ink."""
 
     def draw(axes: Axes) -> None:
         for row, (run, (value, low, high)) in enumerate(zip(runs, estimates, strict=True)):
@@ -407,7 +407,7 @@ def intervals(
 def groups(
     name: str, unit: str, titles: Sequence[str], estimates: Sequence[Mapping[str, tuple | None]]
 ) -> str | None:
-    """Right and wrong of several runs below one another, each (value, low, high); filled marks are right."""
+    """Estimates (value, low, high) for right (filled) and wrong (hollow) answers, run by run."""
     if not any(value is not None for found in estimates for value in found.values()):
         return None
 

@@ -8,12 +8,12 @@ from opd_jax.report import html
 from opd_jax.run import Run, column
 
 TITLE = "Signal and noise of the gradient"
-PARTS = ("kept", "all", "released")  # those of gradient_noise.py, which would import JAX
+PARTS = ("kept", "all", "released")  # as in distill/gradient_noise.py, whose import would need JAX
 LABELS = ("trained on", "all tokens", "released alone")
 
 
 def section(runs: Sequence[Run]) -> str:
-    """The section; one line that says how to measure where no run has."""
+    """The section; if no run has measured it, one line that says how."""
     found = [[column(run.train, f"gradient_snr_{part}")[1] for part in PARTS] for run in runs]
     if not any(values for run in found for values in run):
         why = "Not measured: set metrics.gradient_noise_every, the steps between measurements."

@@ -1,4 +1,4 @@
-"""The parts that a report's sections are made of, as HTML."""
+"""HTML building blocks for the sections of a report."""
 
 from collections.abc import Sequence
 from html import escape
@@ -15,13 +15,13 @@ def section(title: str, *body: str) -> str:
 
 
 def panel(title: str, svg: str | None, note: str, empty: str) -> str:
-    """One plot with its heading and how to read it, or the words that stand in for it."""
+    """One plot with its heading and how to read it; without a plot, the text `empty`."""
     body = svg if svg is not None else f'<p class="empty">{empty}</p>'
     return f"<figure><h3>{title}</h3>{body}<figcaption>{note}</figcaption></figure>\n"
 
 
 def panels(runs: Sequence[Run], *drawn: str) -> str:
-    """Panels in rows, below a key of the runs."""
+    """Panels in rows under a key of the runs."""
     keys = "".join(f"<span>{swatch(i)}{escape(run.title)}</span>" for i, run in enumerate(runs))
     return f'<p class="key">{keys}</p><div class="panels">{"".join(drawn)}</div>'
 
@@ -56,7 +56,7 @@ def curve(
     labels: Sequence[str] = (),
     **options: Any,
 ) -> str | None:
-    """Curves of up to three metrics: solid, dashed, dotted; `labels` in place of their names."""
+    """Curves of up to three metrics (solid, dashed, dotted); `labels` replace the metrics' names."""
     labels = labels or [key.replace("_", " ") for key in keys]
     kinds = [
         (label, style, [column(run.train, key) for run in runs])

@@ -1,4 +1,4 @@
-"""The section of a report on long answers: where the teacher's margin falls, and what lies after the cuts."""
+"""The section of a report on long answers: how the teacher's margin falls, and how much follows the cuts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,13 @@ class Summary:
     """Long answers in numbers.
 
     Attributes:
-      answers, tokens, sentences: how many, and their means an answer.
-      margin: the teacher's mean margin M by fifths of the answers' own lengths, nats.
-      advantage: the mean advantage A by the same fifths, nats.
+      answers: number of answers.
+      tokens, sentences: means per answer.
+      margin: the teacher's mean margin M in each fifth of the answers, nats.
+      advantage: the mean advantage A in each fifth, nats.
       accepted: share of answers with an accepted release.
-      kept: mean share of those answers that stays supervised; NaN where there is none.
-      released: share of all tokens that lie after a cut.
+      kept: mean share of those answers that stays supervised; NaN if there are none.
+      released: share of all tokens that follow a cut.
     """
 
     answers: int
@@ -54,7 +55,7 @@ class Summary:
 
 
 def summarise(records: Sequence[Record]) -> Summary:
-    """What the records of `look.look` have in common; at least one must be given."""
+    """Summarises records of `run.preview`; needs at least one."""
     accepted = [record for record in records if record["accepted"]]
     tokens = sum(record["tokens"] for record in records)
     kept = [record["kept_tokens"] / record["tokens"] for record in accepted]

@@ -1,7 +1,7 @@
 """The HTML of a report: sections of tables, plots and rollouts.
 
-Nothing on the page comes from elsewhere: plots are inline SVG, and all text of models, prompts and
-configs is escaped.
+The page loads nothing from elsewhere: plots are inline SVG. All text of models, prompts and configs is
+escaped.
 """
 
 import json
@@ -29,7 +29,7 @@ def render(
     answers: Sequence[Mapping[str, Any]],
     lead: str = "",
 ) -> str:
-    """The whole page as text; `lead` is HTML for its beginning."""
+    """The whole page; `lead` is HTML that comes first."""
     sections = [
         lead,
         _alarms(runs),
@@ -57,7 +57,7 @@ def render(
 
 
 def _alarms(runs: Sequence[Run]) -> str:
-    """The runs' alarms, one a line; nothing where there is none."""
+    """The runs' alarms, one per line."""
     return "".join(
         f'<p class="warning">Alarm, {escape(run.title)}: {escape(alarms.text(alarm))}</p>'
         for run in runs
@@ -183,7 +183,7 @@ def mean_margin(sums: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def position_profile(run: Run, profile: Callable) -> dict[str, np.ndarray]:
-    """A profile over the position, in the first and the last quarter of a run's steps."""
+    """A profile over the position, for the first and the last quarter of a run's steps."""
     lines = [line for line in run.train if line.get("position_tokens")]
     quarter = len(lines) // 4
     if quarter < 2:
@@ -200,7 +200,7 @@ def position_profile(run: Run, profile: Callable) -> dict[str, np.ndarray]:
 
 
 def binned(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """The sum over steps of a metric that is a list of bins; one that is not finite counts as 0."""
+    """The sum over steps of a metric that is a list of bins; values that are not finite count as 0."""
     rows = [np.array(line[key], float) for line in lines if line.get(key)]
     return np.nansum(rows, axis=0) if rows else np.zeros(1)
 
@@ -242,12 +242,12 @@ def _release_words(run: Run, count: np.ndarray) -> str:
         kept = column(run.train, "kept_share")[1]
         share = f"; {np.mean(kept):.0%} of the response tokens are supervised" if kept else ""
         return f"rule “{escape(run.rule)}”, no accepted releases{share}."
-    # The median's place inside its bin, by linear interpolation.
+    # The median, interpolated linearly inside its bin.
     edges = np.linspace(0, 1, len(count) + 1)
     median = np.interp(0.5 * total, np.concatenate([[0], np.cumsum(count)]), edges)
     accepted = column(run.train, "accepted_share")[1]
     share = f" ({np.mean(accepted):.0%} of rollouts)" if accepted else ""
-    # A step's gain is the mean of its accepted rollouts, so it weighs as many as there were.
+    # A step's gain is the mean over its accepted rollouts, so its weight is their number.
     weighed = [
         (line["gain"], sum(line["release_histogram"]))
         for line in run.train
@@ -349,7 +349,7 @@ def _rollouts(runs: Sequence[Run]) -> str:
         "<span><sub>1.23</sub> its mean margin M, nats</span></p>"
         "<p>Bars above a text: a sentence each, as wide as its tokens and as high as its M.</p>"
     )
-    # Many runs make a long page; then a reader opens the one that he wants.
+    # Many runs make a long page, so each is folded until the reader opens it.
     state = " open" if len(runs) <= 2 else ""
     body = []
     for i, run in enumerate(runs):
@@ -378,7 +378,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _provenance(runs: Sequence[Run]) -> str:
-    """Versions and the whole config of each run, folded away."""
+    """Versions and the whole config of each run, folded."""
     blocks = []
     for i, run in enumerate(runs):
         versions = ", ".join(f"{key} {value}" for key, value in run.versions.items())

@@ -1,6 +1,6 @@
-"""Curves and shares of the rollouts that a run has recorded, with intervals, by right and wrong answers.
+"""Curves and shares of a run's recorded rollouts, with intervals, for right and wrong answers.
 
-All from the records of rollouts.jsonl, sentence by sentence; imports no JAX.
+Everything is computed from the sentences in rollouts.jsonl. Imports no JAX.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ Estimate = tuple[float, float, float]  # value, and the ends of its 95% interval
 
 
 def score(sentence: Record) -> tuple[float, float]:
-    """S = log(1 + mean M) of a sentence: what the change point is found in. Source: paper.md, step 4."""
+    """S = log(1 + mean M) of a sentence, the score of the rule. Source: paper.md, step 4."""
     return _steady(np.log1p(_number(sentence, "contrast")))
 
 
@@ -28,7 +28,7 @@ def margin(sentence: Record) -> tuple[float, float]:
 
 
 def advantage(sentence: Record) -> tuple[float, float]:
-    """The mean advantage A and the mean of its square over the sentence's tokens, nats."""
+    """The means of the advantage A and of its square over the sentence's tokens, nats."""
     mean = _number(sentence, "advantage")
     return mean, mean**2 + _number(sentence, "advantage_std") ** 2
 
@@ -39,7 +39,7 @@ def mean(count, total, square):
 
 
 def spread(count, total, square):
-    """Its standard deviation."""
+    """The standard deviation of a quantity, from sums."""
     return np.sqrt(np.maximum(square / count - (total / count) ** 2, 0))
 
 
@@ -48,17 +48,17 @@ def profile(
     quantity: Callable[[Record], tuple[float, float]],
     statistic: Callable = mean,
 ) -> np.ndarray | None:
-    """A quantity over ten equal parts of each response's own length.
+    """A quantity over ten equal parts of each response.
 
-    Every token has its sentence's value; a sentence in which that is not finite or not recorded is left out.
+    Every token has its sentence's value. Sentences whose value is not finite or not recorded are left out.
 
     Args:
-      quantity: sentence -> (value, value of its square), means over its tokens.
+      quantity: sentence -> (mean of the quantity, mean of its square) over the sentence's tokens.
       statistic: `mean` or `spread`.
 
     Returns:
-      [3, BINS]: the statistic over all tokens, and the ends of its 95% bootstrap interval over rollouts; None
-      where nothing is recorded.
+      [3, BINS]: the statistic over all tokens, and the ends of its 95% bootstrap interval over rollouts. None
+      if nothing is recorded.
     """
     sums_R3N = np.array([sums(rollout, quantity) for rollout in rollouts if rollout["tokens"]])
     if not sums_R3N.size:
@@ -79,7 +79,7 @@ def profile(
 
 
 def by_answer(rollouts: Sequence[Record]) -> dict[str, list[Record]]:
-    """The graded rollouts by whether they are right, without groups that are empty."""
+    """The graded rollouts, right and wrong ones apart; leaves out empty groups."""
     groups = {name: [r for r in rollouts if r.get("right") is value] for name, value in GROUPS.items()}
     return {name: group for name, group in groups.items() if group}
 
@@ -95,7 +95,7 @@ def gain(rollouts: Sequence[Record]) -> Estimate | None:
 
 
 def release_position(rollouts: Sequence[Record]) -> Estimate | None:
-    """Mean share of the response that stays supervised, of accepted releases."""
+    """Mean share of the response that stays supervised, over accepted releases."""
     return _ratio([(r["kept_tokens"] / r["tokens"], 1) for r in rollouts if r["accepted"] and r["tokens"]])
 
 
@@ -107,7 +107,7 @@ def _ratio(pairs) -> Estimate | None:
 
 
 def sums(rollout: Record, quantity) -> np.ndarray:
-    """[3, BINS] of one rollout: tokens, and the sums over them of a quantity and of its square."""
+    """[3, BINS] for one rollout: the number of tokens, and sums of a quantity and its square over them."""
     lengths = [sentence["tokens"] for sentence in rollout["sentences"]]
     values = [quantity(sentence) for sentence in rollout["sentences"]]
     value_T2 = np.repeat(np.array(values, float).reshape(-1, 2), lengths, axis=0)

@@ -1,21 +1,21 @@
-"""Rollouts as HTML, coloured sentence by sentence by what is supervised; all text is escaped."""
+"""Rollouts as HTML. Each sentence is coloured by its supervision; all text is escaped."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-SHOWN = {"latest": 4, "earliest": 2}  # of a run, from its last and its first recorded step
+SHOWN = {"latest": 4, "earliest": 2}  # rollouts of the last and the first recorded step of a run
 
 
 def supervised(sentence: Mapping[str, Any]) -> str:
-    """What becomes of a sentence: "kept", "partly" (a cut inside it, or single tokens), or "released"."""
+    """A sentence's supervision: "kept", "partly" (a cut inside it, or single tokens), or "released"."""
     whole = sentence["tokens"]
     kept = sentence.get("kept_tokens", whole if sentence["kept"] else 0)
     return "kept" if kept == whole else "partly" if kept else "released"
 
 
 def articles(rollouts: Sequence[Mapping[str, Any]]) -> str:
-    """Some of the rollouts, one article each; "" where there are none."""
+    """Some of the rollouts, one article each; "" without rollouts."""
     return "".join(_rollout(rollout) for rollout in _choose(rollouts))
 
 

@@ -1,6 +1,6 @@
 """Several arms and seeds of one recipe in one process, and the table that compares them.
 
-In: an ablation's file. Out: a workdir an arm and seed, and their table.
+In: an ablation's file. Out: a workdir for each arm and seed, and their table.
 May import: every other room and the entries.
 """
 

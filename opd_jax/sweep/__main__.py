@@ -1,13 +1,13 @@
-"""An ablation: every arm with every seed, one after another, the teacher once, then one table and one page.
+"""Runs an ablation: every arm with every seed, one after another, then one table and one page.
 
     python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule
     python -m opd_jax.sweep --config=configs/ablations/rule.py:configs/mine.py --out=runs/rule --jobs=jobs
     python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule --table
 
-Started again with the same --out it skips what is done and goes on where it stopped. Where eval.benchmark is
-set, the teacher answers the benchmarks too, once; --teacher does that alone. --jobs writes a shell file for
-each run that is not done, in place of running it; with --settings, a settings file of launch/tpu.sh and
-launch/gke.sh. --table makes the table of the runs that are done, and runs nothing.
+Started again with the same --out, it skips what is done and continues where it stopped. If eval.benchmark is
+set, the teacher answers the benchmarks too, once; with --teacher only that is done. --jobs runs nothing and
+writes a shell file for each run that is not done; with --settings, a settings file of launch/tpu.sh and
+launch/gke.sh. --table only makes the table of the runs that are done.
 """
 
 from absl import flags

@@ -1,9 +1,12 @@
 """The arms of an ablation: named sets of config overrides, and seeds.
 
-An ablation is a config file (configs/ablations/) whose get_config(recipe) returns what all arms start from,
-whose arms(config) returns {name: {dotted key: value}}, and whose SEEDS are the seeds of every arm. Arms are
-compared with the first one, or with what the file's against(name) returns, where it has that. The mean over
-benchmarks is of those that the file's MEAN names, where it has that, else of all.
+An ablation is a config file (configs/ablations/) with three parts:
+- get_config(recipe) returns the config that all arms start from;
+- arms(config) returns {name: {dotted key: value}};
+- SEEDS are the seeds of every arm.
+
+Arms are compared with the first one, or with the arm that the file's function against(name) returns. The mean
+over benchmarks is over all, or over those in the file's MEAN.
 """
 
 import copy
@@ -23,7 +26,7 @@ NAME = re.compile(r"[\w.=+-]+")
 
 
 def grid(values: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any] | None = None) -> dict[str, dict]:
-    """An arm for each combination, named "key=value", several joined by "+"; `fixed` is set in all."""
+    """An arm for each combination of values, named "key=value+key=value"; `fixed` is set in all arms."""
     found = {}
     for combination in itertools.product(*values.values()):
         overrides = dict(zip(values, combination))
@@ -61,13 +64,13 @@ def plan(
     """The runs of the ablation in the file `path`, arm by arm.
 
     Args:
-      config: what its get_config returned, with the command line's changes.
+      config: the result of its get_config, with the changes of the command line.
       out: the folder of the sweep; a run's workdir is OUT/ARM/seed-N.
       only: names of the arms to run, () for all.
-      seeds: in place of the file's.
+      seeds: replace the file's seeds unless empty.
 
     Raises:
-      UserError: the file describes no ablation, an arm is unknown or has a value that is not allowed.
+      UserError: the file is not an ablation, or an arm is unknown or has a value that is not allowed.
     """
     module = load_module(path)
     if not hasattr(module, "arms") or not hasattr(module, "SEEDS"):

@@ -1,4 +1,4 @@
-"""The runs of a sweep: one after another in this process, or as job files for others."""
+"""The runs of a sweep: one after another in this process, or as job files."""
 
 import json
 import re
@@ -24,16 +24,16 @@ from opd_jax.sweep import table as sweep_table
 from opd_jax.sweep.arms import Planned
 from opd_jax.sweep.table import TEACHER
 
-# What the student's start depends on: runs that agree in these share one evaluation of it.
+# Settings that the student's start depends on. Runs that agree in these share one evaluation of it.
 START_SECTIONS = ("seed", "student", "teacher", "data", "rollout", "scoring", "mesh")
-OVERHEAD = "compiling and reading"  # of a run, in the plan of what is still to do
-# What the teacher's answers depend on.
+OVERHEAD = "compiling and reading"  # a piece of each run, in the plan
+# Settings that the teacher's answers depend on.
 TEACHER_READS = ("seed", "teacher", "student", "data", "rollout", "eval")
-TEACHER_FILE = "settings.json"  # of the folder with its answers; written when they are all there
+TEACHER_FILE = "settings.json"  # in the folder of its answers; written when all of them are there
 
 
 def is_done(planned: Planned) -> bool:
-    """Whether a run has its last step, and the evaluation, benchmarks and checkpoint after it."""
+    """Whether a run has done its last step, and the evaluation, benchmarks and checkpoint after it."""
     c = planned.config
     lines = read_lines(planned.workdir / METRICS_FILE) if _whole(planned.workdir / METRICS_FILE) else []
     last = {(line["kind"], line.get("benchmark")) for line in lines if line["step"] == c.train.steps}
@@ -44,15 +44,15 @@ def is_done(planned: Planned) -> bool:
 
 
 def _whole(path: Path) -> bool:
-    """Whether a file is there and its last line is complete."""
+    """Whether a file exists and its last line is complete."""
     return path.is_file() and path.read_bytes().endswith(b"\n")
 
 
 def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None:
-    """Runs what is not done, in order; call it in every process.
+    """Runs what is not done, in order. Call it in every process.
 
     Args:
-      progress: shows what goes on; the runs share one of their own if not given.
+      progress: shows the progress of all runs; a new one by default.
 
     Raises:
       UserError: a workdir holds a run of another config.
@@ -65,7 +65,7 @@ def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None
         conflict = config_conflict(planned.workdir, planned.config)
         if conflict:
             raise conflict
-    # Looked at before anything runs, and by process 0 for all: the folders change while others look.
+    # Process 0 decides for all, before anything runs, because the folders change while the others look.
     done = [is_done(planned) for planned in runs]
     fresh = [not (planned.workdir / "checkpoints").is_dir() for planned in runs]
     done, fresh = distributed.gathered([done, fresh])[0]
@@ -80,7 +80,7 @@ def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None
             if key not in starts:
                 with shown.phase("reading the weights"):
                     weights = job.start().params, job.teacher_params()
-                shown.expect("evaluation")  # beside the run's own, which it then skips
+                shown.expect("evaluation")  # in addition to the run's own, which is then skipped
                 starts[key] = evaluate(job, *weights, shown)
                 del weights
             start = starts[key]
@@ -104,9 +104,9 @@ def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None
 
 
 def examine_teacher(planned: Planned, out: Path, progress: Progress | None = None) -> None:
-    """The teacher of a run answers the run's benchmarks as its student does, once; call it in every process.
+    """The teacher of a run answers the run's benchmarks, once, as the student does. Call it in every process.
 
-    Writes OUT/teacher/NAME-model.jsonl and .json; what is there of the same settings stays.
+    Writes OUT/teacher/NAME-model.jsonl and .json. Does nothing if answers with the same settings are there.
     """
     from opd_jax.run import prepare
 
@@ -146,10 +146,10 @@ def write_jobs(
     """Writes FOLDER/ARM-seed-N.sh for each run that is not done; returns the files.
 
     Args:
-      config_argument, changes: --config=VALUE and the --config.KEY=VALUE of the command line, as `changes_of`
-        has them.
-      settings: a settings file of launch/; each file is then a copy of it for its run, and says how to launch
-        it. Without, each file is the command of this interpreter in this folder.
+      config_argument: VALUE of --config=VALUE.
+      changes: the words --config.KEY=VALUE of the command line, from `changes_of`.
+      settings: a settings file of launch/. Each file is then a copy of it for its run, and says how to launch
+        it. Without settings each file is a command for this interpreter and this folder.
 
     Raises:
       UserError: there is no such settings file.
@@ -222,7 +222,7 @@ def main(_):
 
 
 def changes_of(argv: Sequence[str]) -> list[str]:
-    """The changes of the config among a command's words, each as --config.KEY=VALUE."""
+    """The words of a command that change the config, each as --config.KEY=VALUE."""
     found = []
     for argument, following in zip(argv, [*argv[1:], "--"]):
         if argument.startswith("--config.") and "=" not in argument and not following.startswith("--"):

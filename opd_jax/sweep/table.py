@@ -1,4 +1,4 @@
-"""The table and the page of a sweep, from what its runs have written."""
+"""The table and the page of a sweep, from the files of its runs."""
 
 import csv
 import html
@@ -15,7 +15,7 @@ from opd_jax.report import figures as report_figures
 from opd_jax.run import Run, column, phase_seconds, read_run
 from opd_jax.sweep.arms import Planned
 
-START, TEACHER, MEAN = "start", "teacher", "mean"  # rows and a column that are no arm and no benchmark
+START, TEACHER, MEAN = "start", "teacher", "mean"  # rows that are not arms, a column that is not a benchmark
 SECONDS = ("sample", "train", "data", "other")
 NOTE = """\
 KL: KL(student ‖ teacher) on held-out prompts after the last step, nats a token, mean over seeds. Its 95%
@@ -28,7 +28,7 @@ Supervised: tokens in the loss, mean over seeds. Seconds a step: medians, withou
 
 
 def write(runs: Sequence[Planned], out: Path) -> str:
-    """Writes OUT/table.csv, OUT/table.md and OUT/report.html; returns the Markdown and where it is."""
+    """Writes OUT/table.csv, OUT/table.md and OUT/report.html; returns the Markdown and the paths."""
     rows = table(runs, out)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(out / "table.csv", "w", encoding="utf-8", newline="") as file:
@@ -50,10 +50,10 @@ def write(runs: Sequence[Planned], out: Path) -> str:
 
 
 def table(runs: Sequence[Planned], out: Path) -> list[dict[str, Any]]:
-    """One row an arm: column -> number or text, in the order of the arms.
+    """One row per arm: column -> number or text, in the order of the arms.
 
-    Before them the start, of each arm that others are compared with; after them the teacher, where OUT has
-    its answers.
+    Rows of the start, one for each arm that others are compared with, come first. The teacher's row comes
+    last, if OUT has its answers.
     """
     by_arm: dict[str, dict[int, Path]] = {}
     against = {planned.arm: planned.against for planned in runs}
@@ -85,7 +85,7 @@ def _measured(
     other: Mapping[int, Mapping[str, Measured]],
     mean: Sequence[str],
 ) -> dict[str, Any]:
-    """The row of an arm, of what was measured with each seed, beside another's."""
+    """The row of an arm, from the results of each seed, compared with another arm's results."""
     row: dict[str, Any] = {"arm": arm, "seeds": len(found)}
     names = sorted({name for measured in found.values() for name in measured}, key=lambda n: (n != "KL", n))
     for name in names:
@@ -102,7 +102,7 @@ def _quantity(
     found: Mapping[int, Mapping[str, Measured]],
     other: Mapping[int, Mapping[str, Measured]],
 ) -> dict[str, float]:
-    """The mean of the named results over seeds and names, its interval, and the difference to `other`."""
+    """The mean of the named results over seeds and names, its interval, and the difference from `other`."""
     seeds = [seed for seed in found if all(name in found[seed] for name in names)]
     if not seeds:
         return {}
@@ -126,7 +126,7 @@ def _quantity(
 
 
 def _together(measured: Sequence[Measured]) -> Measured:
-    """Sums over seeds, problem by problem."""
+    """Adds up the results of several seeds, problem by problem."""
     total_N, count_N = (np.sum(parts, axis=0) for parts in zip(*((m.total_N, m.count_N) for m in measured)))
     return Measured(total_N, count_N, measured[0].text_N)
 
@@ -140,7 +140,7 @@ def _trained(records: Sequence[Run]) -> dict[str, float]:
 
 
 def _ended(records: Sequence[Run], first: bool = False) -> dict[str, float]:
-    """Length and finished share of the responses to held-out prompts, in the last evaluation or the first."""
+    """Length and finished share of responses to held-out prompts, in the last or the first evaluation."""
     evals = [record.evals[0 if first else -1] for record in records if record.evals]
     names = {"response length": "response_length", "finished share": "finished_share"} if evals else {}
     return {column: float(np.mean([line[key] for line in evals])) for column, key in names.items()}
@@ -157,7 +157,7 @@ def _seconds(records: Sequence[Run]) -> dict[str, float]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as Markdown, intervals beside their values."""
+    """The table as Markdown, with each interval next to its value."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     inner = (" low", " high", " p")
     heads = [key for key in columns if not key.endswith(inner) and not key.startswith("seconds ")]
@@ -189,7 +189,7 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> str:
-    """A plot of the arms for each quantity that has an interval; start and teacher are in ink."""
+    """One plot of all arms for each quantity that has an interval; start and teacher are in ink."""
     columns = dict.fromkeys(key for row in rows for key in row)
     lows = [key for key in columns if key.endswith(" low") and not key.endswith(" difference low")]
     names = [key.removesuffix(" low") for key in lows]

@@ -1,6 +1,6 @@
 """Where prompts come from: files, data sets, generators, and the demo's own.
 
-In: a source's name and path. Out: `Conversation`s: messages and, where there is one, the reference answer.
+In: a source's name and path. Out: `Conversation`s: messages and, if known, the reference answer.
 May import: models and the rooms before it.
 """
 

@@ -1,7 +1,7 @@
 """The demo prompts as a TFDS dataset in array_record files, built once into a cache folder.
 
-A quarter of each split are everyday requests written for this project (`everyday.json`), the rest are
-grade-school problems with a numeric answer from reasoning-gym's `gsm_symbolic`.
+A quarter of each split is everyday requests written for this project (`everyday.json`). The rest is
+grade-school problems with a numeric answer, from reasoning-gym's `gsm_symbolic`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def grade_school(split: str, count: int, exclude: set[str]) -> list[tuple[str, s
         raise UserError(
             "data.source=demo: the package reasoning-gym is missing; pip install reasoning-gym"
         ) from error
-    # The generator repeats a question now and then; twice the number is ample.
+    # The generator sometimes repeats a question; twice the number is enough.
     dataset = reasoning_gym.create_dataset(
         "gsm_symbolic", size=2 * count, seed=GSM_SEEDS[split]
     )
@@ -52,8 +52,8 @@ def grade_school(split: str, count: int, exclude: set[str]) -> list[tuple[str, s
 class OpdDemo(tfds.core.GeneratorBasedBuilder):
     """Splits "train" and "heldout" of {prompt, answer}; an empty answer means there is none.
 
-    Both splits repeat one request and three problems, so that any prefix is mixed alike. No text is in
-    both splits.
+    Both splits repeat one request and three problems, so that every prefix has the same mixture. No text is
+    in both splits.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -90,11 +90,11 @@ class OpdDemo(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(cache: Path) -> Path:
-    """Builds the dataset under `cache` where it is not there yet; returns its folder.
+    """Builds the dataset under `cache` unless it is there; returns its folder.
 
-    The folder's name carries a digest of what the content is made from, so an edited request never
-    meets an old cache. Processes that build at once do so in folders of their own; the first rename
-    wins and the others use its result.
+    The folder's name has a digest of the sources, so that an edited request never uses an old cache.
+    Processes that build at the same time use folders of their own. The first rename wins, and the others use
+    its result.
 
     Raises:
       UserError: the cache cannot be written, or reasoning-gym is missing.
@@ -114,7 +114,7 @@ def prepare(cache: Path) -> Path:
     try:
         tfds.disable_progress_bar()
         builder = OpdDemo(data_dir=scratch, file_format="array_record")
-        # TFDS prints a download message, although nothing is downloaded.
+        # TFDS prints a message about downloading, although it downloads nothing.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         try:

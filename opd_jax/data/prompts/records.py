@@ -1,4 +1,4 @@
-"""Files of records (JSONL, JSON, CSV, parquet) as a list of objects, and fields by a dotted path."""
+"""Reads files of records (JSONL, JSON, CSV, parquet) as lists of objects, and fields by dotted paths."""
 
 import contextlib
 import csv
@@ -10,21 +10,21 @@ from typing import Any
 from opd_jax.errors import UserError, reason
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-csv.field_size_limit(1 << 27)  # the module's own, 128 KiB, is less than a long solution
+csv.field_size_limit(1 << 27)  # the default, 128 KiB, is shorter than a long solution
 
 
 def read(path: str, key: str, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The records of a file, by the ending of its name.
+    """Reads the records of a file; the ending of its name gives the format.
 
     Args:
-      path: the file; or several, in the order of their names, where its name has a *.
+      path: the file. A * in its name stands for several files, which are read in the order of their names.
       key: the config key or flag that names the file, for messages.
-      wanted: dotted paths of the fields that will be looked at. Of a parquet file nothing else is read,
-        unless it has none of them.
+      wanted: dotted paths of the fields that the caller uses. Only these columns of a parquet file are read,
+        or all if it has none of them.
 
     Raises:
-      UserError: no such file, another ending, a line that is no object, text that is no UTF-8, or no record
-        at all.
+      UserError: there is no such file, its ending is unknown, a line is not an object, the text is not UTF-8,
+        or there is no record.
     """
     records = [record for file in _files(path, key) for record in _read(file, key, wanted)]
     if not records:
@@ -33,7 +33,7 @@ def read(path: str, key: str, wanted: Sequence[str] = ()) -> list[dict[str, Any]
 
 
 def names(path: str, key: str) -> list[str]:
-    """The columns of a file: those of its first record, or all of a parquet file's."""
+    """The columns of a file: the fields of its first record, or all columns of a parquet file."""
     first = _files(path, key)[0]
     if first.suffix == ".parquet":
         with _reading_parquet(first, key) as parquet:
@@ -66,11 +66,13 @@ def _read(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except csv.Error as error:
-        raise UserError(f"{key}={where} is no readable CSV ({error}); mend it, or give JSONL") from error
+        raise UserError(
+            f"{key}={where} is not a readable CSV file ({error}); fix it, or give JSONL"
+        ) from error
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where there is none. A name with a dot in it wins."""
+    """The value at a dotted path, None if there is none. A field whose name contains the dot comes first."""
     if path in record:
         return record[path]
     value: Any = record
@@ -82,7 +84,7 @@ def field(record: Mapping[str, Any], path: str) -> Any:
 
 
 def first_field(record: Mapping[str, Any], paths: Iterable[str]) -> Any:
-    """The first value among several dotted paths that is there and not empty, or None."""
+    """The first value at one of several dotted paths that exists and is not empty, or None."""
     values = (field(record, path) for path in paths)
     return next((value for value in values if value not in (None, "")), None)
 
@@ -98,7 +100,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}; mend it") from error
+        raise UserError(f"{where} is not JSON: {error}; fix it") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object; write one object a line")
     return record
@@ -109,7 +111,7 @@ def _json(where: Path, key: str) -> list[dict[str, Any]]:
     try:
         records = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{key}={where} is not JSON: {error}; mend it") from error
+        raise UserError(f"{key}={where} is not JSON: {error}; fix it") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{key}={where}: give a JSON list of objects, or a .jsonl file")
     return records
@@ -124,7 +126,7 @@ def _parquet(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any
 
 @contextlib.contextmanager
 def _reading_parquet(where: Path, key: str):
-    """pyarrow's parquet module, whose errors become the user's."""
+    """pyarrow's parquet module; its errors become UserErrors."""
     try:
         import pyarrow.parquet
     except ImportError as error:

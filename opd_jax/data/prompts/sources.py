@@ -1,6 +1,6 @@
 """Where prompts come from, as conversations: the demo, files, TFDS datasets, reasoning-gym's generators.
 
-A data set of `datasets.json` is a file of which the columns are known: a file that lacks one is refused.
+The columns of the data sets in `datasets.json` are known; a file that lacks one of them is refused.
 """
 
 import functools
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 @functools.cache
 def datasets() -> dict[str, dict[str, str]]:
-    """The data sets whose columns are known, by name: their title and the columns of prompt and answer."""
+    """Data sets with known columns: name -> title, and the columns of prompt and answer."""
     return json.loads(DATASETS_FILE.read_text(encoding="utf-8"))
 
 
@@ -74,7 +74,7 @@ def parse_mixture(entries: Sequence[str]) -> list[Part]:
     """Parts of `data.mixture`: "WEIGHT KIND:PATH [prompt=COLUMN] [answer=COLUMN]".
 
     Raises:
-      UserError: an entry of another form.
+      UserError: an entry has another form.
     """
     parts = []
     for entry in entries:
@@ -98,7 +98,7 @@ def parse_mixture(entries: Sequence[str]) -> list[Part]:
 
 
 def read(part: Part, config: ConfigDict) -> list[Conversation]:
-    """The conversations of one source other than the demo; `config` is the data section."""
+    """Reads the conversations of one source other than the demo; `config` is the data section."""
     if part.kind == "rg":
         where = f"data.source=rg:{part.path}"
         pairs = generate(part.path, config.generated, config.generated_seed, where)
@@ -114,7 +114,7 @@ def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str
     """(question, answer) pairs of a reasoning-gym generator.
 
     Raises:
-      UserError: reasoning-gym is missing, or has no such task, or none that needs no settings.
+      UserError: reasoning-gym is missing, has no such task, or the task needs settings.
     """
     try:
         import reasoning_gym
@@ -130,7 +130,7 @@ def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str
     try:
         dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
         return [(item["question"], str(item["answer"] or "")) for item in dataset]
-    # A generator raises what it likes: assertions where it needs settings, import errors.
+    # Generators raise all kinds of errors: assertions if they need settings, import errors.
     except Exception as error:
         raise UserError(
             f"{where}: reasoning-gym cannot generate {task!r} from a size and a seed ({reason(error)}); name"
@@ -139,9 +139,9 @@ def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str
 
 
 def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]]:
-    """The built-in (train, heldout) conversations, built under `cache` where they are not there.
+    """The built-in (train, heldout) conversations; builds them under `cache` unless they are there.
 
-    `cache` None is `$XDG_CACHE_HOME/opd_jax`, or `~/.cache/opd_jax` without that variable.
+    With `cache` None the folder is `$XDG_CACHE_HOME/opd_jax`, or `~/.cache/opd_jax` without that variable.
     """
     from opd_jax.data.prompts import demo
 
@@ -168,7 +168,7 @@ def read_tfds(path: str, columns: Columns | None = None) -> list[Conversation]:
         else:
             array_record = {"file_format": "array_record"}
             source = tfds.data_source(path, split="train", builder_kwargs=array_record)
-    # TFDS raises whatever its readers raise: an unknown name, a missing split, a tfrecord file.
+    # TFDS passes on all errors of its readers: an unknown name, a missing split, a tfrecord file.
     except Exception as error:
         if path.startswith("huggingface:"):
             raise UserError(
@@ -227,11 +227,11 @@ def _absent(column: str, path: str, names: Iterable[str]) -> UserError:
 def read_file(path: str, columns: Columns | None = None) -> list[Conversation]:
     """Reads a file of records, each a conversation.
 
-    Without a column for the prompt, a record has "messages" ([{"role", "content"}]) or one of "prompt",
-    "question" and "problem" (a string); "answer" is optional. A named column holds a string or messages.
+    Without a named column for the prompt, a record has "messages" ([{"role", "content"}]) or a string in
+    "prompt", "question" or "problem"; "answer" is optional. A named column holds a string or messages.
 
     Raises:
-      UserError: the file or one of its records is not that, or no record has the named answer.
+      UserError: the file or a record has another form, or no record has the named answer.
     """
     columns = columns or Columns()
     prompts = (columns.prompt,) if columns.prompt else PROMPT_COLUMNS
@@ -279,10 +279,10 @@ def _conversations(
 
 
 def read_turns(path: str) -> list[dict[str, str]]:
-    """The earlier turns of `data.few_shot`: a user's and an assistant's for each {"prompt", "response"}.
+    """Reads `data.few_shot`: a user's and an assistant's turn for each {"prompt", "response"}.
 
     Raises:
-      UserError: the file or one of its records is not that.
+      UserError: the file or a record has another form.
     """
     turns = []
     for number, record in enumerate(records.read(path, "data.few_shot"), start=1):

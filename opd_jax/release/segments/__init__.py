@@ -1,4 +1,4 @@
-"""Sentences of token ids, cut on the device by tables made once from the tokenizer.
+"""Finds the sentences of token ids on the device, with tables built once from the tokenizer.
 
 In: a tokenizer, then tokens and a mask. Out: the segment number of every response token.
 May import: models and the rooms before it.

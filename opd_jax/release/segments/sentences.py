@@ -1,7 +1,7 @@
-"""Sentences on device, as NLTK's Punkt finds them: token ids in, the first token of each sentence out.
+"""Finds sentences on device as NLTK's Punkt does: token ids in, the first token of each sentence out.
 
-Only gathers, shifts, and scans over positions: no text and no host. `punkt.py` says what a token's
-row holds; `docs/segments.md` says how the pieces fit.
+It uses only gathers, shifts, and scans over positions: no text, and nothing on the host. `punkt.py` describes
+the row of a token; `docs/segments.md` explains how the parts work together.
 """
 
 import flax.struct
@@ -15,7 +15,7 @@ from opd_jax.release.segments import punkt, scans
 
 @flax.struct.dataclass
 class SentenceTable:
-    """What Punkt's decisions need to know of a vocabulary; built once on the host, then on device.
+    """Data about a vocabulary for Punkt's decisions; built once on the host, then kept on device.
 
     Attributes:
       token_VC: uint32 [V, 8], a row for each token id: punkt.token_rows.
@@ -29,7 +29,7 @@ class SentenceTable:
 
     @classmethod
     def build(cls, token_bytes: list[bytes], parameters: punkt.Parameters) -> "SentenceTable":
-        """The table of a vocabulary, from the bytes of each token id (b"" for a special token)."""
+        """Builds the table of a vocabulary from the bytes of each token id (b"" for a special token)."""
         types, number_first = punkt.word_types(parameters)
         base = punkt.hash_base(types)
         return cls(
@@ -43,8 +43,8 @@ def first_tokens(table: SentenceTable, tokens_BT: jax.Array, mask_BT: jax.Array)
     """bool [B, T]: the first token of each sentence but the first.
 
     Args:
-      tokens_BT: int32 token ids. Ids past the table's end read as its last token.
-      mask_BT: bool, response tokens; others read as white space.
+      tokens_BT: int32 token ids. Ids past the table's end are read as its last token.
+      mask_BT: bool, response tokens; others are read as white space.
     """
     row_BTC = jnp.take(table.token_VC, tokens_BT, axis=0, mode="clip")
     row_BTC = _join_spaces(jnp.where(mask_BT[:, :, None], row_BTC, _WHITE_SPACE_11C))
@@ -59,14 +59,14 @@ _WIDE_SPACES_11N = np.array([[[int.from_bytes(space, "big") for space in punkt.W
 
 
 def _join_spaces(row_BTC):
-    """The rows, with those of two or three tokens that spell one white space made white space."""
+    """Replaces the rows of two or three tokens that together spell one white space by rows of white space."""
     traits_BT = row_BTC[:, :, punkt.TRAITS]
     first = traits_BT >> punkt.PIECE_SHIFT, traits_BT >> punkt.PIECE_BYTES_SHIFT & 3
     second = tuple(scans.following(x_BT, 0) for x_BT in first)
     third = tuple(scans.following(x_BT, 0) for x_BT in second)
 
     def joined(*pieces):
-        """Which are white space: a lead byte starts a character, whatever stands before it."""
+        """Which are white space; a lead byte starts a character, whatever comes before it."""
         value_BT, complete_BT = jnp.uint32(0), True
         for piece_BT, bytes_BT in pieces:
             value_BT = value_BT << 8 * bytes_BT | piece_BT
@@ -97,8 +97,7 @@ class _Text:
         self.next_flags_BT = jnp.where(self.joins_next_BT, after_BT, 0)
         self.dot_before_BT = joins_BT & (before_BT & punkt.LAST_DOT != 0)
 
-        # A comma inside 1,000 is part of the word; one before a closing quote or the chunk's end is
-        # not.
+        # A comma inside 1,000 is part of the word; a comma before a closing quote or the chunk's end is not.
         comma_BT = self.has(punkt.LONE_COMMA)
         self.ends_before_next_BT = ~self.joins_next_BT | (self.next_flags_BT & _ENDS_WORD != 0)
         comma_BT &= self.ends_before_next_BT
@@ -123,7 +122,7 @@ class _Text:
 
 
 def _join_traits(before, after):
-    """Traits of a word made of two parts: their union, and SECOND if both have a character."""
+    """Traits of a word of two parts: their union, and SECOND if both have a character."""
     both = before & after & punkt.FIRST != 0
     return before | after | jnp.where(both, punkt.SECOND, np.uint32(0))
 
@@ -153,7 +152,7 @@ def _join_heads(left, right):
 
 
 def _look_up(table: SentenceTable, hash_BT):
-    """What is known of the word types with these hashes: punkt.ABBREVIATION and so on."""
+    """Looks up the flags of the word types with these hashes, such as punkt.ABBREVIATION."""
     bits = table.word_HW.shape[0].bit_length() - 1
     width = table.word_HW.shape[1] // 2
     bucket_BT = (hash_BT * np.uint32(punkt.BUCKET_MULTIPLIER)) >> np.uint32(32 - bits)
@@ -164,7 +163,7 @@ def _look_up(table: SentenceTable, hash_BT):
 
 
 def _word_before(row_BTC, text: _Text):
-    """Hash, traits of the word that ends before a token's mark."""
+    """Hash and traits of the word that ends before a token's mark."""
     restart_BT = text.word_start_BT | text.has(punkt.MANY_WORDS) | ~text.core_BT
     tails = (
         row_BTC[:, :, punkt.TAIL],
@@ -189,7 +188,7 @@ def _word_before(row_BTC, text: _Text):
 
 
 def _word_at_start(table, row_BTC, text: _Text):
-    """What is known of the first word of a chunk, at the chunk's first token."""
+    """Flags of the first word of a chunk, at the chunk's first token."""
     closed_BT = text.has(punkt.MANY_WORDS) | ~text.joins_next_BT | scans.following(text.word_start_BT, True)
     heads = (row_BTC[:, :, punkt.HEAD], row_BTC[:, :, punkt.HEAD_POWER], closed_BT)
     hash_BT, _, _ = scans.scan(_join_heads, heads, (0, 1, False), reverse=True)
@@ -197,14 +196,14 @@ def _word_at_start(table, row_BTC, text: _Text):
 
 
 def _ends_sentence(word, traits_BT, ellipsis_BT, number_first, following):
-    """Punkt's decision on a full stop, from the word before it and what follows it.
+    """Whether a full stop ends a sentence by Punkt's rules, from the word before it and what follows.
 
     Args:
-      word: what is known of the word before, without its full stop.
-      traits_BT: its traits.
-      ellipsis_BT: the word is a run of full stops instead.
+      word: flags of the word before, without its full stop.
+      traits_BT: traits of that word.
+      ellipsis_BT: the word before is a run of full stops instead.
       number_first: SentenceTable.number_first.
-      following: (known word, starts upper, starts lower) of the word after.
+      following: (flags, starts with upper case, starts with lower case) of the word after.
 
     Source: PunktSentenceTokenizer._first_pass_annotation and ._second_pass_annotation of NLTK.
     """
@@ -233,10 +232,10 @@ def _ends_sentence(word, traits_BT, ellipsis_BT, number_first, following):
 
 
 def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
-    """Tokens in which a sentence ends; whether white space follows their mark, or more of the core.
+    """Tokens in which a sentence ends; whether white space follows their mark; whether more of the core does.
 
-    Punkt looks at the last mark between two hard white spaces; it ends a sentence if it, or a mark
-    before it there, does. A mark is followed by a NON_WORD character or by white space and another
+    Of the marks between two hard white spaces Punkt considers the last one. It ends a sentence if this mark,
+    or an earlier one there, does. A mark is followed by a NON_WORD character, or by white space and another
     chunk.
     """
     end = text.flags_BT.shape[1]
@@ -244,7 +243,7 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     before_non_word_BT = inside_BT | (text.next_flags_BT & punkt.FIRST_NON_WORD != 0)
     before_non_word_BT &= mark_BT
     before_space_BT = mark_BT & ~text.joins_next_BT & ~inside_BT & (text.next_chunk_BT < end)
-    # Of "!!" before a letter or the end of the text, the first mark is the one that counts.
+    # In "!!" before a letter or the end of the text, the first mark counts.
     earlier_BT = text.has(punkt.MARK_EARLIER) & ~before_non_word_BT & ~before_space_BT
     inside_BT |= earlier_BT
     before_non_word_BT |= earlier_BT
@@ -266,14 +265,15 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     no_case_BT = jnp.zeros_like(mark_BT)
     sign = (jnp.where(punctuation_BT, punkt.IS_PUNCTUATION, np.uint32(0)), no_case_BT, no_case_BT)
     ends_BT = _ends_sentence(word_BT, traits_BT, ellipsis_BT, table.number_first, sign)
-    # A word that ends before a run or a comma is no match, yet may end a sentence.
+    # A word that ends before a run or a comma is not a match, but may end a sentence.
     passing_BT &= ~text.has(punkt.MARK_PUNCTUATION) | text.ends_before_next_BT
     run_next_BT = text.next_flags_BT & jnp.where(always_BT, punkt.DASHES | punkt.DOTS, punkt.DASHES) != 0
     passing_BT |= mark_BT & ~inside_BT & (run_next_BT | text.comma_next_BT)
     ends_inner_BT = (before_non_word_BT | passing_BT) & (always_BT | ends_BT)
     ends_inner_BT |= text.has(punkt.MARK_EARLIER)
 
-    # What a mark before white space needs to know of the next chunk is packed there and gathered.
+    # A mark before white space needs data of the next chunk, which is packed at the chunk's start and
+    # gathered.
     known_BT = _word_at_start(table, row_BTC, text)
     chunk_ends_BT = scans.first_from(ends_inner_BT) < text.next_chunk_BT
     upper_bit, lower_bit, ends_bit = (np.uint32(1 << i) for i in (29, 30, 31))
@@ -284,7 +284,7 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     packed_BT = jnp.take_along_axis(packed_BT, jnp.minimum(text.next_chunk_BT, end - 1), axis=1)
     following = (packed_BT, packed_BT & upper_bit != 0, packed_BT & lower_bit != 0)
     ends_BT = _ends_sentence(word_BT, traits_BT, ellipsis_BT, table.number_first, following)
-    # Punkt reads the next chunk along with the mark, so a sentence end inside it counts.
+    # Punkt reads the next chunk together with the mark, so a sentence end inside that chunk counts.
     ends_BT |= packed_BT & ends_bit != 0
     ends_outer_BT = before_space_BT & (always_BT | ends_BT)
 
@@ -293,7 +293,7 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
     next_hard_BT = scans.following(scans.first_from(text.hard_start_BT), end)
     any_BT = scans.last_until(ends_inner_BT | ends_outer_BT) >= scans.last_until(text.hard_start_BT)
     break_BT = match_BT & (next_match_BT >= next_hard_BT) & any_BT
-    # A mark right after hard white space counts beside the last one.
+    # A mark directly after hard white space counts in addition to the last one.
     break_BT |= text.hard_start_BT & text.has(punkt.FIRST_MARK) & match_BT
     return break_BT, before_space_BT, inside_BT
 
@@ -301,8 +301,8 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
 def _first_tokens(text: _Text, break_BT, before_space_BT, inside_BT):
     """The first token of each sentence but the first.
 
-    A sentence starts behind a mark, or behind the white space that follows it; but one run of closing
-    quotes and brackets there, up to white space (or --), stays with the sentence before.
+    A sentence starts after a mark, or after the white space that follows the mark. One run of closing quotes
+    and brackets there, up to white space (or --), stays with the sentence before.
     """
     closers_BT = text.has(punkt.ALL_CLOSERS)
     next_other_BT = scans.first_from(text.core_BT & ~closers_BT)
@@ -315,7 +315,7 @@ def _first_tokens(text: _Text, break_BT, before_space_BT, inside_BT):
     rest_closes_BT = break_BT & inside_BT & text.has(punkt.REST_CLOSERS)
     # The run is the rest of the mark's own token: the next token with text is the first.
     closed_BT = rest_closes_BT & run_ends_BT
-    # The next sentence starts behind the mark in the same token, so the token after it is its first.
+    # The next sentence starts after the mark in the same token, so its first token is the one after.
     within_BT = break_BT & inside_BT & ~(rest_closes_BT & (run_goes_on_BT | run_ends_BT))
     within_BT |= text.hard_start_BT & text.has(punkt.FIRST_MARK_OF_MORE)
     behind_BT = break_BT & ~before_space_BT & ~inside_BT
@@ -328,7 +328,7 @@ def _first_tokens(text: _Text, break_BT, before_space_BT, inside_BT):
     start_at_BT = scans.last_until(start_BT)
     drawn_BT = closing_BT & (text.chunk_at_BT <= start_at_BT)
     drawn_BT &= scans.last_until(text.core_BT & ~closing_BT) < start_at_BT
-    # Dashes in the token of the last closers start the sentence: its first is the token after.
+    # Dashes in the token of the last closers start the sentence, so its first token is the one after.
     last_closers_BT &= drawn_BT
     drawn_BT &= ~last_closers_BT
     written_BT = text.core_BT & ~drawn_BT
