@@ -1,4 +1,4 @@
-"""Every field of a run, declared once: default, range and comment; recipes, flags and their checks.
+"""Every field of a run, declared once with default, range and text; recipes, plugins, flags and their checks.
 
 In: a recipe and --config.key=value. Out: a checked `ConfigDict`.
 May import: distill, release, parallel and the rooms before them, for the names that a field allows.

@@ -34,9 +34,9 @@ def run(main, *, config: str | None = None, without_file: bool = False):
             argv = [argv[0], f"--config={given}", *argv[1:]]
         argv = _without_plugins(argv)
         path, *arguments = (given or default or "").split(":", 1)
-        if given:
-            argv = _with_file(argv, given, ":".join([str(find(path)), *arguments]))
         try:
+            if given:
+                argv = _with_file(argv, given, ":".join([str(find(path)), *arguments]))
             if path:
                 known = _flat(load(path, *arguments))
                 _check_fields(argv, known)

@@ -17,8 +17,8 @@ FIELDS = {
         (),
         """Python files that register rules or objectives of your own (docs/rules.md). Every process imports
         them before it checks any other field. Give them where the config is made:
-        `config.default(plugins=("my_rule.py",))`, or on the command line before a field that they declare:
-        `--config.plugins="('my_rule.py',)"`. Relative paths start in the folder that you run from.""",
+        `config.default(plugins=("my_rule.py",))`, or on the command line: `--config.plugins=my_rule.py`, with
+        commas between several. Relative paths start in the folder that you run from.""",
     ),
     "student.path": Field(
         "",
