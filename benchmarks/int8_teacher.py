@@ -23,7 +23,7 @@ from opd_jax.distill import scoring
 from opd_jax.models import transformer
 from opd_jax.models.files import source
 from opd_jax.parallel import sharding
-from opd_jax.release.segments import segments
+from opd_jax.release.segments import segment
 from opd_jax.run import prepare, programs
 
 # Each teacher: (dtype, storage of its matrices).
@@ -74,7 +74,7 @@ def scored(job, dtype: str, kept: str, rollouts):
         scores = scoring.score(
             model, params, rollouts, chunk=config.scoring.chunk, micro_batches=MICRO_BATCHES, keep="logits"
         )
-        segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
+        segment_BT = segment(table, rollouts.response_BT, rollouts.mask_BT)
         released = release.release(scores, segment_BT, rollouts.mask_BT, config.release)
         return scores, transformer.head(model, params), released
 

@@ -24,7 +24,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from benchmarks import held_out_texts, segment_texts
 from opd_jax.errors import UserError
 from opd_jax.models import tokenizers
-from opd_jax.release.segments import nltk_segments, punkt, segments
+from opd_jax.release.segments import SegmentTable, nltk_segments, punkt
+from opd_jax.release.segments import segment as segment_tokens
 
 ROWS, POSITIONS = 16, 2048
 RANDOM_ROWS = 64
@@ -106,7 +107,7 @@ class Comparison:
 
     def __init__(self, vocabulary, parameters: punkt.Parameters | None = None, kind: str = "punkt"):
         self.vocabulary = vocabulary
-        self.table = segments.SegmentTable.from_token_bytes(vocabulary.token_bytes, kind)
+        self.table = SegmentTable.from_token_bytes(vocabulary.token_bytes, kind)
         parameters = punkt.load_parameters() if parameters is None else parameters
         self.nltk = nltk_segments.Cutter(vocabulary.token_bytes, parameters)
 
@@ -143,7 +144,7 @@ class Comparison:
             result.different.append(("device" if at in ours else "nltk", *around))
 
 
-segment = jax.jit(segments.segment)
+segment = jax.jit(segment_tokens)
 
 
 def pad(responses, rows: int, positions: int):

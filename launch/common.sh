@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; sourced, never run. Takes --dry-run off the words of the script.
+# Shared functions of the scripts in this folder. Source it, do not run it. It removes --dry-run from the script's
+# arguments.
 
-# Exit status of a run that was told to stop and has saved: opd_jax/parallel/distributed.py, PREEMPTED.
+# Exit status of a run that was told to stop and saved a checkpoint: opd_jax/parallel/distributed.py, PREEMPTED.
 # shellcheck disable=SC2034  # used by the scripts that source this
 PREEMPTED=75
 DRY_RUN=${DRY_RUN:-}
@@ -15,13 +16,13 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
   exit 2
 fi
 
-# fail MESSAGE: one line, and status 2.
+# fail MESSAGE: prints one line and exits with status 2.
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# quoted WORD...: the words as a shell would read them back, quoted only where they must be.
+# quoted WORD...: prints the words so that a shell reads them back, with quotes only where they are needed.
 quoted() {
   local word line=
   for word in "$@"; do
@@ -30,12 +31,12 @@ quoted() {
   echo "${line# }"
 }
 
-# call COMMAND...: runs it; under --dry-run prints it instead.
+# call COMMAND...: runs the command, or prints it with --dry-run.
 call() {
   if [[ -n $DRY_RUN ]]; then quoted "$@"; else "$@"; fi
 }
 
-# read_settings FILE: sources a settings file; it must name each setting of settings.example.sh, and no other.
+# read_settings FILE: sources a settings file. It must contain exactly the settings of settings.example.sh.
 read_settings() {
   [[ -f $1 ]] || fail "no settings file $1; copy launch/settings.example.sh there and fill it in"
   local known given name
@@ -51,7 +52,7 @@ read_settings() {
   source "$1"
 }
 
-# need NAME...: refuses settings that are empty.
+# need NAME...: fails if one of these settings is empty.
 need() {
   local name
   for name in "$@"; do
@@ -59,8 +60,8 @@ need() {
   done
 }
 
-# need_sent: refuses a CONFIG that would not be there: of this folder only files that git tracks are sent. What
-# follows a colon is an argument of that file.
+# need_sent: fails if CONFIG would be missing on the workers, because only files that git tracks are sent. The part
+# of CONFIG after a colon is an argument of the file.
 need_sent() {
   local folder
   folder=$(dirname "${BASH_SOURCE[0]}")/..

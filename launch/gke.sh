@@ -4,11 +4,11 @@
 #   [SETTINGS=FILE] launch/gke.sh [--dry-run] COMMAND
 #
 #   create    make the cluster with its TPU slices
-#   start     submit the job; GKE starts it again where it ends with status 75 or its nodes are taken away
+#   start     submit the job; GKE restarts it if it ends with status 75 or loses its nodes
 #   status    the cluster's jobs, and the pods of this one
 #   logs      follow the log of process 0
 #   errors    the end of the log of every pod that failed
-#   stop      delete the job: SIGTERM, and GRACE seconds to save
+#   stop      delete the job: sends SIGTERM, then leaves it GRACE seconds to save
 #   collect   fetch the run's records to runs/NAME, without the checkpoints
 #   delete    delete the cluster
 #
@@ -33,10 +33,10 @@ create() {
   call "${command[@]}"
 }
 
-# Only files that git tracks are sent: xpk makes an image of the whole folder that it is given.
+# Copies the files that git tracks into a folder of their own: xpk makes an image of the whole folder it is given.
 start() {
   local job command sent=/tmp/opd-$NAME
-  # exec, so that SIGTERM reaches Python and its exit status is the container's.
+  # exec: SIGTERM then reaches Python, and the container exits with Python's status.
   job="exec python -m opd_jax.train $(quoted --config="$CONFIG" --workdir="$WORKDIR" "${CONFIG_ARGS[@]}")"
   command=(xpk workload create "${where[@]}" --workload="$NAME"
     --tpu-type="$ACCELERATOR" --num-slices="$SLICES"

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Runs an entry point as N processes of 4 virtual CPU devices each, joined by gloo: a pod on one machine.
+# Runs a pod on one machine: N processes of one entry point, with 4 virtual CPU devices each, joined by gloo.
 #
 #   launch/local_pod.sh [--dry-run] N [MODULE] --config=FILE --workdir=DIR ...
 #
 #   launch/local_pod.sh 2 --config=configs/demo.py --workdir=runs/pod
 #   launch/local_pod.sh 2 opd_jax.evaluate --workdir=runs/pod
 #
-# MODULE is opd_jax.train if not given. Process 0 prints here; what the others print is shown where they
-# fail. SIGTERM and SIGINT reach every process. The exit status is that of the first process that failed,
-# so 75 where the run was told to stop and can go on.
-# PYTHON names the interpreter (.venv/bin/python where that exists), DEVICES the devices of a process (4),
-# PORT the port they meet on (a free one).
+# MODULE is opd_jax.train by default. Process 0 prints here. If another process fails, the end of its output
+# is shown. SIGTERM and SIGINT reach every process. The exit status is that of the first process that failed:
+# 75 if the run was told to stop and can continue.
+#
+# Environment: PYTHON is the interpreter (default: .venv/bin/python if it exists, else python3), DEVICES the
+# number of devices a process (default: 4), PORT the port that the processes meet on (default: a free one).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
@@ -34,7 +35,7 @@ if [[ -z ${PORT:-} ]]; then
   PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 fi
 
-# command_of I ARGUMENT...: puts what process I runs into `command`; it inherits the rest of the environment.
+# command_of I ARGUMENT...: sets `command` to the command of process I. It inherits the rest of the environment.
 command_of() {
   command=(env
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="${DEVICES:-4}" JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
@@ -70,14 +71,15 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
-# The first that ends badly decides; the others wait for it in a collective, and are ended after a while.
+# The first process that fails sets the exit status. The others wait for it in a collective, so they are killed after a
+# while.
 status=0
 left=("${pids[@]}")
 while ((${#left[@]})); do
   ended=
   code=0
   wait -n -p ended "${left[@]}" || code=$?
-  # A signal to this script interrupts the wait; then nothing has ended.
+  # A signal to this script interrupts the wait although no process has ended.
   [[ -n ${ended:-} ]] || continue
   still=()
   for pid in "${left[@]}"; do

@@ -3,17 +3,16 @@
 #
 #   [SETTINGS=FILE] launch/tpu.sh [--dry-run] COMMAND
 #
-#   run       all of it: create, setup, start, then watch; a slice that is taken away is asked for again, what
-#             fails on the way is tried again, and the job goes on from its newest checkpoint. Where the job
-#             runs already, it is only watched
-#   create    ask for the slices (a queued resource) and wait until they are there
+#   run       create, setup, start and watch. Requests a lost slice again, retries what fails, and continues the
+#             job from its newest checkpoint. If the job runs already, only watches it
+#   create    request the slices (a queued resource) and wait for them
 #   setup     copy the project to every worker and install it there
-#   start     start the job on every worker; it outlives this connection
-#   watch     wait for the end of the job; the exit status is the job's
-#   status    state of the slices, and of the job on every worker
+#   start     start the job on every worker; it does not depend on this connection
+#   watch     wait for the end of the job; exit status 0 done, 1 failed or stopped, 3 slices gone, 4 job lost
+#   status    state of the slices and of the job on every worker
 #   logs      follow the log of process 0
 #   errors    the end of the log of every worker whose job failed
-#   stop      SIGTERM to every worker; the job saves and ends
+#   stop      send SIGTERM to every worker; the job saves and ends
 #   collect   fetch the run's records and the log of process 0 to runs/NAME, without the checkpoints
 #   delete    give the slices back
 #
@@ -29,17 +28,17 @@ need NAME PROJECT ZONE ACCELERATOR RUNTIME PROVISIONING SLICES CONFIG SHARED WOR
 [[ $SLICES =~ ^[1-9][0-9]*$ ]] || fail "SLICES=$SLICES must be 1 or more"
 where=(--project="$PROJECT" --zone="$ZONE")
 archive=/tmp/opd-$NAME.tar.gz
-exec 3>&1 # where a dry run prints what is called for its output
+exec 3>&1 # a dry run prints here the commands whose output the script reads
 
-# The TPU VMs of the queued resource: NAME, or NAME-0, NAME-1, ... where there are several slices.
+# The TPU VMs of the queued resource: NAME for one slice; NAME-0, NAME-1, ... for several.
 nodes=("$NAME")
 if ((SLICES > 1)); then
   nodes=()
   for ((i = 0; i < SLICES; i++)); do nodes+=("$NAME-$i"); done
 fi
 
-# on WORKERS NODE COMMAND: runs a command on workers of one slice. Its lines are kept in order of arrival. The
-# last word names what worker.sh does there, which a dry run shows below it.
+# on WORKERS NODE COMMAND: runs a command on workers of one slice. Output lines keep their order of arrival. The last
+# word of COMMAND is a command of worker.sh; a dry run also prints what worker.sh would do.
 on() {
   call gcloud compute tpus tpu-vm ssh "$2" "${where[@]}" --worker="$1" --command="$3" || return
   if [[ -n $DRY_RUN ]]; then
@@ -48,7 +47,7 @@ on() {
   fi
 }
 
-# everywhere COMMAND: runs a command on every worker of every slice, slices side by side.
+# everywhere COMMAND: runs a command on every worker of every slice, on all slices at the same time.
 everywhere() {
   local node pids=() pid status=0
   for node in "${nodes[@]}"; do
@@ -63,7 +62,7 @@ everywhere() {
   return "$status"
 }
 
-# slice_state: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; ABSENT where there is no such queued resource.
+# slice_state: prints ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; ABSENT if there is no such queued resource.
 slice_state() {
   local command=(gcloud compute tpus queued-resources list "${where[@]}"
     --filter="name~/$NAME\$" --format="value(state.state)") found
@@ -76,8 +75,8 @@ slice_state() {
   fi
 }
 
-# look: puts slice_state into `now`. One look that fails is no news: the next is POLL seconds later. Where none
-# has ever gone well, or 30 have not, this is the end.
+# look: sets `now` to slice_state. If the query fails, tries again after POLL seconds. Fails if the very first query
+# fails, or 30 in a row.
 now=
 seen=
 look() {
@@ -114,8 +113,8 @@ request() {
   call "${command[@]}"
 }
 
-# create: until the slices are there; a request that was suspended is deleted and made anew, and so is one that
-# failed where it had been granted before. Status 4: gcloud would not, this time.
+# create: waits until the slices are there. Deletes a suspended request and makes it again. Does the same with a failed
+# request if it had been granted before. Status 4: a gcloud command failed.
 granted=
 create() {
   local before=
@@ -143,7 +142,7 @@ create() {
   done
 }
 
-# Only files that git tracks, and the settings, are sent.
+# Sends the files that git tracks, and the settings.
 setup() {
   local node list
   need_sent
@@ -160,23 +159,23 @@ opd_jax/launch/settings.sh && bash opd_jax/launch/worker.sh setup" || return 4
 
 start() { everywhere "bash opd_jax/launch/worker.sh start" || return 4; }
 
-# job_states: a line of each worker that can be reached; one without the scripts yet has no job.
+# job_states: prints a line for each worker that can be reached. A worker without the scripts has no job.
 job_states() {
   # shellcheck disable=SC2016  # the worker's own
   everywhere '[ ! -e opd_jax/launch/worker.sh ] && echo "status $(hostname) absent" || bash opd_jax/launch/worker.sh status'
 }
 
-# states_of LINES: the different states in what job_states printed, sorted, a space after each.
+# states_of LINES: prints the distinct states in the output of job_states, sorted, with a space after each.
 states_of() { awk '$1 == "status" { sub(/:.*/, "", $3); print $3 }' <<<"$1" | sort -u | tr '\n' ' '; }
 
-# watch: until the job ends. Status 0 done, 1 failed or stopped, 3 the slices are gone, 4 a worker has lost its
-# job, as one does that was booted anew.
+# watch: waits until the job ends. Status: 0 done, 1 failed or stopped, 3 the slices are gone, 4 a worker has lost its
+# job, for example after a reboot.
 watch() {
   local lines states
   while true; do
     look
     if [[ $now != ACTIVE ]]; then return 3; fi
-    # Right after a preemption the workers cannot be reached while the slice still says ACTIVE.
+    # Right after a preemption the state may still be ACTIVE although the workers cannot be reached.
     lines=$(job_states) || lines=
     if [[ -n $DRY_RUN ]]; then
       echo "$lines"
@@ -202,9 +201,8 @@ watch() {
 
 errors() { everywhere "bash opd_jax/launch/worker.sh errors"; }
 
-# once: the slices, the job on them, and its end. Files are sent only where the job does not run already. What
-# fails here is tried again, and bash goes on after a failed command in what is called for that: so each command
-# in there says what its failure does.
+# once: gets the slices, starts the job and waits for its end. Sends files only if the job does not run already.
+# `run` calls this as `once || ...`, and there bash ignores `set -e`. So each command handles its own failure.
 once() {
   local lines states
   create || return

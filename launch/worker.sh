@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One TPU VM worker's part; launch/tpu.sh copies the project there and calls this over ssh.
+# The part that runs on each TPU VM worker. launch/tpu.sh copies the project there and calls this script over ssh.
 #
 #   [SETTINGS=FILE] launch/worker.sh [--dry-run] setup | start | status | errors | log | stop | pack
 #
 # --dry-run prints every command and runs none.
-# The job is a systemd unit: it outlives the ssh connection, gets SIGTERM when the VM is shut down, and is
-# started again where it ends with status 75 (told to stop, and saved).
+# The job is a systemd unit. It does not depend on the ssh connection, gets SIGTERM when the VM is shut down, and is
+# restarted if it ends with status 75 (told to stop, and saved).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/common.sh
@@ -33,10 +33,10 @@ setup() {
   say ready
 }
 
-# say WORD...: one line of this worker; nothing in a dry run.
+# say WORD...: prints one line with the name of this worker; nothing in a dry run.
 say() { if [[ -z $DRY_RUN ]]; then echo "$(hostname): $*"; fi; }
 
-# state: absent, running, done, or failed:STATUS.
+# state: prints absent, running, done, or failed:STATUS.
 state() {
   local active sub code
   if [[ -n $DRY_RUN ]]; then
@@ -61,9 +61,9 @@ start() {
     say running already
     return
   fi
-  call sudo systemctl stop "$unit" 2>/dev/null || true # one that is done stays until it is stopped
+  call sudo systemctl stop "$unit" 2>/dev/null || true # a finished unit stays until it is stopped
   call sudo systemctl reset-failed "$unit" 2>/dev/null || true
-  # RemainAfterExit keeps a unit that is done apart from one that never was.
+  # RemainAfterExit: a finished unit stays active/exited, so it can be told from one that never ran.
   call sudo systemd-run --unit="$unit" --uid="$(id -u)" --working-directory="$here/.." \
     --property=RestartForceExitStatus="$PREEMPTED" --property=RestartSec=5 \
     --property=RemainAfterExit=yes --property=TimeoutStopSec="$GRACE" --property=LimitMEMLOCK=infinity \
@@ -73,7 +73,7 @@ start() {
   say started
 }
 
-# errors: the end of the log where the job failed here.
+# errors: prints the end of the log if the job failed on this worker.
 errors() {
   local now
   now=$(state)
@@ -88,7 +88,7 @@ errors() {
   fi
 }
 
-# pack: an archive of the run's records and this worker's log, without the checkpoints; prints its path.
+# pack: makes an archive of the run's records and this worker's log, without the checkpoints, and prints its path.
 pack() {
   local archive=/tmp/$unit-records.tar.gz
   call cp "$log" "$WORKDIR/worker0.log"

@@ -32,7 +32,7 @@ from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
 from opd_jax.preflight import costs, hlo
 from opd_jax.progress import Progress
-from opd_jax.release.segments import segments
+from opd_jax.release.segments import SegmentTable, segment
 
 NAMES = (
     *("layers", "width", "ffn", "heads", "kv_heads", "head_size"),
@@ -236,7 +236,7 @@ def _train_seconds(
         teacher_params = jax.block_until_ready(
             transformer.init(teacher, jax.random.key(1), teacher.dtype)
         )
-    table = segments.SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
+    table = SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
     score = jax.jit(
         lambda w, r: scoring.score(
@@ -258,7 +258,7 @@ def _train_seconds(
 
     @jax.jit
     def decide(scores, rollouts):
-        segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
+        segment_BT = segment(table, rollouts.response_BT, rollouts.mask_BT)
         return release.release(scores, segment_BT, rollouts.mask_BT, config.release)
 
     released = best_seconds(decide, scores, rollouts, progress=progress, name="the release rule")
@@ -283,7 +283,7 @@ def _step_seconds(
     params: dict,
     teacher_params: dict,
     rollouts: rollout.Rollouts,
-    table: segments.SegmentTable,
+    table: SegmentTable,
     progress: Progress,
 ) -> tuple[list[float], list[float]]:
     """Seconds of donated train_steps run in turn: [PAIRS] with the paper's rule, and [PAIRS] without a rule.
@@ -296,7 +296,7 @@ def _step_seconds(
     state = steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))
     key = jax.random.key(4)
     compiled, seconds = {}, {"paper": [], "none": []}
-    tables = {"paper": table, "none": segments.SegmentTable.from_tokenizer(None, "fixed:64")}
+    tables = {"paper": table, "none": SegmentTable.from_tokenizer(None, "fixed:64")}
     for rule in seconds:
         config.release.rule = rule
         train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)

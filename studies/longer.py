@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from matplotlib.lines import Line2D
 
-from opd_jax.config import flags as config
+from opd_jax import config
 from opd_jax.errors import UserError
 from opd_jax.evaluation import bootstrap_ratio, read_lines
 from opd_jax.release import change_point

@@ -14,7 +14,7 @@ from absl import flags
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from opd_jax.config import flags as config
+from opd_jax import config
 from opd_jax.errors import UserError
 from opd_jax.models.files import hf
 

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from opd_jax.config import flags as config
+from opd_jax import config
 from opd_jax.errors import UserError
 from opd_jax.run import make_folder
 from studies import releases, runs, tables

@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers as hf_tokenizers
 from absl import flags
 
-from opd_jax.config import flags as config
+from opd_jax import config
 from opd_jax.errors import UserError
 
 LEAST, MOST = 4, 7  # numbers to sort

@@ -10,14 +10,18 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jax
 import numpy as np
 import pytest
 
 from opd_jax.config import default
 from opd_jax.config import table as config_table
+from opd_jax.config.fields import fields
+from opd_jax.declare import Field
 from opd_jax.errors import UserError
 from opd_jax.report import display as report_display
 from opd_jax.run import run_record
+from tests import tiny
 from tests.report.test_report import rollout, train_line, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -46,27 +50,59 @@ def messages():
 
 
 def test_page_of_fields_is_up_to_date():
-    page = config_table.page(config_table.DEFAULT.read_text())
+    page = config_table.page(fields())
     remedy = "run: python -m opd_jax.config.table > docs/configs.md"
     assert (ROOT / "docs/configs.md").read_text() == page, remedy
 
 
 def test_page_of_fields_has_every_field_of_the_config():
     flat = {key for key, _ in run_record._leaves(default().to_dict())}
-    assert {field.key for field in config_table.fields(config_table.DEFAULT.read_text())} == flat
+    page = (ROOT / "docs/configs.md").read_text()
+    assert set(re.findall(r"^### `(.*)`$", page, re.MULTILINE)) == flat
 
 
-def test_fields_carry_their_comment_and_nothing_of_their_neighbours():
-    source = "# Unit: tokens.\n#   a  b\nc.x.y = 1\nc.x.z = 'q'  # why\n# stray\nw = 2\n"
-    source += '# Names.\nc.x.g = ConfigDict({"a": "", "b": 1})\n'
-    read = list(config_table.fields(source))
-    assert read == [
-        config_table.Field("x.y", "1", ["Unit: tokens.", "  a  b"]),
-        config_table.Field("x.z", "'q'", ["why"]),
-        config_table.Field("x.g.a", '""', ["Names."]),
-        config_table.Field("x.g.b", "1", ["Names."]),
-    ]
-    assert "Unit: tokens.\n\n```\n  a  b\n```" in config_table.page(source)
+def test_every_field_says_what_it_is():
+    for key, field in fields().items():
+        assert len(field.doc) > 20 and field.doc.rstrip().endswith((".", ")")), key
+
+
+def test_page_has_default_range_words_reader_and_text_of_a_field():
+    declared = {
+        "x": Field(1, "Unit: tokens.", least=0),
+        "y.a": Field("", """First, on
+        two lines.
+
+        - one
+          item
+        - another""", allowed=lambda: ("a", "b")),
+        "release.prefix_tokens": Field((0.5,), "Text.", least=1e-6, most=2),
+    }
+    assert config_table.page(declared).removeprefix(config_table.HEAD) == """
+### `x`
+
+Default `1`. At least 0.
+
+Unit: tokens.
+
+## y
+
+### `y.a`
+
+Default `""`. One of `a`, `b`.
+
+First, on two lines.
+
+- one item
+- another
+
+## release
+
+### `release.prefix_tokens`
+
+Default `(0.5,)`. From 1e-06 to 2. Read only by `release.rule=prefix`.
+
+Text.
+"""
 
 
 def test_every_message_that_the_page_explains_exists():
@@ -97,12 +133,16 @@ def test_index_lists_every_page():
     assert "](../benchmarks/README.md)" in index
 
 
-def test_the_readmes_python_example_prints_what_it_says(capsys):
+def test_the_readmes_python_example_weighs_the_tokens_before_the_drop():
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(code.splitlines()) <= 6
-    exec(compile(code, "README.md", "exec"), {})
-    said = re.search(r"print\(.*\)  # (.*?):", code)[1]
-    assert capsys.readouterr().out.strip() == said
+    names = {"tokenizer": tiny.tokenizer()}
+    exec(compile(code, "README.md", "exec"), names)
+    text = "".join(f"Sentence number {n} is here. " for n in range(8))
+    tokens_BT = np.array([names["tokenizer"](text)["input_ids"]])
+    late_BT = np.cumsum(tokens_BT == ord("."), axis=1) >= 3
+    logp_BTK = np.where(late_BT[..., None], [-1.0, -1.1, -1.2], [-0.1, -3.0, -4.0])
+    weight_BT = jax.jit(names["weights"])(logp_BTK, tokens_BT, np.ones(tokens_BT.shape, bool))
+    np.testing.assert_array_equal(weight_BT > 0, np.arange(tokens_BT.shape[1])[None] < len(text) * 3 // 8)
 
 
 # What the demo's recipe is at the size of a test; everything else of a block is the page's own.

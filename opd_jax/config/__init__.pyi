@@ -1,7 +1,6 @@
 from .fields import default as default
-from .flags import find as find
-from .flags import get as get
-from .flags import load as load
-from .flags import load_module as load_module
+from .fields import get as get
 from .flags import run as run
-from .flags import validate as validate
+from .recipes import load as load
+from .recipes import load_module as load_module
+from .validation import validate as validate

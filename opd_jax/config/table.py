@@ -1,85 +1,87 @@
-"""configs/default.py as a page: every field with its default, its allowed values and its comment.
+"""docs/configs.md: every field with its default, its allowed values and its text.
 
     python -m opd_jax.config.table > docs/configs.md
 """
 
-import ast
-import dataclasses
+import inspect
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+import textwrap
+from collections.abc import Mapping
+from typing import Any
 
-from opd_jax.config import flags as config
+from opd_jax.config.fields import fields, reader
+from opd_jax.declare import Field
 
-DEFAULT = Path(__file__).parents[1] / "configs" / "default.py"
+WIDTH = 110
 HEAD = """\
 # Every field of a config
 
-Written by `python -m opd_jax.config.table > docs/configs.md` from `configs/default.py`: change that file
-instead. On a command line a field is `--config.release.rule=none`; in a recipe, `c.release.rule = "none"`.
-Unknown fields and values are refused before anything is compiled.
+After reading this page you know every field of a run: its default, its allowed values, its unit and its cost.
+
+Set a field in a recipe with `c.release.rule = "none"`, or on the command line with
+`--config.release.rule=none`. Unknown fields and values are refused before anything is compiled.
+
+How values are written:
+
+- **Off** is 0 for a number, `""` for a text and `()` for a list, and the field says so. There are three
+  exceptions. `rollout.top_p` is off at 1. `teacher.end_id` is off at -1, because 0 is an id. `compile.cache`
+  is off with the word `off`.
+- **Chosen for you** is `auto` in a field of words or dtypes. Elsewhere the empty value (0, `""` or `()`) may
+  stand for a choice, such as the whole batch or the packaged word lists. The field says which.
+- **A list** such as `("embedding",)` is `--config.train.frozen="('embedding',)"` on the command line.
+
+This page is written by `python -m opd_jax.config.table > docs/configs.md`. To change it, edit where the field
+is declared: in `opd_jax/config/sections/`, or beside the code of the rule or objective that reads it.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """A field as the file has it: dotted key, source text of its default, lines of the comment above."""
-
-    key: str
-    default: str
-    comment: list[str]
+def written(value: Any) -> str:
+    """A default as a recipe writes it."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def fields(source: str) -> Iterator[Field]:
-    """The fields of a config file's source, in order."""
-    comment = []
-    for line in map(str.strip, source.splitlines()):
-        assigned = re.fullmatch(r"c\.([\w.]+) = (.+)", line)
-        if line.startswith("#"):
-            comment.append(line.removeprefix("#").removeprefix(" "))
-        elif assigned and assigned[2] == "ConfigDict()":
-            comment = []
-        elif assigned and assigned[2].startswith("ConfigDict("):  # small groups that share a comment
-            group = ast.literal_eval(assigned[2].removeprefix("ConfigDict(").removesuffix(")"))
-            for name, value in group.items():
-                yield Field(f"{assigned[1]}.{name}", json.dumps(value), comment)
-            comment = []
-        elif assigned:
-            default, _, remark = assigned[2].partition("  # ")
-            yield Field(assigned[1], default, [*comment, *filter(None, [remark])])
-            comment = []
-        else:
-            comment = []
-
-
-def allowed(key: str) -> str:
-    """What config.validate accepts for a key, in words; "" where any value may do."""
-    if key in config.ALLOWED:
-        return "One of " + ", ".join(f"`{value}`" for value in config.ALLOWED[key]) + "."
-    if key not in config.RANGES:
+def allowed(field: Field) -> str:
+    """What `Field.check` accepts, in words; "" where any value may do."""
+    if (choices := field.words()) is not None:
+        return "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
+    low, high = (None if x is None else written(x) for x in (field.least, field.most))
+    if low is None and high is None:
         return ""
-    low, high = config.RANGES[key]
-    return f"At least {low:g}." if high is None else f"From {low:g} to {high:g}."
+    if high is None:
+        return f"At least {low}."
+    return f"At most {high}." if low is None else f"From {low} to {high}."
 
 
-def page(source: str) -> str:
+def page(fields: Mapping[str, Field]) -> str:
     """The whole page as Markdown."""
     lines, group = [HEAD], "run"
-    for field in fields(source):
-        parent, dot, _ = field.key.partition(".")
+    for key, field in fields.items():
+        parent, dot, _ = key.partition(".")
         if dot and parent != group:
             group = parent
             lines.append(f"## {group}\n")
-        lines += [f"### `{field.key}`\n", f"Default `{field.default}`. {allowed(field.key)}".rstrip() + "\n"]
-        # What is indented in the comment is a list whose columns matter.
-        for block in re.findall(r"(?:^ .*\n?)+|(?:^\S.*\n?)+", "\n".join(field.comment), re.MULTILINE):
-            lines.append(f"```\n{block.rstrip()}\n```\n" if block.startswith(" ") else block.rstrip() + "\n")
+        of = reader(key)
+        choice = {"release": "release.rule", "objective": "objective.name"}
+        only = f"Read only by `{choice[of[0]]}={of[1]}`." if of else ""
+        facts = [f"Default `{written(field.default)}`.", allowed(field), only]
+        lines += [f"### `{key}`\n", _filled(" ".join(filter(None, facts))) + "\n"]
+        for block in inspect.cleandoc(field.doc).split("\n\n"):
+            items = re.split(r"\n(?=- )", block)
+            lines.append("\n".join(map(_filled, items)) + "\n")
     return "\n".join(lines)
 
 
+def _filled(text: str) -> str:
+    """A paragraph, or an item of a list, in lines of the page's width."""
+    indent = "  " if text.startswith("- ") else ""
+    words = " ".join(text.split())
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(words, WIDTH, subsequent_indent=indent, **options)
+
+
 def main() -> None:
-    print(page(DEFAULT.read_text(encoding="utf-8")), end="")
+    print(page(fields()), end="")
 
 
 if __name__ == "__main__":

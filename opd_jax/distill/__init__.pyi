@@ -5,11 +5,10 @@ from . import rollout as rollout
 from . import scoring as scoring
 from . import train_step as train_step
 from . import trainable as trainable
-from .objectives import OBJECTIVES as OBJECTIVES
+from .losses import OBJECTIVES as OBJECTIVES
 from .rollout import Rollouts as Rollouts
 from .rollout import Sampling as Sampling
 from .rollout import sample as sample
-from .scoring import Scores as Scores
 from .scoring import score as score
 from .train_step import TrainState as TrainState
 from .train_step import make_optimizer as make_optimizer

@@ -10,7 +10,7 @@ from opd_jax.distill import objectives, scoring, trainable
 from opd_jax.distill.repeats import repeated_tail
 from opd_jax.distill.rollout import Rollouts
 from opd_jax.models import ModelConfig, moe, transformer
-from opd_jax.release.segments import segments
+from opd_jax.release.segments import segment
 
 POSITION_BINS = 20
 
@@ -234,7 +234,7 @@ def supervise(
             top_k=config.objective.top_k,
         )
     with jax.named_scope("release"):
-        segment_BT = segments.segment(table, rollouts.response_BT, rollouts.mask_BT)
+        segment_BT = segment(table, rollouts.response_BT, rollouts.mask_BT)
         released = releasing.release(
             scores,
             segment_BT,

@@ -39,6 +39,12 @@ def turned(weight, inputs: int) -> Columns:
     return Columns(weight_RN.T, weight.shape)
 
 
+def joined(first: Columns, second: Columns) -> Columns:
+    """Two weights of one input as one weight: its outputs are those of the first, then of the second."""
+    shape = (*first.shape[:-1], first.shape[-1] + second.shape[-1])
+    return Columns(jnp.concatenate([first.values_NR, second.values_NR]), shape)
+
+
 def product(x_MR, values_NR, dtype):
     """x_MR times the transpose of values_NR: [M, N] in `dtype`, summed in float32."""
     if x_MR.dtype != jnp.float32 or x_MR.shape[0] > ROWS:

@@ -1,6 +1,5 @@
 from . import compile_cache as compile_cache
 from . import distributed as distributed
-from . import layouts as layouts
 from . import memory as memory
 from . import sharding as sharding
 from .layouts import DEFAULT as DEFAULT

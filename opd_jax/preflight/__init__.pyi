@@ -1,2 +1,3 @@
 from . import costs as costs
 from . import hlo as hlo
+from . import notebook as notebook

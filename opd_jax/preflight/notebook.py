@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax.config import flags as configs
+from opd_jax import config as configs
 from opd_jax.errors import UserError
 from opd_jax.models.files import PREFIX
 
@@ -34,13 +34,13 @@ def config(recipe: str, changes: Mapping[str, Any]) -> ConfigDict:
     Raises:
       UserError: a change names no field, or has the wrong type.
     """
-    c = configs.load(recipe)
+    c = configs.load(recipe, plugins=changes.get("plugins", ()))
     for key, value in changes.items():
         try:
             configs.get(c, key)
             c.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{key}={value!r} does not fit configs/default.py ({error.args[0]})") from error
+            raise UserError(f"{key}={value!r} does not fit docs/configs.md ({error.args[0]})") from error
     return c
 
 

@@ -11,9 +11,9 @@ import sys
 
 import jax
 
-from opd_jax.config import flags as config
+from opd_jax import config
 from opd_jax.distill import train_step as steps
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, fail
 from opd_jax.preflight import costs, hlo, topology
 from opd_jax.preflight import plan as preflight
 from opd_jax.run import programs
@@ -52,4 +52,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        config.fail(error)
+        fail(error)

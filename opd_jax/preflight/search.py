@@ -10,7 +10,7 @@ from opd_jax.errors import UserError
 from opd_jax.parallel import sharding
 from opd_jax.preflight import check, topology
 from opd_jax.preflight.build import Built, built
-from opd_jax.run.programs import Programs
+from opd_jax.run import Programs
 
 
 def search(

@@ -7,18 +7,16 @@ May import: models, parallel and the rooms before them. Needs jax alone, so anot
 # Imported at once: a function has its module's name here, and would be hidden behind the module otherwise.
 from opd_jax.release.change_point import ChangePoint, change_point
 from opd_jax.release.release import RESCALES, Margins, Release, release
-from opd_jax.release.rules import RULES, Proposal, rule
-from opd_jax.release.segment_runs import Segments
+from opd_jax.release.rules import Proposal, propose, rule
 
 __all__ = [
     "RESCALES",
-    "RULES",
     "ChangePoint",
     "Margins",
     "Proposal",
     "Release",
-    "Segments",
     "change_point",
+    "propose",
     "release",
     "rule",
 ]

@@ -1,8 +1,8 @@
 """Which positions the teacher supervises, and how much: the paper's rule and its rivals, by name.
 
-A rule is one function registered with `@rule(name)`; `release.rule = name` selects it. It proposes
-non-negative weights; release.py masks, rescales and counts them. docs/rules.md says which part of each
-is its source's and which is our reading.
+A rule is one function registered with `@rule(name)`; `release.rule = name` selects it. Fields of the config
+that it alone reads are declared there too. It proposes non-negative weights; release.py masks, rescales and
+counts them. docs/rules.md says which part of each is its source's and which is our reading.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from opd_jax.declare import Field, parameters
 from opd_jax.release.change_point import ChangePoint, change_point
 from opd_jax.release.segment_runs import Segments, segment_mean, segment_std
 from opd_jax.release.segments import scans
@@ -43,10 +44,21 @@ Rule = Callable[..., Proposal]
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule that `release.rule = name` selects."""
+def rule(name: str, **fields: Field) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule that `release.rule = name` selects.
+
+    Args:
+      fields: fields of the config that this rule alone reads, as `release.FIELD` and `config.FIELD`.
+
+    Raises:
+      ValueError: another rule has such a field, or the name is that of a rule of this package.
+    """
 
     def register(function: Rule) -> Rule:
+        known = RULES.get(name)
+        if known and known.__module__ == __name__ != function.__module__:
+            raise ValueError(f"release.rule={name} is a rule of opd_jax; choose another name")
+        parameters("release", name, fields)
         RULES[name] = function
         return function
 
@@ -56,7 +68,7 @@ def rule(name: str) -> Callable[[Rule], Rule]:
 @rule("none")
 def _keep_all(scores, segments: Segments, config, step, key) -> Proposal:
     """Full on-policy distillation: every response token is supervised."""
-    return _propose(jnp.ones(segments.mask_BT.shape), segments)
+    return propose(jnp.ones(segments.mask_BT.shape), segments)
 
 
 @rule("paper")
@@ -95,7 +107,20 @@ def _suffix(scores, segments: Segments, config, step, key) -> Proposal:
     )
 
 
-@rule("prefix")
+@rule(
+    "prefix",
+    prefix_tokens=Field(
+        0,
+        "Tokens kept of each response. 0 means: keep the share `release.prefix_fraction` instead.",
+        least=0,
+    ),
+    prefix_fraction=Field(
+        0.3,
+        "Share of each response that is kept, above 0 and at most 1. Used if `release.prefix_tokens` is 0.",
+        least=1e-6,
+        most=1,
+    ),
+)
 def _fixed_prefix(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps the first `prefix_tokens` tokens or, where that is 0, the share `prefix_fraction` of a response.
 
@@ -106,7 +131,12 @@ def _fixed_prefix(scores, segments: Segments, config, step, key) -> Proposal:
     return _first_tokens(_tokens_of_share(config.prefix_fraction, segments), segments)
 
 
-@rule("fopd")
+@rule(
+    "fopd",
+    fopd_start=Field(128, "Tokens kept of each response at the first step.", least=1),
+    fopd_end=Field(1024, "Tokens kept from step number `release.fopd_steps` on.", least=1),
+    fopd_steps=Field(100, "Steps over which the kept length grows linearly.", least=1),
+)
 def _growing_prefix(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps a prefix whose length in tokens grows linearly from `fopd_start` to `fopd_end`.
 
@@ -154,7 +184,12 @@ def _random_cut(scores, segments: Segments, config, step, key) -> Proposal:
     return _first_tokens(kept_B, segments)
 
 
-@rule("iw_opd")
+@rule(
+    "iw_opd",
+    iw_gamma=Field(
+        0.5, "The first token weighs 1 + gamma; weights fall to about 1 along the response.", least=0
+    ),
+)
 def _importance(scores, segments: Segments, config, step, key) -> Proposal:
     """Weighs tokens by how little the student had drifted: w_t = 1 + gamma (1 - sum_{k<t}|A_k| / sum_k|A_k|).
 
@@ -167,10 +202,26 @@ def _importance(scores, segments: Segments, config, step, key) -> Proposal:
     left_BT = jnp.cumsum(size_BT[:, ::-1], axis=1)[:, ::-1]
     total_B1 = left_BT[:, :1]
     left_share_BT = jnp.where(total_B1 > 0, left_BT / jnp.where(total_B1 > 0, total_B1, 1), 1.0)
-    return _propose(1 + config.iw_gamma * left_share_BT, segments)
+    return propose(1 + config.iw_gamma * left_share_BT, segments)
 
 
-@rule("prune_opd")
+@rule(
+    "prune_opd",
+    prune_overlap=Field(
+        0.7,
+        """A token has drifted if the two models share less than this share of their `scoring.candidates` most
+        likely tokens. The authors' runs use 16 to 256 candidates.""",
+        least=0,
+        most=1,
+    ),
+    prune_drop=Field(0.01, "Weight that each drifted token takes away, from 1 down to 0.", least=0, most=1),
+    prune_base=Field(
+        0.5,
+        """Added to the weight of every token. With 0, tokens after 1 / `release.prune_drop` drifted ones are
+        not supervised.""",
+        least=0,
+    ),
+)
 def _drift_decay(scores, segments: Segments, config, step, key) -> Proposal:
     """Lowers the weight with every token at which teacher and student disagree on what may come next.
 
@@ -184,10 +235,15 @@ def _drift_decay(scores, segments: Segments, config, step, key) -> Proposal:
     drifted_BT = segments.mask_BT & (scores.overlap_BT < config.prune_overlap)
     drifted_BT = jnp.cumsum(drifted_BT.astype(jnp.int32), axis=1)
     weight_BT = jnp.maximum(1 - config.prune_drop * drifted_BT, 0) + config.prune_base
-    return _propose(weight_BT, segments)
+    return propose(weight_BT, segments)
 
 
-@rule("ta_opd")
+@rule(
+    "ta_opd",
+    ta_share=Field(
+        0.05, "Share of each response's tokens that is supervised, above 0 and at most 1.", least=1e-6, most=1
+    ),
+)
 def _teachable(scores, segments: Segments, config, step, key) -> Proposal:
     """Supervises the share `ta_share` of each response's tokens with the largest divergence x compatibility.
 
@@ -203,7 +259,7 @@ def _teachable(scores, segments: Segments, config, step, key) -> Proposal:
     divergence_BT, compatibility_BT = _divergence_and_compatibility(scores)
     score_BT = _stretch(divergence_BT, segments.mask_BT) * _stretch(compatibility_BT, segments.mask_BT)
     chosen_BT = _largest(score_BT, segments.mask_BT, _tokens_of_share(config.ta_share, segments))
-    return _propose(chosen_BT.astype(jnp.float32), segments)
+    return propose(chosen_BT.astype(jnp.float32), segments)
 
 
 def _count(flag_BT) -> jax.Array:
@@ -238,11 +294,11 @@ def _first_tokens(tokens, segments: Segments) -> Proposal:
     """Weight 1 on the first `tokens` (a number, or one a row) response tokens."""
     before_BT = jnp.cumsum(segments.mask_BT, axis=1, dtype=jnp.int32) - segments.mask_BT
     kept_BT = before_BT < jnp.broadcast_to(tokens, segments.mask_BT.shape[:1])[:, None]
-    return _propose(kept_BT.astype(jnp.float32), segments)
+    return propose(kept_BT.astype(jnp.float32), segments)
 
 
-def _propose(weight_BT, segments: Segments) -> Proposal:
-    """The Proposal of a rule without a test of its own: released is what has no weight."""
+def propose(weight_BT, segments: Segments) -> Proposal:
+    """The Proposal of a rule without a test of its own: the weights, and released is what has none."""
     on_BT = segments.mask_BT & (weight_BT > 0)
     seen_BT = jax.lax.cummax(jnp.where(on_BT, segments.order_BT, -1), axis=1)
     first_BT = on_BT & (segments.order_BT > scans.preceding(seen_BT, -1))  # of its segment

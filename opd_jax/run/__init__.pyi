@@ -17,6 +17,7 @@ from .metrics import config_conflict as config_conflict
 from .outputs import make_folder as make_folder
 from .outputs import unwritable as unwritable
 from .outputs import write_text as write_text
+from .programs import Programs as Programs
 from .restore import of_model as of_model
 from .restore import restore_params as restore_params
 from .restore import run_config as run_config

@@ -21,7 +21,7 @@ from opd_jax.models import cpu, tokenizers, transformer
 from opd_jax.models.files import source
 from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.release.segments import nltk_segments, punkt, segments
+from opd_jax.release.segments import SegmentTable, nltk_segments, punkt
 from opd_jax.run import metrics, programs, sizes
 from opd_jax.run.keys import Key
 
@@ -44,7 +44,7 @@ class Job(programs.Programs):
     prompts: data.Prompts
     exams: tuple[benchmark_run.Exam, ...]
     shared: list[dict[str, Any]]
-    table: segments.SegmentTable | nltk_segments.Cutter
+    table: SegmentTable | nltk_segments.Cutter
     probe: cpu.Probe | None
 
     def start(self) -> steps.TrainState:
@@ -89,7 +89,7 @@ class Job(programs.Programs):
         """The teacher as it answers benchmarks: with the student's sampling, for `teacher_params`."""
         return dataclasses.replace(self.responder(), sample=self.sample_as_teacher)
 
-    def segment_table(self, rollouts: rollout.Rollouts) -> segments.SegmentTable:
+    def segment_table(self, rollouts: rollout.Rollouts) -> SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
         if self.config.segments.kind == "nltk":
             return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
@@ -131,7 +131,7 @@ def prepare(config, workdir=None, progress: Progress | None = None) -> Job:
     """Checks a config against the machine, the models, the tokenizers and the prompts.
 
     Args:
-      config: a config as configs/default.py describes it; completed in place.
+      config: a config as docs/configs.md describes it; completed in place.
       workdir: also check that a run may be written there.
       progress: shows what is read.
 
@@ -242,5 +242,5 @@ def _segment_table(config, tokenizer, mesh):
     if config.kind == "nltk":
         parameters = punkt.load_parameters(config.punkt)
         return nltk_segments.Cutter(tokenizers.token_bytes(tokenizer), parameters)
-    table = segments.SegmentTable.from_tokenizer(tokenizer, config.kind, config.punkt)
+    table = SegmentTable.from_tokenizer(tokenizer, config.kind, config.punkt)
     return jax.device_put(table, sharding.replicated(mesh))

@@ -39,7 +39,7 @@ RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tran
 # Config keys that a resumed run may change: how long it goes on, what it shows and stores, and the devices.
 FREE_KEYS = (
     *("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile."),
-    *("mesh.", "sharding.", "train.micro_batch", "optimizer.memory"),
+    *("mesh.", "sharding.", "train.micro_batch", "optimizer.memory", "plugins"),
 )
 # Where auto is settled by a probe of the machine, which a resumed run does not repeat.
 SETTLED_KEYS = ("student.products", "teacher.products")

@@ -21,7 +21,7 @@ from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, splash, transformer
 from opd_jax.models.files import source
 from opd_jax.parallel import Layout, distributed, sharding
-from opd_jax.release.segments import segments
+from opd_jax.release.segments import SegmentTable
 from opd_jax.run.run_record import read_config
 
 # Sections of the config that the training step reads; a run's seed and data are arguments of it.
@@ -95,14 +95,14 @@ class Programs:
         """Of a PRNG key."""
         return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
 
-    def abstract_table(self) -> segments.SegmentTable:
+    def abstract_table(self) -> SegmentTable:
         """Of the SegmentTable: as many rows as the tokenizer has ids; of segments.kind=nltk, one batch's."""
         c = self.config
         if c.segments.kind == "nltk":
             number_BT = jax.ShapeDtypeStruct((c.rollout.batch, c.rollout.max_tokens), jnp.int32)
-            return placed(segments.SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
+            return placed(SegmentTable(number_BT, "nltk"), sharding.batch(self.mesh))
         text = [b""] * self.student.valid_vocab
-        table = segments.SegmentTable.from_token_bytes(text, c.segments.kind, c.segments.punkt)
+        table = SegmentTable.from_token_bytes(text, c.segments.kind, c.segments.punkt)
         return placed(table, sharding.replicated(self.mesh))
 
     def abstract_reward(self):

@@ -24,12 +24,14 @@ def run_config(workdir) -> ConfigDict:
     found = read_config(workdir)
     if found is None:
         raise UserError(f"--workdir={workdir} holds no run (no config.json)")
-    config = default()
     try:
+        config = default(plugins=found.get("plugins", ()))
         config.update(found)
+    except UserError:  # of a plugin
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--workdir={workdir}: config.json has a field that does not fit configs/default.py ({error}); "
+            f"--workdir={workdir}: config.json has a field that does not fit docs/configs.md ({error}); "
             "restore it"
         ) from error
     return config

@@ -1,6 +1,7 @@
 """The arms of an ablation: named sets of config overrides, and seeds.
 
 An ablation is a config file (configs/ablations/) with three parts:
+
 - get_config(recipe) returns the config that all arms start from;
 - arms(config) returns {name: {dotted key: value}};
 - SEEDS are the seeds of every arm.
@@ -96,7 +97,7 @@ def plan(
                     changed.update_from_flattened_dict({key: overrides[key]})
                 changed.seed = seed
             except (KeyError, TypeError) as error:
-                what = f"{key}={overrides[key]!r} does not fit configs/default.py ({error.args[0]})"
+                what = f"{key}={overrides[key]!r} does not fit docs/configs.md ({error.args[0]})"
                 raise UserError(f"arm {name} of {path}: {what}") from error
             if not only or name in only:
                 workdir = Path(out) / name / f"seed-{seed}"

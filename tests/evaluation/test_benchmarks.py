@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax import compare as compare_entry
 from opd_jax import evaluate
 from opd_jax.data.prompts.sources import Conversation
 from opd_jax.errors import UserError
@@ -307,14 +308,14 @@ def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
 def test_what_is_no_file_of_results_is_refused_in_one_line(finished, tmp_path, capsys, content):
     (tmp_path / "wrong.jsonl").write_bytes(content)
     with pytest.raises(SystemExit) as ended:
-        compare.main([str(finished), str(tmp_path / "wrong.jsonl")])
+        compare_entry.main([str(finished), str(tmp_path / "wrong.jsonl")])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
     assert said.startswith(f"error: {tmp_path / 'wrong.jsonl'} is no file of results")
 
 
 def test_a_run_compared_with_itself_is_not_told_apart(finished, capsys):
-    compare.main([str(finished), str(finished)])
+    compare_entry.main([str(finished), str(finished)])
     said = capsys.readouterr().out
     assert "ours: " in said
     assert "p = 1 over 5 problems: not told apart" in said

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import models
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.parallel import sharding
@@ -185,7 +184,7 @@ def test_a_pruned_model_is_the_model_whose_removed_blocks_add_nothing():
         blocks[name] = blocks[name].at[1].set(0)
     tokens, mask = random_tokens((2, 6)), jnp.ones((2, 6), bool)
     want = forward(BASE, params | {"blocks": blocks}, tokens, mask)
-    config, pruned = models.prune(BASE, params, [1])
+    config, pruned = transformer.prune(BASE, params, [1])
     assert config == BASE.replace(layers=2)
     assert jax.tree.map(jnp.shape, pruned) == jax.tree.map(
         lambda leaf: leaf.shape, transformer.abstract(config)

@@ -521,9 +521,10 @@ for kind, text in {files!r}.items():
     (pathlib.Path(folder) / name / f"m.after_optimizations{{kind}}.txt").write_text(text)
 time.sleep(600)
 """
-    script = tmp_path / "opd_jax/preflight/plan.py"
-    script.parent.mkdir()
-    (script.parent / "__init__.py").write_text("")
+    script = tmp_path / "opd_jax/preflight/__main__.py"
+    script.parent.mkdir(parents=True)
+    for package in (script.parent, script.parent.parent):
+        (package / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path)
     build = preflight_dump.until_buffers(tmp_path / "dump", [])
     script.write_text(writes)

@@ -408,7 +408,7 @@ def test_unfinished_last_line_is_ignored_and_an_earlier_bad_line_is_named(tmp_pa
 
 def test_entry_without_a_run_is_one_line_and_status_2_and_never_imports_jax(workdirs, tmp_path):
     program = (
-        "import sys; from opd_jax import report; code = 0\n"
+        "import sys; from opd_jax.report import build as report; code = 0\n"
         "try: report.main(sys.argv[1:])\n"
         "finally: assert 'jax' not in sys.modules"
     )

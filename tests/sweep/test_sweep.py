@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd_jax import release
-from opd_jax.config import flags as config
+from opd_jax import config, release
 from opd_jax.distill import objectives
 from opd_jax.errors import UserError
 from opd_jax.release import rules

@@ -1,5 +1,4 @@
 from . import records as records
-from . import sources as sources
 from .sources import QUESTION_COLUMNS as QUESTION_COLUMNS
 from .sources import Conversation as Conversation
 from .sources import generate as generate

@@ -1,4 +1,3 @@
-from . import gguf as gguf
 from . import hf as hf
 from . import hf_config as hf_config
 from . import safetensors_out as safetensors_out
