@@ -1,6 +1,7 @@
 """Benchmarks: problems with reference answers, from user files, reasoning-gym and champ-dataset.
 
 A benchmark is named in one of three ways:
+
 - NAME:FILE. tasks.json defines the columns of known benchmarks; any other NAME needs the columns prompt,
   question or problem, and answer.
 - rg:TASK or rg:TASK:COUNT. reasoning-gym generates the problems and grades the answers.

@@ -29,11 +29,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Stretches long wavelengths and keeps short ones.
-
-    Wavelengths above original / low_freq_factor are stretched, those below original / high_freq_factor are
-    kept.
-    """
+    """Stretches wavelengths above original / low_freq_factor, not those below original / high_freq_factor."""
 
     factor: float
     low_freq_factor: float
@@ -54,7 +50,7 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Keeps channels that turn often over the original length, stretches slow ones, scales cos and sin."""
+    """Keeps fast channels, stretches those that rarely turn over the original length, scales cos and sin."""
 
     factor: float
     original_max_position_embeddings: int

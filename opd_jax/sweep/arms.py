@@ -1,6 +1,7 @@
 """The arms of an ablation: named sets of config overrides, and seeds.
 
 An ablation is a config file (configs/ablations/) with three parts:
+
 - get_config(recipe) returns the config that all arms start from;
 - arms(config) returns {name: {dotted key: value}};
 - SEEDS are the seeds of every arm.
