@@ -109,7 +109,7 @@ class Comparison:
         self.vocabulary = vocabulary
         self.table = SegmentTable.from_token_bytes(vocabulary.token_bytes, kind)
         parameters = punkt.load_parameters() if parameters is None else parameters
-        self.nltk = nltk_segments.Cutter(vocabulary.token_bytes, parameters)
+        self.nltk = nltk_segments.SentenceSplitter(vocabulary.token_bytes, parameters)
 
     def texts(self, texts, rows: int = ROWS, positions: int = POSITIONS) -> Agreement:
         """Agreement over texts, each cut into responses of at most `positions` tokens."""

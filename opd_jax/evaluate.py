@@ -71,7 +71,7 @@ def answer_benchmarks(arguments):
         config = arguments.config or configs.default()
         config.student.path = config.teacher.path = arguments.model
         _set_temperature(config, arguments.temperature)
-        responder, params, label, prompts = *of_model(config), "model", None
+        response_sampler, params, label, prompts = *of_model(config), "model", None
     else:
         config = run_config(arguments.workdir)
         _set_temperature(config, arguments.temperature)
@@ -79,24 +79,24 @@ def answer_benchmarks(arguments):
         job = prepare(config)
         with Progress() as progress, progress.phase("reading the checkpoint"):
             params, label = restore_params(job, arguments.workdir, arguments.step)
-        responder, prompts = job.responder(), job.prompts
+        response_sampler, prompts = job.response_sampler(), job.prompts
     greedy = config.rollout.temperature == 0
     if greedy and (arguments.samples or 1) > 1:
         raise UserError(f"--samples={arguments.samples}: greedy responses are all the same; drop it")
     # All are read before the first is answered.
     heldout = prompts.heldout if prompts else ()
-    exams = answering.prepare(
-        arguments.benchmark, responder.tokenizer, config.data, "--benchmark", heldout
+    rendered_benchmarks = answering.prepare(
+        arguments.benchmark, response_sampler.tokenizer, config.data, "--benchmark", heldout
     )
-    shared = answering.shared_with_training(prompts, exams) if prompts else []
+    shared = answering.shared_with_training(prompts, rendered_benchmarks) if prompts else []
     if shared:
         logging.warning("%s", answering.say_shared(shared))
     folder = Path(arguments.out or Path(arguments.workdir) / answering.FOLDER)
     make_folder(folder)
     answering.write_shared(folder, shared)
-    for exam in exams:
-        samples = arguments.samples or (1 if greedy else exam.benchmark.samples)
-        result = answering.answer(exam, responder, params, samples)
+    for rendered in rendered_benchmarks:
+        samples = arguments.samples or (1 if greedy else rendered.benchmark.samples)
+        result = answering.answer(rendered, response_sampler, params, samples)
         path = answering.write(folder, f"{label}-greedy" if greedy else str(label), result)
         del result["rows"]
         if jax.process_index() == 0:

@@ -18,7 +18,7 @@ from opd_jax import data
 from opd_jax.config import run
 from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import answering
 from opd_jax.evaluation import evaluate
 from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress, own
@@ -37,9 +37,9 @@ def work(config, done: int = 0) -> dict[str, int]:
     """The pieces of work of a run from step `done` on, for `Progress.plan`: name -> how many."""
     c = config
     evaluations = sum(due(c, c.eval.every, step) for step in range(done, c.train.steps + 1))
-    exams = sum(due(c, c.eval.benchmark_every, step) for step in range(done, c.train.steps + 1))
+    rendered_benchmarks = sum(due(c, c.eval.benchmark_every, step) for step in range(done, c.train.steps + 1))
     names = [f"benchmark {number}" for number in range(len(c.eval.benchmark))]
-    return {"step": c.train.steps - done, "evaluation": evaluations} | dict.fromkeys(names, exams)
+    return {"step": c.train.steps - done, "evaluation": evaluations} | dict.fromkeys(names, rendered_benchmarks)
 
 
 def train(
@@ -68,7 +68,7 @@ def train(
     """
     c, mesh = job.config, job.mesh
     metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
-    benchmark_run.write_shared(workdir, job.shared)
+    answering.write_shared(workdir, job.shared)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(own(progress))
 
@@ -99,7 +99,7 @@ def train(
             buckets=c.data.prompt_buckets,
         )
         key, release_key = job.key(Key.SAMPLING), job.key(Key.RELEASE)
-        responder = job.responder()
+        response_sampler = job.response_sampler()
 
         # ---- The loop. Metrics of a step are read after the next one is on its way.
         preemption = stack.enter_context(distributed.Preemption())
@@ -107,7 +107,7 @@ def train(
         writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done, progress=shown))
         writer.say(str(job.prompts))
         # What is recorded of the step to go on from, as process 0 sees it.
-        asked = [("eval", None), *(("benchmark", exam.benchmark.name) for exam in job.exams)]
+        asked = [("eval", None), *(("benchmark", rendered.benchmark.name) for rendered in job.rendered_benchmarks)]
         recorded = distributed.gathered([name in writer.recorded for name in asked])[0]
         there = {name for name, found in zip(asked, recorded, strict=True) if found}
         stack.enter_context(jax.transfer_guard("disallow"))
@@ -122,13 +122,13 @@ def train(
             return result["kl"]
 
         def examined(step: int, state, skipped=()):
-            for number, exam in enumerate(job.exams):
+            for number, rendered in enumerate(job.rendered_benchmarks):
                 piece = f"benchmark {number}"
-                if ("benchmark", exam.benchmark.name) in skipped:
+                if ("benchmark", rendered.benchmark.name) in skipped:
                     shown.skip(piece)
                     continue
-                result = benchmark_run.answer(exam, responder, state.params, c.eval.samples, shown, piece)
-                benchmark_run.write(Path(workdir) / benchmark_run.FOLDER, step, result)
+                result = answering.answer(rendered, response_sampler, state.params, c.eval.samples, shown, piece)
+                answering.write(Path(workdir) / answering.FOLDER, step, result)
                 del result["rows"]
                 writer.write({"kind": "benchmark", "step": step} | result)
             read.restart()
@@ -176,7 +176,7 @@ def train(
             read.begin(step, measured | noise, data_seconds, batch.index_B, rollouts, supervision)
             stopping = preemption.reached()
             evaluating = due(c, c.eval.every, step) and not stopping
-            examining = bool(job.exams) and due(c, c.eval.benchmark_every, step) and not stopping
+            examining = bool(job.rendered_benchmarks) and due(c, c.eval.benchmark_every, step) and not stopping
             saving = due(c, c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
             if evaluating or examining or saving:
                 read.finish()

@@ -2,7 +2,7 @@ from . import answering as answering
 from . import estimates as estimates
 from . import paired as paired
 from . import rewards as rewards
-from .answering import Responder as Responder
+from .answering import ResponseSampler as ResponseSampler
 from .estimates import RESAMPLES as RESAMPLES
 from .estimates import bootstrap_ratio as bootstrap_ratio
 from .estimates import seed_interval as seed_interval

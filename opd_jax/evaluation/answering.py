@@ -31,7 +31,7 @@ FOLDER = "benchmarks"  # in a workdir: NAME-STEP.jsonl and NAME-STEP.json
 
 
 @dataclasses.dataclass(frozen=True)
-class Responder:
+class ResponseSampler:
     """What writes responses and what reads them.
 
     Attributes:
@@ -53,7 +53,7 @@ class Responder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam:
+class RenderedBenchmark:
     """A benchmark as one model's prompts.
 
     Attributes:
@@ -71,7 +71,7 @@ def prepare(
     config: Any,
     key: str = "eval.benchmark",
     heldout: Sequence[data.Prompt] = (),
-) -> tuple[Exam, ...]:
+) -> tuple[RenderedBenchmark, ...]:
     """Reads benchmarks and renders them with the data section's system prompt, turns and template.
 
     Args:
@@ -81,18 +81,18 @@ def prepare(
       UserError: as `benchmarks.load`, two have one name, a problem is longer than data.prompt_tokens, or no
         held-out prompt has an answer.
     """
-    exams = tuple(
+    rendered_benchmarks = tuple(
         _held_out(heldout, key) if spec == HELD_OUT else _prepare(spec, tokenizer, config, key)
         for spec in specs
     )
-    names = [exam.benchmark.name for exam in exams]
+    names = [rendered.benchmark.name for rendered in rendered_benchmarks]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{key}: {name} is there more than once, and results go by name; drop one")
-    return exams
+    return rendered_benchmarks
 
 
-def _held_out(heldout: Sequence[data.Prompt], key: str) -> Exam:
+def _held_out(heldout: Sequence[data.Prompt], key: str) -> RenderedBenchmark:
     prompts = [prompt for prompt in heldout if prompt.answer is not None]
     if not prompts:
         raise UserError(
@@ -103,10 +103,10 @@ def _held_out(heldout: Sequence[data.Prompt], key: str) -> Exam:
         left = len(heldout) - len(prompts)
         logging.warning("%s=%s: %d of %d held-out prompts have no answer", key, HELD_OUT, left, len(heldout))
     problems = (Problem(p.question, p.text, reference(p.answer)) for p in prompts)
-    return Exam(Benchmark(HELD_OUT, tuple(problems), 1), prompts)
+    return RenderedBenchmark(Benchmark(HELD_OUT, tuple(problems), 1), prompts)
 
 
-def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
+def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> RenderedBenchmark:
     benchmark = load_benchmark(spec, key)
     conversations = [
         Conversation([{"role": "user", "content": problem.text}], problem.answer)
@@ -115,10 +115,10 @@ def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> Exam:
     # A benchmark without some of its problems is another one, and has instructions of its own.
     section = config.copy_and_resolve_references()
     section.update({"over_long": "error", "instruction": ""})
-    return Exam(benchmark, data.render(conversations, tokenizer, section, f"{key}={spec}: ")[0])
+    return RenderedBenchmark(benchmark, data.render(conversations, tokenizer, section, f"{key}={spec}: ")[0])
 
 
-def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> list[dict[str, Any]]:
+def shared_with_training(prompts: data.Prompts, rendered_benchmarks: Sequence[RenderedBenchmark]) -> list[dict[str, Any]]:
     """The training prompts whose last message evaluation asks too, but for case, spaces and punctuation.
 
     Returns:
@@ -126,7 +126,7 @@ def shared_with_training(prompts: data.Prompts, exams: Sequence[Exam]) -> list[d
       train (the number among the training prompts), prompt (its text).
     """
     asked = {HELD_OUT: [prompt.question for prompt in prompts.heldout]}
-    named = [exam for exam in exams if exam.benchmark.name != HELD_OUT]
+    named = [rendered for rendered in rendered_benchmarks if rendered.benchmark.name != HELD_OUT]
     asked |= {e.benchmark.name: [problem.question for problem in e.benchmark.problems] for e in named}
     train = [prompt.question for prompt in prompts.train]
     return [
@@ -155,8 +155,8 @@ def write_shared(folder: str | Path, shared: Sequence[dict[str, Any]]) -> None:
 
 
 def answer(
-    exam: Exam,
-    responder: Responder,
+    rendered: RenderedBenchmark,
+    response_sampler: ResponseSampler,
     params: dict,
     samples: int,
     progress: Progress | None = None,
@@ -174,30 +174,30 @@ def answer(
       responses that could not be graded within the limits and count as wrong; problems, samples; seconds;
       and rows, one dict a problem.
     """
-    with own(progress) as shown, shown.work(piece, f"benchmark {exam.benchmark.name}"):
-        return _answer(exam, responder, params, samples, shown)
+    with own(progress) as shown, shown.work(piece, f"benchmark {rendered.benchmark.name}"):
+        return _answer(rendered, response_sampler, params, samples, shown)
 
 
-def _answer(exam: Exam, responder: Responder, params: dict, samples: int, shown: Progress) -> dict:
+def _answer(rendered: RenderedBenchmark, response_sampler: ResponseSampler, params: dict, samples: int, shown: Progress) -> dict:
     started = time.perf_counter()
-    name = exam.benchmark.name
-    repeated = [prompt for prompt in exam.prompts for _ in range(samples)]
+    name = rendered.benchmark.name
+    repeated = [prompt for prompt in rendered.prompts for _ in range(samples)]
     columns = []
-    mesh, tokenizer = responder.mesh, responder.tokenizer
+    mesh, tokenizer = response_sampler.mesh, response_sampler.tokenizer
     batches = data.heldout_batches(
         repeated,
-        responder.batch,
-        responder.prompt_tokens,
-        responder.pad_id,
-        sharding.local_rows(mesh, responder.batch),
+        response_sampler.batch,
+        response_sampler.prompt_tokens,
+        response_sampler.pad_id,
+        sharding.local_rows(mesh, response_sampler.batch),
     )
-    with shown.phase(f"benchmark {name}: sampling, batch", parts=-(-len(repeated) // responder.batch)):
+    with shown.phase(f"benchmark {name}: sampling, batch", parts=-(-len(repeated) // response_sampler.batch)):
         for number, local in enumerate(batches):
             shown.at(number + 1)
             placed = sharding.put_batch(mesh, local)
             step = jax.device_put(np.int32(number), sharding.replicated(mesh))
-            with shown.compiling("the sampler", responder.sample, responder.prompt_tokens):
-                rollouts = responder.sample(params, placed.tokens_BP, placed.mask_BP, responder.key, step)
+            with shown.compiling("the sampler", response_sampler.sample, response_sampler.prompt_tokens):
+                rollouts = response_sampler.sample(params, placed.tokens_BP, placed.mask_BP, response_sampler.key, step)
             written = rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
             columns.append(sharding.gather(mesh, (placed.valid_B, *written)))
     valid_B, tokens_BL, mask_BT, finished_B = (np.concatenate(x) for x in zip(*columns, strict=True))
@@ -206,14 +206,14 @@ def _answer(exam: Exam, responder: Responder, params: dict, samples: int, shown:
         tokenizer.decode(row_T[on_T], skip_special_tokens=True)
         for row_T, on_T in zip(response_BT[valid_B], mask_BT[valid_B], strict=True)
     ]
-    problems = [problem for problem in exam.benchmark.problems for _ in range(samples)]
+    problems = [problem for problem in rendered.benchmark.problems for _ in range(samples)]
     tasks = [
         Task(text, problem.answer, problem.generator)
         for text, problem in zip(texts, problems, strict=True)
     ]
     with shown.phase(f"benchmark {name}: grading response", parts=len(tasks)):
-        verdicts = _grade(responder.grader, tasks, shown.at)
-    shape = len(exam.prompts), samples
+        verdicts = _grade(response_sampler.grader, tasks, shown.at)
+    shape = len(rendered.prompts), samples
     right_NS = np.array([verdict.right for verdict in verdicts]).reshape(shape)
     failed_NS = np.array([verdict.failed for verdict in verdicts]).reshape(shape)
     tokens_NS = mask_BT[valid_B].sum(axis=1).reshape(shape)
@@ -236,10 +236,10 @@ def _answer(exam: Exam, responder: Responder, params: dict, samples: int, shown:
             "failed": failed_NS[n].tolist(),
             "responses": texts[n * samples : (n + 1) * samples],
         }
-        for n, problem in enumerate(exam.benchmark.problems)
+        for n, problem in enumerate(rendered.benchmark.problems)
     ]
     return {
-        "benchmark": exam.benchmark.name,
+        "benchmark": rendered.benchmark.name,
         "accuracy": float(right_NS.mean()),
         "accuracy_low": low,
         "accuracy_high": high,

@@ -40,7 +40,7 @@ class ModelConfig:
       decoding: how a decode step multiplies a few rows by a weight: "rows" (row times matrix), or "columns"
         with weights stored [out, in]; see few_rows.py.
       attention: attention over whole sequences: "plain" (attention.py) or "splash" (splash.py).
-      exchanged: two ids whose logits are swapped, or None. It lets a teacher's end token stand for the
+      swapped_ids: two ids whose logits are swapped, or None. It lets a teacher's end token stand for the
         student's.
       layout: tables that say how its weights, cache and activations are cut over a mesh.
     """
@@ -71,7 +71,7 @@ class ModelConfig:
     products: str = "compute"
     decoding: str = "rows"
     attention: str = "plain"
-    exchanged: tuple[int, int] | None = None
+    swapped_ids: tuple[int, int] | None = None
     layout: Layout = DEFAULT
 
     @property

@@ -62,7 +62,7 @@ def template_options(text: str, tokenizer) -> dict:
     return options
 
 
-def exchanged_ends(student, teacher, end_id: int) -> tuple[int, int] | None:
+def swapped_end_ids(student, teacher, end_id: int) -> tuple[int, int] | None:
     """(the student's end token, the teacher's) if they differ and `teacher.end_id` allows it, else None.
 
     A teacher that ends its answers with another token gives almost no probability to the student's, so the
@@ -123,17 +123,17 @@ def check_pair(student, teacher, options: dict | None = None):
             refuse("the chat template renders", ours, theirs, "use one chat template in both")
 
 
-def check_ends(ours: Iterable[int], theirs: Iterable[int], exchanged: tuple[int, int] | None):
+def check_ends(ours: Iterable[int], theirs: Iterable[int], swapped_ids: tuple[int, int] | None):
     """Refuses a teacher whose responses end at other ids than the student's.
 
     Args:
       ours, theirs: `end_ids` of each.
-      exchanged: what `exchanged_ends` returned.
+      swapped_ids: what `swapped_end_ids` returned.
 
     Raises:
       UserError: names the ids.
     """
-    answers = dict(zip(exchanged, exchanged[::-1])) if exchanged else {}
+    answers = dict(zip(swapped_ids, swapped_ids[::-1])) if swapped_ids else {}
     theirs = {answers.get(i, i) for i in theirs}
     if theirs != set(ours):
         raise UserError(

@@ -334,10 +334,10 @@ def head(config: ModelConfig, params: dict):
 
 
 def gather_head(config: ModelConfig, head_VD):
-    """Gathers a stored output matrix, and swaps the rows of config.exchanged."""
+    """Gathers a stored output matrix, and swaps the rows of config.swapped_ids."""
     head_VD = gather(config, head_VD, ("vocab", "embed"))
-    if config.exchanged is not None:
-        pair = jnp.array(config.exchanged)
+    if config.swapped_ids is not None:
+        pair = jnp.array(config.swapped_ids)
         head_VD = jax.tree.map(lambda x: x.at[pair].set(x[pair[::-1]]), head_VD)
     return head_VD
 

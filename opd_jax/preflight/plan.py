@@ -18,6 +18,6 @@ def plan(config, devices) -> programs.Programs:
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))
     if config.teacher.end_id >= 0:  # costs a copy of the teacher's output matrix, whichever ids they are
-        teacher = teacher.replace(exchanged=(0, config.teacher.end_id))
+        teacher = teacher.replace(swapped_ids=(0, config.teacher.end_id))
     sizes.check(config, mesh, student, teacher)
     return programs.Programs.of(config, mesh, student, teacher)

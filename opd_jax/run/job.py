@@ -15,7 +15,7 @@ from opd_jax.config import validate
 from opd_jax.distill import rollout
 from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import answering
 from opd_jax.evaluation import rewards, shared_grader
 from opd_jax.models import cpu, tokenizers, transformer
 from opd_jax.models.files import source
@@ -33,18 +33,18 @@ class Job(programs.Programs):
     Attributes:
       tokenizer: the transformers tokenizer of both models.
       prompts: training and held-out prompts.
-      exams: the benchmarks of eval.benchmark, rendered.
-      shared: the training prompts that are evaluated on too: `benchmark_run.shared_with_training`.
-      table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's Cutter.
+      rendered_benchmarks: the benchmarks of eval.benchmark, rendered.
+      shared: the training prompts that are evaluated on too: `answering.shared_with_training`.
+      table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's SentenceSplitter.
       probe: what products of auto were settled by, or None.
       others: see `programs.Programs`.
     """
 
     tokenizer: Any
     prompts: data.Prompts
-    exams: tuple[benchmark_run.Exam, ...]
+    rendered_benchmarks: tuple[answering.RenderedBenchmark, ...]
     shared: list[dict[str, Any]]
-    table: SegmentTable | nltk_segments.Cutter
+    table: SegmentTable | nltk_segments.SentenceSplitter
     probe: cpu.Probe | None
 
     def start(self) -> steps.TrainState:
@@ -71,10 +71,10 @@ class Job(programs.Programs):
         """The PRNG key of evaluations on held-out prompts."""
         return self.key(Key.EVALUATION)
 
-    def responder(self) -> benchmark_run.Responder:
+    def response_sampler(self) -> answering.ResponseSampler:
         """The student as it answers benchmarks: with the program that samples its rollouts."""
         c = self.config
-        return benchmark_run.Responder(
+        return answering.ResponseSampler(
             sample=self.sample,
             batch=c.rollout.batch,
             prompt_tokens=c.data.prompt_tokens,
@@ -85,9 +85,9 @@ class Job(programs.Programs):
             grader=shared_grader(),
         )
 
-    def teacher_responder(self) -> benchmark_run.Responder:
+    def teacher_sampler(self) -> answering.ResponseSampler:
         """The teacher as it answers benchmarks: with the student's sampling, for `teacher_params`."""
-        return dataclasses.replace(self.responder(), sample=self.sample_as_teacher)
+        return dataclasses.replace(self.response_sampler(), sample=self.sample_as_teacher)
 
     def segment_table(self, rollouts: rollout.Rollouts) -> SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
@@ -158,12 +158,12 @@ def _prepare(config, workdir, shown: Progress) -> Job:
         teachers = tokenizers.load(config.teacher.path, "teacher.path")
     options = tokenizers.template_options(config.data.template, tokenizer)
     tokenizers.check_pair(tokenizer, teachers, options)
-    exchanged = tokenizers.exchanged_ends(tokenizer, teachers, config.teacher.end_id)
-    teacher = teacher.replace(exchanged=exchanged)
+    swapped_ids = tokenizers.swapped_end_ids(tokenizer, teachers, config.teacher.end_id)
+    teacher = teacher.replace(swapped_ids=swapped_ids)
     chosen = config.rollout.end_ids
     ends = tokenizers.end_ids(tokenizer, student, chosen)
     if not chosen:
-        tokenizers.check_ends(ends, tokenizers.end_ids(teachers, teacher, key="teacher.path"), exchanged)
+        tokenizers.check_ends(ends, tokenizers.end_ids(teachers, teacher, key="teacher.path"), swapped_ids)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=ends, valid_vocab=valid) for m in (student, teacher))
     sizes.check(config, mesh, student, teacher)
@@ -178,10 +178,10 @@ def _prepare(config, workdir, shown: Progress) -> Job:
     if config.reward.weight and unanswered:
         logging.warning("%d training prompts have no answer, and their responses no reward", unanswered)
     with shown.phase("reading the benchmarks"):
-        exams = benchmark_run.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
-        shared = benchmark_run.shared_with_training(prompts, exams)
+        rendered_benchmarks = answering.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
+        shared = answering.shared_with_training(prompts, rendered_benchmarks)
     if shared:
-        logging.warning("%s", benchmark_run.say_shared(shared))
+        logging.warning("%s", answering.say_shared(shared))
     with shown.phase("reading the vocabulary's sentence ends"):
         table = _segment_table(config.segments, tokenizer, mesh)
     return Job.of(
@@ -191,7 +191,7 @@ def _prepare(config, workdir, shown: Progress) -> Job:
         teacher,
         tokenizer=tokenizer,
         prompts=prompts,
-        exams=exams,
+        rendered_benchmarks=rendered_benchmarks,
         shared=shared,
         table=table,
         probe=probe,
@@ -241,6 +241,6 @@ def check_workdir(workdir, config):
 def _segment_table(config, tokenizer, mesh):
     if config.kind == "nltk":
         parameters = punkt.load_parameters(config.punkt)
-        return nltk_segments.Cutter(tokenizers.token_bytes(tokenizer), parameters)
+        return nltk_segments.SentenceSplitter(tokenizers.token_bytes(tokenizer), parameters)
     table = SegmentTable.from_tokenizer(tokenizer, config.kind, config.punkt)
     return jax.device_put(table, sharding.replicated(mesh))

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config import default, validate
 from opd_jax.errors import UserError
-from opd_jax.evaluation import Responder, shared_grader
+from opd_jax.evaluation import ResponseSampler, shared_grader
 from opd_jax.models import tokenizers
 from opd_jax.models.files import source
 from opd_jax.parallel import compile_cache, sharding
@@ -44,8 +44,8 @@ def restore_params(job, workdir, wanted: str) -> tuple[dict, int]:
         return checkpoints.restore(step, job.abstract_state())[0].params, step
 
 
-def of_model(config) -> tuple[Responder, dict]:
-    """(Responder, parameters) of the whole model that `student.path` names, in student.compute_dtype."""
+def of_model(config) -> tuple[ResponseSampler, dict]:
+    """(ResponseSampler, parameters) of the whole model that `student.path` names, in student.compute_dtype."""
     validate(config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
@@ -58,7 +58,7 @@ def of_model(config) -> tuple[Responder, dict]:
     shardings = programs.param_shardings(mesh, model)
     with Progress() as progress, progress.phase("reading the weights"):
         _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=model.dtype)
-    responder = Responder(
+    response_sampler = ResponseSampler(
         sample=programs.sample_program(mesh, model, programs.sampling(config)),
         batch=config.rollout.batch,
         prompt_tokens=config.data.prompt_tokens,
@@ -68,4 +68,4 @@ def of_model(config) -> tuple[Responder, dict]:
         tokenizer=tokenizer,
         grader=shared_grader(),
     )
-    return responder, params
+    return response_sampler, params

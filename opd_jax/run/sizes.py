@@ -2,7 +2,7 @@
 
 from absl import logging
 
-from opd_jax.distill import gradient_noise as noises
+from opd_jax.distill import gradient_noise
 from opd_jax.distill import trainable
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, transformer
@@ -18,7 +18,7 @@ def check(config, mesh, student: ModelConfig, teacher: ModelConfig):
     prompts = config.rollout.batch // config.rollout.samples_per_prompt
     sharding.check_batch(mesh, "rollout.batch / rollout.samples_per_prompt", prompts)
     fill_micro_batch(config, mesh)
-    if config.metrics.gradient_noise_every and noises.group_count(config, mesh) is None:
+    if config.metrics.gradient_noise_every and gradient_noise.group_count(config, mesh) is None:
         raise UserError(
             f"metrics.gradient_noise_every={config.metrics.gradient_noise_every} compares groups of prompts, "
             f"and {prompts} prompts (rollout.batch / rollout.samples_per_prompt) make no two that fill "

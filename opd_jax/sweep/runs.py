@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import answering
 from opd_jax.evaluation import read_lines
 from opd_jax.parallel import distributed
 from opd_jax.progress import Progress, own
@@ -125,13 +125,13 @@ def examine_teacher(planned: Planned, out: Path, progress: Progress | None = Non
         job = prepare(config, progress=shown)
         with shown.phase("reading the teacher's weights"):
             params = job.teacher_params()
-        responder = job.teacher_responder()
-        shown.expect("teacher's benchmark", len(job.exams))
-        for exam in job.exams:
-            result = benchmark_run.answer(
-                *(exam, responder, params, config.eval.samples, shown, "teacher's benchmark")
+        response_sampler = job.teacher_sampler()
+        shown.expect("teacher's benchmark", len(job.rendered_benchmarks))
+        for rendered in job.rendered_benchmarks:
+            result = answering.answer(
+                *(rendered, response_sampler, params, config.eval.samples, shown, "teacher's benchmark")
             )
-            benchmark_run.write(folder, "model", result)
+            answering.write(folder, "model", result)
     if jax.process_index() == 0:
         there.write_text(wanted, encoding="utf-8")
 

@@ -15,7 +15,7 @@ from opd_jax import compare as compare_entry
 from opd_jax import evaluate
 from opd_jax.data.prompts.sources import Conversation
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering as benchmark_run
+from opd_jax.evaluation import answering
 from opd_jax.evaluation import paired as compare
 from opd_jax.evaluation import tasks as benchmarks
 from opd_jax.evaluation.grading import Grader, Verdict
@@ -120,21 +120,21 @@ def finished(job, tmp_path_factory):
 
 
 def scripted(job, replies):
-    """A responder that writes these replies instead of sampling, in the order of the rows."""
+    """A response_sampler that writes these replies instead of sampling, in the order of the rows."""
     whole = iter(replies)
 
     def sample(params, tokens_BP, mask_BP, key, step):
         texts = [next(whole, "") for _ in range(len(tokens_BP))]
         rollouts = tiny.written(texts, tiny.STUDENT, tiny.student_params(), width=16)
         finished_B = np.array([not text.startswith("long") for text in texts])
-        return benchmark_run.sharding.put_batch(job.mesh, rollouts.replace(finished_B=finished_B))
+        return answering.sharding.put_batch(job.mesh, rollouts.replace(finished_B=finished_B))
 
-    return dataclasses.replace(job.responder(), sample=sample)
+    return dataclasses.replace(job.response_sampler(), sample=sample)
 
 
 def test_every_response_is_counted_once_with_its_own_problem(job):
     replies = ["It is 0", "It is 1", "It is 2", "It is 2", "It is 5", "long", "6", "7", "It is 8", "9"]
-    result = benchmark_run.answer(job.exams[0], scripted(job, replies), {}, 2)
+    result = answering.answer(job.rendered_benchmarks[0], scripted(job, replies), {}, 2)
     assert [row["right"] for row in result["rows"]] == [[1, 0], [1, 1], [0, 0], [1, 0], [1, 0]]
     assert result["accuracy"] == 0.5
     # One of two is right with certainty in all problems but the third; no other k is reported.
@@ -148,9 +148,9 @@ def test_every_response_is_counted_once_with_its_own_problem(job):
 
 
 def test_pass_at_k_is_reported_for_powers_of_two_and_for_all_samples(job):
-    exam = dataclasses.replace(job.exams[0], prompts=job.exams[0].prompts[:1])
-    exam = dataclasses.replace(exam, benchmark=Benchmark("one", exam.benchmark.problems[:1], 1))
-    result = benchmark_run.answer(exam, scripted(job, ["It is 1"] * 5 + ["It is 0"]), {}, 6)
+    rendered = dataclasses.replace(job.rendered_benchmarks[0], prompts=job.rendered_benchmarks[0].prompts[:1])
+    rendered = dataclasses.replace(rendered, benchmark=Benchmark("one", rendered.benchmark.problems[:1], 1))
+    result = answering.answer(rendered, scripted(job, ["It is 1"] * 5 + ["It is 0"]), {}, 6)
     assert {name: v for name, v in result.items() if name.startswith("pass_")} == {
         "pass_2": pytest.approx(1 / 3),
         "pass_4": pytest.approx(2 / 3),
@@ -161,21 +161,21 @@ def test_pass_at_k_is_reported_for_powers_of_two_and_for_all_samples(job):
 def test_the_held_out_prompts_with_answers_are_a_benchmark(job):
     heldout = [dataclasses.replace(p, answer="So\n#### 4") for p in job.prompts.heldout[:2]]
     unanswered = list(job.prompts.heldout[2:])
-    (exam,) = benchmark_run.prepare(
+    (rendered,) = answering.prepare(
         ["heldout"], job.tokenizer, job.config.data, heldout=[*heldout, *unanswered]
     )
-    assert exam.prompts == heldout and exam.benchmark.name == "heldout"
-    assert [p.answer for p in exam.benchmark.problems] == ["4", "4"]
+    assert rendered.prompts == heldout and rendered.benchmark.name == "heldout"
+    assert [p.answer for p in rendered.benchmark.problems] == ["4", "4"]
     with pytest.raises(UserError, match="heldout needs held-out prompts with answers"):
-        benchmark_run.prepare(["heldout"], job.tokenizer, job.config.data, heldout=unanswered)
+        answering.prepare(["heldout"], job.tokenizer, job.config.data, heldout=unanswered)
 
 
 def test_a_hostile_response_is_wrong_and_counted_as_ungraded(job):
-    exam = benchmark_run.Exam(Benchmark("one", (Problem("Q", "Q", "7"),), 1), job.exams[0].prompts[:1])
+    rendered = answering.RenderedBenchmark(Benchmark("one", (Problem("Q", "Q", "7"),), 1), job.rendered_benchmarks[0].prompts[:1])
     with Grader(1, seconds=1) as grader:
         says = _Says("\\boxed{9^{9^{9^{9}}}}")
-        responder = dataclasses.replace(scripted(job, [""]), grader=grader, tokenizer=says)
-        result = benchmark_run.answer(exam, responder, {}, 1)
+        response_sampler = dataclasses.replace(scripted(job, [""]), grader=grader, tokenizer=says)
+        result = answering.answer(rendered, response_sampler, {}, 1)
     assert (result["accuracy"], result["ungraded"]) == (0, 1)
     assert result["rows"][0]["failed"] == ["time"]
 
@@ -230,7 +230,7 @@ def test_benchmarks_that_a_stop_left_no_time_for_are_made_up_once(finished, job,
 
 def test_two_benchmarks_of_one_name_are_refused(job, questions):
     with pytest.raises(UserError, match="ours is there more than once"):
-        benchmark_run.prepare([f"ours:{questions}"] * 2, job.tokenizer, job.config.data)
+        answering.prepare([f"ours:{questions}"] * 2, job.tokenizer, job.config.data)
 
 
 def test_results_are_found_by_name_and_newest_step(finished, tmp_path):
@@ -288,15 +288,15 @@ def test_a_model_alone_answers_in_the_dtype_of_the_config(models, dtype):
 
 def test_problems_that_training_has_too_are_reported_and_listed(job, tmp_path):
     prompts = dataclasses.replace(job.prompts)
-    assert benchmark_run.shared_with_training(prompts, job.exams) == []
+    assert answering.shared_with_training(prompts, job.rendered_benchmarks) == []
     # Whatever stands before the last message, a system prompt of the record's own or earlier turns.
     copied = dataclasses.replace(prompts.train[0], text="Be brief.\n4 + 4 ?", question="4 + 4 ?")
     prompts = dataclasses.replace(prompts, train=[*prompts.train, copied])
-    shared = benchmark_run.shared_with_training(prompts, job.exams)
+    shared = answering.shared_with_training(prompts, job.rendered_benchmarks)
     found = [(r["evaluation"], r["problem"], r["train"]) for r in shared]
     assert found == [("ours", 4, len(prompts.train) - 1)]
-    assert "1 in ours (such as '4 + 4?')" in benchmark_run.say_shared(shared)
-    benchmark_run.write_shared(tmp_path, shared)
+    assert "1 in ours (such as '4 + 4?')" in answering.say_shared(shared)
+    answering.write_shared(tmp_path, shared)
     (line,) = (tmp_path / "shared_prompts.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt"] == "Be brief.\n4 + 4 ?"
 
@@ -324,13 +324,13 @@ def test_a_run_compared_with_itself_is_not_told_apart(finished, capsys):
 def test_prompts_of_a_benchmark_carry_no_training_instruction(job):
     section = job.config.data.copy_and_resolve_references()
     section.instruction = "Box it."
-    (exam,) = benchmark_run.prepare(job.config.eval.benchmark, job.tokenizer, section)
-    assert exam.prompts == job.exams[0].prompts
-    conversation = Conversation([{"role": "user", "content": exam.benchmark.problems[0].text}], "0")
-    assert exam.prompts[0].text == conversation.messages[0]["content"]
+    (rendered,) = answering.prepare(job.config.eval.benchmark, job.tokenizer, section)
+    assert rendered.prompts == job.rendered_benchmarks[0].prompts
+    conversation = Conversation([{"role": "user", "content": rendered.benchmark.problems[0].text}], "0")
+    assert rendered.prompts[0].text == conversation.messages[0]["content"]
 
 
 def test_every_reason_why_an_answer_was_not_graded_comes_through():
     reasons = ["", "time", "crash", "error"]
     grader = types.SimpleNamespace(grade=lambda tasks, told: [Verdict(False, task) for task in tasks])
-    assert [verdict.failed for verdict in benchmark_run._grade(grader, reasons)] == reasons
+    assert [verdict.failed for verdict in answering._grade(grader, reasons)] == reasons

@@ -16,7 +16,7 @@ from opd_jax.run import programs
 from opd_jax.run.job import prepare
 from tests import tiny
 
-MODEL = tiny.TEACHER.replace(layers=2, tie_embeddings=False, weights="int8", exchanged=(254, tiny.END))
+MODEL = tiny.TEACHER.replace(layers=2, tie_embeddings=False, weights="int8", swapped_ids=(254, tiny.END))
 SPARSE = MODEL.replace(family="qwen3_moe", qk_norm=True, experts=8, experts_per_token=2, ffn=20)
 TEXTS = ["One. Two.", "A third one, longer.", "x", "No end here"] * 2
 # The axes that each matrix's product sums over, the layers' being 0, by hand.
@@ -127,7 +127,7 @@ def numpy_logits(config, params, tokens_L):
         gate = h_LD @ p["gate"]
         x_LD = x_LD + (gate / (1 + np.exp(-gate)) * (h_LD @ p["up"])) @ p["down"]
     logits = norm(x_LD, params["final_norm"]) @ params["head"].T
-    one, other = config.exchanged
+    one, other = config.swapped_ids
     logits[:, [one, other]] = logits[:, [other, one]]
     return logits[:, : config.valid_vocab]
 

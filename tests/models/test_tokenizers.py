@@ -136,15 +136,15 @@ def test_end_tokens_that_differ_need_the_teachers_id(smollm2):
     base.eos_token = "<|endoftext|>"
     tokenizers.check_pair(base, smollm2)
     refused(
-        lambda: tokenizers.exchanged_ends(base, smollm2, -1),
+        lambda: tokenizers.swapped_end_ids(base, smollm2, -1),
         "'<|endoftext|>' (0) in student.path",
         "'<|im_end|>' (2) in teacher.path",
         "teacher.end_id=2",
     )
-    refused(lambda: tokenizers.exchanged_ends(base, smollm2, 5), "teacher.end_id=5", "(2)")
-    assert tokenizers.exchanged_ends(base, smollm2, 2) == (0, 2)
-    assert tokenizers.exchanged_ends(smollm2, smollm2, -1) is None
-    assert tokenizers.exchanged_ends(smollm2, smollm2, 2) is None
+    refused(lambda: tokenizers.swapped_end_ids(base, smollm2, 5), "teacher.end_id=5", "(2)")
+    assert tokenizers.swapped_end_ids(base, smollm2, 2) == (0, 2)
+    assert tokenizers.swapped_end_ids(smollm2, smollm2, -1) is None
+    assert tokenizers.swapped_end_ids(smollm2, smollm2, 2) is None
 
 
 def test_sets_of_end_ids_that_differ_are_refused_and_named():

@@ -211,7 +211,7 @@ def test_ids_past_the_tokenizer_have_no_probability():
 def test_exchanged_ids_exchange_their_logits_and_nothing_else():
     params = params_of(BASE)
     tokens, mask = random_tokens((1, 3)), jnp.ones((1, 3), bool)
-    config = BASE.replace(exchanged=(3, 60))
+    config = BASE.replace(swapped_ids=(3, 60))
     hidden = forward(config, params, tokens, mask)
     np.testing.assert_array_equal(hidden, forward(BASE, params, tokens, mask))
     want = np.array(transformer.logits(BASE, transformer.head(BASE, params), hidden))

@@ -304,7 +304,7 @@ def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_
     plan = planned(models, devices=1, **settings)
     found = {p.name: p for p in preflight_check.check(plan, CHIP, largest=False).programs}
     assert list(found) == ["sample", "train_step", "evaluation", "evaluation_sample"]
-    assert plan.teacher.exchanged == (0, 5)
+    assert plan.teacher.swapped_ids == (0, 5)
     sizes = 16, 48, 12
     pair = tiny.TEACHER, tiny.STUDENT
     of_teacher, of_student = (costs.phase_flops(writer, tiny.TEACHER, *sizes) for writer in pair)

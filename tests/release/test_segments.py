@@ -167,7 +167,7 @@ def test_a_token_belongs_to_the_sentence_of_its_first_written_character(pieces, 
     vocabulary = sorted({piece.encode() for tokens, _ in MAPPED for piece in tokens})
     ids = [vocabulary.index(piece.encode()) for piece in pieces]
     assert numbers(segments.SegmentTable.from_token_bytes(vocabulary), [ids]) == [expected]
-    assert nltk_segments.Cutter(vocabulary, punkt.load_parameters()).numbers(ids) == expected
+    assert nltk_segments.SentenceSplitter(vocabulary, punkt.load_parameters()).numbers(ids) == expected
 
 
 def test_words_cut_into_any_tokens_give_the_same_sentences():
@@ -177,7 +177,7 @@ def test_words_cut_into_any_tokens_give_the_same_sentences():
     # A run of dashes behind a mark or quote is seen only where two of them share a token.
     texts = [text for text in HAND if text.isascii() and '"--' not in text and ".--" not in text]
     rows = [list(text.encode())[:POSITIONS] for text in texts]
-    nltk = nltk_segments.Cutter(token_bytes, punkt.load_parameters())
+    nltk = nltk_segments.SentenceSplitter(token_bytes, punkt.load_parameters())
     assert numbers(table, rows) == [nltk.numbers(ids) for ids in rows]
 
 
@@ -374,7 +374,7 @@ def test_a_white_space_spelt_by_several_tokens_is_white_space():
     broken = [[*b"Yes.\xe2", *b"\x80No."], [*b"Yes.\xf0\xc2\xa0No."], [*b"Yes.\xc2", *b"b\xa0No."]]
     rows += broken
     table = segments.SegmentTable.from_token_bytes(token_bytes)
-    nltk = nltk_segments.Cutter(token_bytes, punkt.load_parameters())
+    nltk = nltk_segments.SentenceSplitter(token_bytes, punkt.load_parameters())
     found = [got for at in range(0, len(rows), ROWS) for got in numbers(table, rows[at : at + ROWS])]
     assert found == [nltk.numbers(row) for row in rows]
     assert max(map(max, found)) > 0

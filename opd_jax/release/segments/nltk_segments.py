@@ -15,7 +15,7 @@ from opd_jax.release.segments import punkt
 from opd_jax.release.segments.segments import SegmentTable
 
 
-class Cutter:
+class SentenceSplitter:
     """NLTK's Punkt over the token ids of one vocabulary."""
 
     def __init__(self, token_bytes: list[bytes], parameters: punkt.Parameters):

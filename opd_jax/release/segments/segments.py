@@ -30,7 +30,7 @@ class SegmentTable:
       kind: one of KINDS, `fixed:N` with a number in place of N; static.
       lookup: data about the vocabulary. punkt, punkt_untrained: a sentences.SentenceTable. newline: uint8 [V]
         flags. fixed:N, token: None. nltk: int32 [B, T], the segment numbers of one batch
-        (`nltk_segments.Cutter`).
+        (`nltk_segments.SentenceSplitter`).
     """
 
     lookup: Any
