@@ -135,16 +135,12 @@ def measure(sizes):
         raise RuntimeError(f"generate() returned {tuple(tokens_BL.shape)}, not {(b, p + t)}")
     if not sizes.sample_only:
         teacher = llama(sizes, sizes.teacher_layers or sizes.layers, seed=1)
-        seconds["score"], (teacher_logp_BT, _) = best_seconds(
-            score, teacher, tokens_BL, logits, repeats=2
-        )
+        seconds["score"], (teacher_logp_BT, _) = best_seconds(score, teacher, tokens_BL, logits, repeats=2)
         del logits
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
-        seconds["update"], _ = best_seconds(
-            update, student, optimizer, tokens_BL, teacher_logp_BT, repeats=2
-        )
+        seconds["update"], _ = best_seconds(update, student, optimizer, tokens_BL, teacher_logp_BT, repeats=2)
 
     x = torch.ones(MATMUL, MATMUL)
     rate = 2 * MATMUL**3 / best_seconds(torch.matmul, x, x, repeats=5)[0]

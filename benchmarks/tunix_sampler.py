@@ -85,9 +85,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in NAMES:
         parser.add_argument(name, type=int)
-    parser.add_argument(
-        "--logprobs", action="store_true", help="also return the tokens' log-probabilities"
-    )
+    parser.add_argument("--logprobs", action="store_true", help="also return the tokens' log-probabilities")
     sizes = parser.parse_args()
     b, p, t = sizes.batch, sizes.prompt, sizes.response
 

@@ -1,6 +1,6 @@
 """Reference for smollm2.py: the teacher itself writes the responses, in the student's place at a rate of 0.
 
-    python -m opd_jax.train --config=configs/smollm2_teacher.py --workdir=runs/smollm2/teacher/seed-0
+python -m opd_jax.train --config=configs/smollm2_teacher.py --workdir=runs/smollm2/teacher/seed-0
 """
 
 from opd_jax import config

@@ -68,8 +68,8 @@ def matmul_rate(dtype, progress: Progress) -> float:
 def copy_rate(progress: Progress) -> float:
     """Bytes per second, read and written, of one long copy."""
     x = jnp.ones(COPIED, jnp.float32)
-    return 2 * x.nbytes / best_seconds(
-        jax.jit(lambda a: a + 1), x, repeats=5, progress=progress, name="a copy"
+    return (
+        2 * x.nbytes / best_seconds(jax.jit(lambda a: a + 1), x, repeats=5, progress=progress, name="a copy")
     )
 
 
@@ -233,15 +233,11 @@ def _train_seconds(
       (seconds of train_step, [PAIRS] seconds that segments and the rule add to it).
     """
     with progress.phase("drawing the teacher's weights"):
-        teacher_params = jax.block_until_ready(
-            transformer.init(teacher, jax.random.key(1), teacher.dtype)
-        )
+        teacher_params = jax.block_until_ready(transformer.init(teacher, jax.random.key(1), teacher.dtype))
     table = SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
     score = jax.jit(
-        lambda w, r: scoring.score(
-            teacher, w, r, chunk=config.scoring.chunk, micro_batches=micro_batches
-        )
+        lambda w, r: scoring.score(teacher, w, r, chunk=config.scoring.chunk, micro_batches=micro_batches)
     )
 
     def products(fn, *args):

@@ -1,10 +1,10 @@
 """Evaluation: the student's distance to the teacher on held-out prompts, or its accuracy on benchmarks.
 
-    python -m opd_jax.evaluate --workdir=runs/release               # newest checkpoint of a run
-    python -m opd_jax.evaluate --workdir=runs/release --step=best
-    python -m opd_jax.evaluate --config=configs/demo.py             # the student before training
-    python -m opd_jax.evaluate --workdir=runs/release --benchmark=rg:chain_sum --samples=4
-    python -m opd_jax.evaluate --model=FOLDER --benchmark=gsm8k:test.jsonl --out=results/base
+python -m opd_jax.evaluate --workdir=runs/release               # newest checkpoint of a run
+python -m opd_jax.evaluate --workdir=runs/release --step=best
+python -m opd_jax.evaluate --config=configs/demo.py             # the student before training
+python -m opd_jax.evaluate --workdir=runs/release --benchmark=rg:chain_sum --samples=4
+python -m opd_jax.evaluate --model=FOLDER --benchmark=gsm8k:test.jsonl --out=results/base
 """
 
 import json

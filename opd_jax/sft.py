@@ -272,6 +272,7 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
         first = done or 0
         shown.expect("step", c.train.steps - first)
         shown.expect("evaluation", sum(map(evaluating, range(first + 1, c.train.steps + 1))))
+
         def written(pending, last: float) -> float:
             with shown.phase(f"step {pending[0]}/{c.train.steps}"):
                 return _write(writer, *pending, last)

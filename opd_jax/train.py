@@ -18,8 +18,7 @@ from opd_jax import data
 from opd_jax.config import run
 from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering
-from opd_jax.evaluation import evaluate
+from opd_jax.evaluation import answering, evaluate
 from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.run import Checkpoints, Job, Key, metrics, prepare, transcripts
@@ -37,9 +36,9 @@ def work(config, done: int = 0) -> dict[str, int]:
     """The pieces of work of a run from step `done` on, for `Progress.plan`: name -> how many."""
     c = config
     evaluations = sum(due(c, c.eval.every, step) for step in range(done, c.train.steps + 1))
-    rendered_benchmarks = sum(due(c, c.eval.benchmark_every, step) for step in range(done, c.train.steps + 1))
+    benchmark_runs = sum(due(c, c.eval.benchmark_every, step) for step in range(done, c.train.steps + 1))
     names = [f"benchmark {number}" for number in range(len(c.eval.benchmark))]
-    return {"step": c.train.steps - done, "evaluation": evaluations} | dict.fromkeys(names, rendered_benchmarks)
+    return {"step": c.train.steps - done, "evaluation": evaluations} | dict.fromkeys(names, benchmark_runs)
 
 
 def train(
@@ -107,13 +106,16 @@ def train(
         writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done, progress=shown))
         writer.say(str(job.prompts))
         # What is recorded of the step to go on from, as process 0 sees it.
-        asked = [("eval", None), *(("benchmark", rendered.benchmark.name) for rendered in job.rendered_benchmarks)]
+        asked = [
+            ("eval", None),
+            *(("benchmark", rendered.benchmark.name) for rendered in job.rendered_benchmarks),
+        ]
         recorded = distributed.gathered([name in writer.recorded for name in asked])[0]
         there = {name for name, found in zip(asked, recorded, strict=True) if found}
         stack.enter_context(jax.transfer_guard("disallow"))
         read = Reader(job, writer, clock)
 
-        def evaluated(step: int, state, result: dict | None = None) -> float:
+        def evaluate_heldout(step: int, state, result: dict | None = None) -> float:
             result = dict(result or evaluate(job, state.params, teacher_params, shown))
             rows = result.pop("rows")
             writer.write_evaluations([{"step": step} | row for row in rows])
@@ -121,13 +123,15 @@ def train(
             read.restart()
             return result["kl"]
 
-        def examined(step: int, state, skipped=()):
+        def answer_benchmarks(step: int, state, skipped=()):
             for number, rendered in enumerate(job.rendered_benchmarks):
                 piece = f"benchmark {number}"
                 if ("benchmark", rendered.benchmark.name) in skipped:
                     shown.skip(piece)
                     continue
-                result = answering.answer(rendered, response_sampler, state.params, c.eval.samples, shown, piece)
+                result = answering.answer(
+                    rendered, response_sampler, state.params, c.eval.samples, shown, piece
+                )
                 answering.write(Path(workdir) / answering.FOLDER, step, result)
                 del result["rows"]
                 writer.write({"kind": "benchmark", "step": step} | result)
@@ -140,13 +144,13 @@ def train(
         for name, count in work(c, first).items():
             shown.skip(name, work(c)[name] - count)
         if due(c, c.eval.benchmark_every, first):
-            examined(first, state, there)
+            answer_benchmarks(first, state, there)
         if due(c, c.eval.every, first):
             given = start_evaluation if done is None else None
             if given or ("eval", None) in there:
                 shown.skip("evaluation")
             if ("eval", None) not in there:
-                evaluated(first, state, given)
+                evaluate_heldout(first, state, given)
         for step in range(first + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
@@ -176,17 +180,19 @@ def train(
             read.begin(step, measured | noise, data_seconds, batch.index_B, rollouts, supervision)
             stopping = preemption.reached()
             evaluating = due(c, c.eval.every, step) and not stopping
-            examining = bool(job.rendered_benchmarks) and due(c, c.eval.benchmark_every, step) and not stopping
+            examining = (
+                bool(job.rendered_benchmarks) and due(c, c.eval.benchmark_every, step) and not stopping
+            )
             saving = due(c, c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
             if evaluating or examining or saving:
                 read.finish()
-            kl = evaluated(step, state) if evaluating else None
+            kl = evaluate_heldout(step, state) if evaluating else None
             if saving:
                 writer.sync()
                 with shown.phase(f"saving step {step}", kind="saving"):
                     checkpoints.save(step, state, prompts.state(), kl)
             if examining:  # the longest, and made when the run goes on if it ends here
-                examined(step, state)
+                answer_benchmarks(step, state)
             if stopping:
                 writer.say(f"told to stop after step {step}; start again with the same --workdir to go on")
                 raise distributed.Preempted

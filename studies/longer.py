@@ -70,7 +70,7 @@ def evaluations(workdir: Path) -> list[dict[str, Any]]:
 
 
 def windows(run: Run) -> dict[str, list[int]]:
-    """"early" and "late" -> their steps, a third of the run's each; "all" of the teacher's run."""
+    """ "early" and "late" -> their steps, a third of the run's each; "all" of the teacher's run."""
     steps = [line["step"] for line in run.train]
     third = len(steps) // 3
     if run.title == REFERENCE_ARM:

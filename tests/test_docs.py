@@ -48,7 +48,6 @@ def messages():
                 yield path.relative_to(ROOT), re.split(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+", text)
 
 
-
 def test_page_of_fields_is_up_to_date():
     page = config_table.page(fields())
     remedy = "run: python -m opd_jax.config.table > docs/configs.md"
@@ -69,15 +68,21 @@ def test_every_field_says_what_it_is():
 def test_page_has_default_range_words_reader_and_text_of_a_field():
     declared = {
         "x": Field(1, "Unit: tokens.", least=0),
-        "y.a": Field("", """First, on
+        "y.a": Field(
+            "",
+            """First, on
         two lines.
 
         - one
           item
-        - another""", allowed=lambda: ("a", "b")),
+        - another""",
+            allowed=lambda: ("a", "b"),
+        ),
         "release.prefix_tokens": Field((0.5,), "Text.", least=1e-6, most=2),
     }
-    assert config_table.page(declared).removeprefix(config_table.HEAD) == """
+    assert (
+        config_table.page(declared).removeprefix(config_table.HEAD)
+        == """
 ### `x`
 
 Default `1`. At least 0.
@@ -103,6 +108,7 @@ Default `(0.5,)`. From 1e-06 to 2. Read only by `release.rule=prefix`.
 
 Text.
 """
+    )
 
 
 def test_every_message_that_the_page_explains_exists():

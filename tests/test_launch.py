@@ -119,9 +119,7 @@ def test_slices_on_demand_are_nodes_of_one_request_and_every_one_is_set_up(tmp_p
     cloud = Cloud(tmp_path, SLICES="2", PROVISIONING="on-demand", VALID_FOR="6h", NETWORK="lan")
     cloud.run(LAUNCH / "tpu.sh", "create", answers=[["list", 0, ""], *active()])
     (created,) = cloud.shown("queued-resources create")
-    assert created.endswith(
-        "--node-count=2 --node-prefix=first --valid-until-duration=6h --network=lan"
-    )
+    assert created.endswith("--node-count=2 --node-prefix=first --valid-until-duration=6h --network=lan")
     done = cloud.run(LAUNCH / "tpu.sh", "start")
     assert done.returncode == 0, done.stderr
     assert len(cloud.shown("tpu-vm ssh first-0", "--worker=all", "worker.sh start")) == 1

@@ -145,6 +145,7 @@ def test_moments_in_the_hosts_memory_change_nothing_and_the_run_goes_on_with_the
 
 def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
     """To the device: on CPU JAX guards no transfer to the host, where float(loss) reads the same memory."""
+
     class Planted(Job):
         @property
         def sample_group(self):
@@ -159,9 +160,7 @@ def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(
-    finished, job, tmp_path, step
-):
+def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(finished, job, tmp_path, step):
     """Step 4 is to be evaluated, which waits until the run goes on."""
     calls = itertools.count(1)
 

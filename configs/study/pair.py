@@ -1,6 +1,6 @@
 """The study of docs/study.md on the demo's pair of language models.
 
-    python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
+python -m opd_jax.sweep --config=configs/study/pair.py --out=runs/study/pair
 """
 
 from opd_jax import config

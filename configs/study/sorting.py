@@ -1,6 +1,6 @@
 """The study of docs/study.md on sorting: a small teacher teaches a pruned copy of itself; grading is exact.
 
-    python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting
+python -m opd_jax.sweep --config=configs/study/sorting.py --out=runs/study/sorting
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Trains the teacher of the sorting study on worked problems.
 
-    python -m studies.sorting --out=runs/sorting
-    python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
+python -m studies.sorting --out=runs/sorting
+python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
 """
 
 from opd_jax import config

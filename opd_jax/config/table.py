@@ -1,6 +1,6 @@
 """docs/configs.md: every field with its default, its allowed values and its text.
 
-    python -m opd_jax.config.table > docs/configs.md
+python -m opd_jax.config.table > docs/configs.md
 """
 
 import inspect

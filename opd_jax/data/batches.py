@@ -197,8 +197,7 @@ def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[
         first.setdefault(prompt.text, prompt)
     if not 0 <= count < max(len(first), 1):
         raise UserError(
-            f"data.heldout={count}: must be at least 0 and below the number of distinct prompts,"
-            f" {len(first)}"
+            f"data.heldout={count}: must be at least 0 and below the number of distinct prompts, {len(first)}"
         )
     held = sorted(first, key=digest)[:count]
     held_set = set(held)
@@ -278,9 +277,7 @@ class PromptIterator:
                 )
             self._step = start["step"]
         self._batches = (
-            _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed)
-            .batch(batch)
-            .map(collate)
+            _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed).batch(batch).map(collate)
         )
 
     def __iter__(self) -> "PromptIterator":
@@ -333,18 +330,14 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _collate(
-    prompts: Sequence[Prompt], index_B: np.ndarray, prompt_tokens: int, pad_id: int
-) -> PromptBatch:
+def _collate(prompts: Sequence[Prompt], index_B: np.ndarray, prompt_tokens: int, pad_id: int) -> PromptBatch:
     tokens_BP = np.full((len(index_B), prompt_tokens), pad_id, np.int32)
     mask_BP = np.zeros(tokens_BP.shape, bool)
     for row, index in enumerate(index_B):
         ids = prompts[index].ids
         tokens_BP[row, prompt_tokens - len(ids) :] = ids
         mask_BP[row, prompt_tokens - len(ids) :] = True
-    return PromptBatch(
-        tokens_BP, mask_BP, index_B.astype(np.int32), np.ones(len(index_B), bool)
-    )
+    return PromptBatch(tokens_BP, mask_BP, index_B.astype(np.int32), np.ones(len(index_B), bool))
 
 
 def render(
@@ -373,9 +366,7 @@ def render(
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         rendered.append(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
-            )
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         )
     # The template has already written every special token.
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []

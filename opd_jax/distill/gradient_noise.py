@@ -101,6 +101,4 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
 def cut(tree, groups: int, samples: int):
     """[B, ...] -> [groups, B / groups, ...]; the `samples` neighbouring rows of a prompt stay together."""
     prompts = jax.tree.map(lambda x: x.reshape(-1, samples, *x.shape[1:]), tree)
-    return jax.tree.map(
-        lambda x: x.reshape(groups, -1, *x.shape[3:]), scoring.split(prompts, groups)
-    )
+    return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[3:]), scoring.split(prompts, groups))

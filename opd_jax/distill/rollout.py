@@ -97,9 +97,7 @@ def sample(
     head_VD = transformer.head(config, params)
 
     with jax.named_scope("prefill"):
-        hidden_QD, cache = kv.prefill(
-            config, params, tokens_QP, mask_QP, int8=sampling.int8_cache
-        )
+        hidden_QD, cache = kv.prefill(config, params, tokens_QP, mask_QP, int8=sampling.int8_cache)
         tokens_BP, mask_BP, hidden_BD = (
             jnp.repeat(x, sampling.samples, axis=0) for x in (tokens_QP, mask_QP, hidden_QD)
         )
@@ -118,14 +116,10 @@ def sample(
         live_B = ~done_B
         token_B = jnp.where(live_B, drawn["token"], config.pad_id)
         values = {
-            name: jnp.where(live_B.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
-            for name, x in drawn.items()
+            name: jnp.where(live_B.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0) for name, x in drawn.items()
         }
         values |= {"token": token_B, "mask": live_B}
-        out = {
-            name: jax.lax.dynamic_update_index_in_dim(out[name], values[name], t, axis=0)
-            for name in out
-        }
+        out = {name: jax.lax.dynamic_update_index_in_dim(out[name], values[name], t, axis=0) for name in out}
         ended_B = (token_B[:, None] == end_ids[None]).any(axis=1)
         return out, token_B, done_B | ended_B
 

@@ -237,14 +237,10 @@ def response_hidden(config: ModelConfig, params: dict, rollouts: Rollouts, remat
     return response_hidden_and_load(config, params, rollouts, remat)[0]
 
 
-def response_hidden_and_load(
-    config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"
-):
+def response_hidden_and_load(config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"):
     """(`response_hidden`, the moe.Load over prompts and responses or None)."""
     mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
-    hidden_BLD, load = transformer.forward_and_load(
-        config, params, rollouts.tokens_BL, mask_BL, remat=remat
-    )
+    hidden_BLD, load = transformer.forward_and_load(config, params, rollouts.tokens_BL, mask_BL, remat=remat)
     return hidden_BLD[:, rollouts.prompt_mask_BP.shape[1] - 1 : -1], load
 
 
@@ -260,9 +256,7 @@ def over_chunks(fn, chunk: int, head_VD, arrays):
     """
     t = jax.tree.leaves(arrays)[0].shape[1]
     out = jax.lax.map(functools.partial(fn, head_VD), chunked(arrays, chunk))
-    return jax.tree.map(
-        lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :t], out
-    )
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :t], out)
 
 
 def chunked(arrays, chunk: int):
@@ -280,9 +274,7 @@ def chunked(arrays, chunk: int):
 
 def split(tree, pieces: int):
     """Cuts the batch axis: [B, ...] -> [pieces, B/pieces, ...], every piece with rows of every shard."""
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree
-    )
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def join(tree):
@@ -316,9 +308,7 @@ def distance(
         student_BcD, teacher_BcD, token_Bc = chunk
         logp_BcV = jax.nn.log_softmax(transformer.logits(student, heads[0], student_BcD))[..., :shared]
         logq_BcV = jax.nn.log_softmax(transformer.logits(teacher, heads[1], teacher_BcD))[..., :shared]
-        kl_Bc = jnp.where(
-            jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)
-        ).sum(axis=-1)
+        kl_Bc = jnp.where(jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)).sum(axis=-1)
         return kl_Bc, jnp.take_along_axis(logq_BcV, token_Bc[..., None], axis=-1)[..., 0]
 
     def piece(r: Rollouts):

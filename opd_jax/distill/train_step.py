@@ -250,12 +250,16 @@ def supervise(
     if config.objective.end_weight and student.eos_ids:  # a model without end tokens never ends
         weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
         ends = objectives.Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
-    return scores, released, Lesson(
-        rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
-        advantage_BT=advantage_BT,
-        weight_BT=released.weight_BT,
-        targets=scores.targets,
-        ends=ends,
+    return (
+        scores,
+        released,
+        Lesson(
+            rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
+            advantage_BT=advantage_BT,
+            weight_BT=released.weight_BT,
+            targets=scores.targets,
+            ends=ends,
+        ),
     )
 
 

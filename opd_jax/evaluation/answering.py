@@ -118,7 +118,9 @@ def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> RenderedBenchm
     return RenderedBenchmark(benchmark, data.render(conversations, tokenizer, section, f"{key}={spec}: ")[0])
 
 
-def shared_with_training(prompts: data.Prompts, rendered_benchmarks: Sequence[RenderedBenchmark]) -> list[dict[str, Any]]:
+def shared_with_training(
+    prompts: data.Prompts, rendered_benchmarks: Sequence[RenderedBenchmark]
+) -> list[dict[str, Any]]:
     """The training prompts whose last message evaluation asks too, but for case, spaces and punctuation.
 
     Returns:
@@ -178,7 +180,13 @@ def answer(
         return _answer(rendered, response_sampler, params, samples, shown)
 
 
-def _answer(rendered: RenderedBenchmark, response_sampler: ResponseSampler, params: dict, samples: int, shown: Progress) -> dict:
+def _answer(
+    rendered: RenderedBenchmark,
+    response_sampler: ResponseSampler,
+    params: dict,
+    samples: int,
+    shown: Progress,
+) -> dict:
     started = time.perf_counter()
     name = rendered.benchmark.name
     repeated = [prompt for prompt in rendered.prompts for _ in range(samples)]
@@ -197,7 +205,9 @@ def _answer(rendered: RenderedBenchmark, response_sampler: ResponseSampler, para
             placed = sharding.put_batch(mesh, local)
             step = jax.device_put(np.int32(number), sharding.replicated(mesh))
             with shown.compiling("the sampler", response_sampler.sample, response_sampler.prompt_tokens):
-                rollouts = response_sampler.sample(params, placed.tokens_BP, placed.mask_BP, response_sampler.key, step)
+                rollouts = response_sampler.sample(
+                    params, placed.tokens_BP, placed.mask_BP, response_sampler.key, step
+                )
             written = rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
             columns.append(sharding.gather(mesh, (placed.valid_B, *written)))
     valid_B, tokens_BL, mask_BT, finished_B = (np.concatenate(x) for x in zip(*columns, strict=True))
@@ -208,8 +218,7 @@ def _answer(rendered: RenderedBenchmark, response_sampler: ResponseSampler, para
     ]
     problems = [problem for problem in rendered.benchmark.problems for _ in range(samples)]
     tasks = [
-        Task(text, problem.answer, problem.generator)
-        for text, problem in zip(texts, problems, strict=True)
+        Task(text, problem.answer, problem.generator) for text, problem in zip(texts, problems, strict=True)
     ]
     with shown.phase(f"benchmark {name}: grading response", parts=len(tasks)):
         verdicts = _grade(response_sampler.grader, tasks, shown.at)

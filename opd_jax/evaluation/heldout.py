@@ -44,9 +44,7 @@ def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None 
                 sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
             clock.append(time.perf_counter())
             seconds.append(np.diff(clock))
-            index_B, valid_B, written = sharding.gather(
-                job.mesh, (batch.index_B, batch.valid_B, rollouts)
-            )
+            index_B, valid_B, written = sharding.gather(job.mesh, (batch.index_B, batch.valid_B, rollouts))
             responses = [
                 job.tokenizer.decode(row_T[on_T])
                 for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)

@@ -125,7 +125,5 @@ def _champ(key: str) -> Benchmark:
     path = Path(spec.submodule_search_locations[0]) / "dataset_files" / "v0.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["problems"].values()
     answered = (row for row in rows if row["_answer"])
-    problems = tuple(
-        Problem(row["_text"], f"{row['_text']}\n\n{BOXED}", row["_answer"]) for row in answered
-    )
+    problems = tuple(Problem(row["_text"], f"{row['_text']}\n\n{BOXED}", row["_answer"]) for row in answered)
     return Benchmark("champ", problems, 1)

@@ -54,7 +54,7 @@ def template_options(text: str, tokenizer) -> dict:
     except ValueError:
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"data.template={text} is not a JSON object, such as {{\"enable_thinking\": false}}")
+        raise UserError(f'data.template={text} is not a JSON object, such as {{"enable_thinking": false}}')
     template = str(tokenizer.chat_template)
     for name in options:
         if not re.search(rf"\b{re.escape(name)}\b", template):
@@ -165,9 +165,7 @@ def end_ids(tokenizer, config: ModelConfig, chosen=(), key: str = "student.path"
     if after and after[0] in _special(tokenizer):
         ends.add(after[0])
     if not ends:
-        raise UserError(
-            f"{key}: neither the model nor its tokenizer names an end-of-sequence token"
-        )
+        raise UserError(f"{key}: neither the model nor its tokenizer names an end-of-sequence token")
     return tuple(sorted(ends))
 
 
@@ -186,9 +184,7 @@ def token_bytes(tokenizer) -> list[bytes]:
         elif set(text) <= _byte_of().keys():
             table[i] = bytes(_byte_of()[character] for character in text)
         else:
-            raise UserError(
-                f"student.path: the tokenizer is not byte-level BPE (token {i} is {text!r})"
-            )
+            raise UserError(f"student.path: the tokenizer is not byte-level BPE (token {i} is {text!r})")
     return table
 
 
@@ -227,6 +223,4 @@ def _byte_of() -> dict[str, int]:
     """The byte that each character of a byte-level BPE vocabulary stands for (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -77,9 +77,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embedding = table(rngs.params())
         self.blocks = Block(config, dtype, rngs)
-        self.final_norm = nnx.Param(
-            jnp.ones((d,), dtype), logical_axes=("embed",), eager_sharding=False
-        )
+        self.final_norm = nnx.Param(jnp.ones((d,), dtype), logical_axes=("embed",), eager_sharding=False)
         if not config.tie_embeddings:
             self.head = table(rngs.params())
 
@@ -126,9 +124,7 @@ def rms_norm(x, scale, eps: float):
     return (x32 * inverse).astype(x.dtype) * scale
 
 
-def block(
-    config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False, narrow: bool = False
-):
+def block(config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False, narrow: bool = False):
     """Applies one block to x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` computes the attention and owns any cache.
 
     Args:

@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from opd_jax.distill import gradient_noise
+from opd_jax.distill import gradient_noise as noise_program
 from opd_jax.distill import train_step as steps
 from opd_jax.models import moe
 from opd_jax.parallel import sharding
@@ -249,7 +249,7 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) ->
     """The report of the program that metrics.gradient_noise_every runs beside some training steps."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    pieces, groups = b // c.train.micro_batch, gradient_noise.group_count(c, mesh)
+    pieces, groups = b // c.train.micro_batch, noise_program.group_count(c, mesh)
     rows = c.train.micro_batch // sharding.pieces(mesh)
     recomputed = steps.recomputes(c)
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)

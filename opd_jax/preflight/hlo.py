@@ -128,7 +128,8 @@ class Program:
             channel = re.search(r"channel_id=(\d+)", instruction.text)
             key = channel[1] if channel else instruction.name
             found[key] = max(
-                Collective(kind, group, size, times), found.get(key, Collective(kind, group, 0, 0)),
+                Collective(kind, group, size, times),
+                found.get(key, Collective(kind, group, 0, 0)),
                 key=lambda c: c.bytes * c.times,
             )
         return list(found.values())
@@ -334,11 +335,13 @@ def _holds(dims, v: int) -> bool:
 
 def jaxpr_host_calls(jaxpr) -> list[str]:
     """Names of the primitives of a traced program, inner ones included, that reach the host."""
-    return sorted({
-        e.primitive.name
-        for e, _ in _equations(jaxpr, 1, 1)
-        if "callback" in e.primitive.name or e.primitive.name in ("infeed", "outfeed", "debug_print")
-    })
+    return sorted(
+        {
+            e.primitive.name
+            for e, _ in _equations(jaxpr, 1, 1)
+            if "callback" in e.primitive.name or e.primitive.name in ("infeed", "outfeed", "debug_print")
+        }
+    )
 
 
 def matmul_flops(jaxpr, unknown_trips: int = 1, experts=(), tensor: int = 1) -> int:

@@ -67,9 +67,7 @@ def _rescale(weight_BT: jax.Array, mask_BT: jax.Array, kind: str) -> jax.Array:
     return weight_BT * scale
 
 
-def release(
-    scores, segment_BT: jax.Array, mask_BT: jax.Array, config, *, step=0, key=None
-) -> Release:
+def release(scores, segment_BT: jax.Array, mask_BT: jax.Array, config, *, step=0, key=None) -> Release:
     """Decides which response tokens the teacher still supervises, and how much.
 
     Args:

@@ -58,6 +58,4 @@ def _why_not(runs: Sequence[Run]) -> str:
             "No rollout was recorded, so none is graded; train with metrics.rollouts and"
             " metrics.rollouts_every above 0."
         )
-    return (
-        "No recorded rollout is graded: its prompts carry no answer, or an earlier version recorded it."
-    )
+    return "No recorded rollout is graded: its prompts carry no answer, or an earlier version recorded it."

@@ -42,10 +42,7 @@ def _default_titles(workdirs: Sequence[str | Path]) -> list[str]:
     """Folder names; duplicates get their parent's name too."""
     paths = [Path(workdir).resolve() for workdir in workdirs]
     names = [path.name for path in paths]
-    return [
-        f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name
-        for path in paths
-    ]
+    return [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in paths]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -56,7 +56,7 @@ def standalone(svg: str, titles: Sequence[str] = ()) -> Svg:
         x += 30 + 5.5 * len(title)
     page = f'<rect y="{-top}" width="100%" height="100%" fill="{light["page"]}"/>'
     font = 'font-family="system-ui, DejaVu Sans, sans-serif" font-size="9"'
-    head = f'{page}<g {font}>{"".join(key)}</g>'
+    head = f"{page}<g {font}>{''.join(key)}</g>"
     svg = re.sub(r'height="[\d.]+pt"', f'height="{height + top}pt"', svg, count=1)
     svg = re.sub(r'viewBox="[^"]+"', f'viewBox="0 {-top} {width} {height + top}"', svg, count=1)
     return Svg(re.sub(r"(<svg [^>]*>)", lambda match: match[1] + head, svg, count=1))

@@ -167,9 +167,7 @@ def curves(
     return _svg(name, draw)
 
 
-def kl(
-    sampled: Sequence[Series], evals: Sequence[Sequence[Mapping[str, Any]]]
-) -> str | None:
+def kl(sampled: Sequence[Series], evals: Sequence[Sequence[Mapping[str, Any]]]) -> str | None:
     """KL over the steps: sampled in training as lines, held out as points with intervals."""
     measured = [[line for line in lines if line.get("kl") is not None] for lines in evals]
     if not any(steps for steps, _ in sampled) and not any(measured):

@@ -160,8 +160,7 @@ def _teachability(runs: Sequence[Run]) -> str:
                 "A wide spread with a small margin is variance without direction.",
                 lambda s: np.sqrt(
                     np.maximum(
-                        s["advantage_sq_sum"] / s["tokens"]
-                        - (s["advantage_sum"] / s["tokens"]) ** 2,
+                        s["advantage_sq_sum"] / s["tokens"] - (s["advantage_sum"] / s["tokens"]) ** 2,
                         0.0,
                     )
                 ),

@@ -42,8 +42,7 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
     for before, sentence in zip([None, *sentences], sentences, strict=False):
         kind = supervised(sentence)
         margin, advantage = (
-            "–" if sentence[key] is None else f"{sentence[key]:.2f}"
-            for key in ("contrast", "advantage")
+            "–" if sentence[key] is None else f"{sentence[key]:.2f}" for key in ("contrast", "advantage")
         )
         height = 8 + 92 * (sentence["contrast"] or 0.0) / top
         size = f"flex:{sentence['tokens']};height:{height:.0f}%"

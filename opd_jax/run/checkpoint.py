@@ -83,9 +83,7 @@ class Checkpoints:
         """
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), prompts=ocp.args.JsonSave(prompts)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), prompts=ocp.args.JsonSave(prompts)),
             metrics=None if kl is None else {"kl": kl},
         )
 
@@ -97,9 +95,7 @@ class Checkpoints:
         """
         if step not in self._manager.all_steps():
             there = ", ".join(map(str, self._manager.all_steps())) or "none"
-            raise UserError(
-                f"{self._manager.directory} has no checkpoint of step {step}; there: {there}"
-            )
+            raise UserError(f"{self._manager.directory} has no checkpoint of step {step}; there: {there}")
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(

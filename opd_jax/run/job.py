@@ -15,8 +15,7 @@ from opd_jax.config import validate
 from opd_jax.distill import rollout
 from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering
-from opd_jax.evaluation import rewards, shared_grader
+from opd_jax.evaluation import answering, rewards, shared_grader
 from opd_jax.models import cpu, tokenizers, transformer
 from opd_jax.models.files import source
 from opd_jax.parallel import compile_cache, sharding
@@ -178,7 +177,9 @@ def _prepare(config, workdir, shown: Progress) -> Job:
     if config.reward.weight and unanswered:
         logging.warning("%d training prompts have no answer, and their responses no reward", unanswered)
     with shown.phase("reading the benchmarks"):
-        rendered_benchmarks = answering.prepare(config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout)
+        rendered_benchmarks = answering.prepare(
+            config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout
+        )
         shared = answering.shared_with_training(prompts, rendered_benchmarks)
     if shared:
         logging.warning("%s", answering.say_shared(shared))

@@ -345,9 +345,7 @@ def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
         free |= key in SETTLED_KEYS and new.get(key) == "auto"
         if not free and (key not in old or key not in new or old[key] != new[key]):
-            there, here = (
-                json.dumps(part[key]) if key in part else "not set" for part in (old, new)
-            )
+            there, here = (json.dumps(part[key]) if key in part else "not set" for part in (old, new))
             return UserError(
                 f"{workdir} holds a run with another config: {key} is {there} there and {here}"
                 " here; start in another --workdir, or give that run's value"
@@ -381,9 +379,7 @@ def _git_commit() -> str | None:
     """The commit of the source tree, "-dirty" where it has changes; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax.distill import gradient_noise
-from opd_jax.distill import objectives, repeats, rollout, scoring, trainable
+from opd_jax.distill import gradient_noise, objectives, repeats, rollout, scoring, trainable
 from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, splash, transformer
@@ -234,7 +233,9 @@ def _train_step_program(mesh, student: ModelConfig, teacher: ModelConfig, settin
 @functools.lru_cache(maxsize=8)
 def _gradient_noise_program(mesh, student: ModelConfig, teacher: ModelConfig, settings: str):
     config = ConfigDict(json.loads(settings))
-    noise = gradient_noise.make_gradient_noise(student, teacher, config, gradient_noise.group_count(config, mesh))
+    noise = gradient_noise.make_gradient_noise(
+        student, teacher, config, gradient_noise.group_count(config, mesh)
+    )
     whole = sharding.replicated(mesh)
     models = param_shardings(mesh, student), whole, param_shardings(mesh, teacher)
     return jax.jit(

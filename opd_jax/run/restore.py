@@ -45,7 +45,7 @@ def restore_params(job, workdir, wanted: str) -> tuple[dict, int]:
 
 
 def of_model(config) -> tuple[ResponseSampler, dict]:
-    """(ResponseSampler, parameters) of the whole model that `student.path` names, in student.compute_dtype."""
+    """(ResponseSampler, parameters) of the model that `student.path` names, in student.compute_dtype."""
     validate(config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)

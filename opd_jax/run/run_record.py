@@ -136,9 +136,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Config keys in which the runs differ -> the value of each run."""
     flat = [dict(_leaves(run.config)) for run in runs]
     keys = sorted(set().union(*flat))
-    rows = {
-        key: [json.dumps(config[key]) if key in config else "–" for config in flat] for key in keys
-    }
+    rows = {key: [json.dumps(config[key]) if key in config else "–" for config in flat] for key in keys}
     return {key: row for key, row in rows.items() if len(set(row)) > 1}
 
 

@@ -2,8 +2,7 @@
 
 from absl import logging
 
-from opd_jax.distill import gradient_noise
-from opd_jax.distill import trainable
+from opd_jax.distill import gradient_noise, trainable
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, transformer
 from opd_jax.parallel import sharding

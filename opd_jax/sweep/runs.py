@@ -14,8 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from opd_jax.errors import UserError
-from opd_jax.evaluation import answering
-from opd_jax.evaluation import read_lines
+from opd_jax.evaluation import answering, read_lines
 from opd_jax.parallel import distributed
 from opd_jax.progress import Progress, own
 from opd_jax.run import METRICS_FILE, config_conflict, make_folder

@@ -116,9 +116,7 @@ def refusal(settings, workdir=None) -> str:
         ("reward.weight", 1.0, "no training prompt has an `answer`"),
     ],
 )
-def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(
-    models, no_compiling, key, value, said
-):
+def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(models, no_compiling, key, value, said):
     said_instead = refusal(tiny.config(models, **{key: value}))
     assert key in said_instead
     assert said in said_instead

@@ -19,7 +19,7 @@ from opd_jax.sweep import arms
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-RULE = '''
+RULE = """
 import jax.numpy as jnp
 
 from opd_jax.declare import Field
@@ -30,8 +30,8 @@ from opd_jax.release import propose, rule
 def first_part(scores, segments, config, step, key):
     place_BT = jnp.cumsum(segments.mask_BT, axis=1)
     return propose((place_BT <= config.first_share * place_BT[:, -1:]).astype(jnp.float32), segments)
-'''
-OBJECTIVE = '''
+"""
+OBJECTIVE = """
 from opd_jax.declare import Field
 from opd_jax.distill.objectives import objective, sft
 
@@ -39,7 +39,7 @@ from opd_jax.distill.objectives import objective, sft
 @objective("scaled", loss_scale=Field(2.0, "Factor of the loss.", least=0))
 def scaled(tokens, options):
     return options.loss_scale * sft(tokens, options)
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

@@ -81,9 +81,7 @@ def test_demo_train_and_heldout_share_no_text_and_a_quarter_are_requests(tokeniz
     assert sum(p.answer is None for p in prompts.heldout[:8]) == 2
 
 
-def test_demo_is_built_once_and_then_read_without_the_generator(
-    tokenizer, demo_cache, monkeypatch
-):
+def test_demo_is_built_once_and_then_read_without_the_generator(tokenizer, demo_cache, monkeypatch):
     first = data.load(config(source="demo", cache=demo_cache), tokenizer)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert data.load(config(source="demo", cache=demo_cache), tokenizer) == first
@@ -217,9 +215,7 @@ def test_bad_line_of_a_file_is_named_in_one_line(tokenizer, tmp_path, line, reas
         ({"source": "demo", "cache": "/proc/no"}, "data.cache"),
     ],
 )
-def test_mistake_in_the_config_is_one_line_that_names_the_key(
-    tokenizer, demo_cache, changes, key
-):
+def test_mistake_in_the_config_is_one_line_that_names_the_key(tokenizer, demo_cache, changes, key):
     with pytest.raises(UserError, match=key) as caught:
         data.load(config(**{"generated": 4, "cache": demo_cache} | changes), tokenizer)
     assert "\n" not in str(caught.value)
@@ -239,9 +235,7 @@ def test_tfds_folder_with_a_question_column_is_read(tokenizer, tmp_path):
 
         def _info(self):
             columns = {"question": tfds.features.Text(), "answer": tfds.features.Text()}
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(columns)
-            )
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(columns))
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}

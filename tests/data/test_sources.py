@@ -97,7 +97,6 @@ def test_only_the_columns_that_are_looked_at_are_read_of_a_parquet_file(tokenize
     path = write_as("parquet", tmp_path / "deepmath", [record])
     read, seen = pa.parquet.read_table, []
 
-
     def read_table(path, columns):
         seen.append(columns)
         return read(path, columns=columns)

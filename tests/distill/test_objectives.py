@@ -189,9 +189,7 @@ def test_clipped_form_has_the_plain_forms_gradient_at_ratio_one():
     r, advantage_BT, weight_BT = batch()
     r = r.replace(logp_BT=student_logp())
     _, plain = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
-    _, clipped = value_and_grad(
-        TIED, 4, CLIP, "none", tiny.weights(TIED), r, advantage_BT, weight_BT
-    )
+    _, clipped = value_and_grad(TIED, 4, CLIP, "none", tiny.weights(TIED), r, advantage_BT, weight_BT)
     assert_trees_close(clipped, plain, 1e-4)
 
 

@@ -309,16 +309,12 @@ def on_mesh(shape, sampling):
     """The sampler compiled for a mesh of eight devices."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, shape)))
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
-    weights = sharding.param_shardings(
-        mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL)
-    )
+    weights = sharding.param_shardings(mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL))
 
     def sample(params, tokens_QP, mask_QP, key):
         return rollout.sample(MODEL, params, tokens_QP, mask_QP, key, sampling)
 
-    jitted = jax.jit(
-        sharding.on(mesh, sample), in_shardings=(weights, rows, rows, whole), out_shardings=rows
-    )
+    jitted = jax.jit(sharding.on(mesh, sample), in_shardings=(weights, rows, rows, whole), out_shardings=rows)
     return jitted.lower(params(), *prompts(), jax.random.key(0)).compile(), (weights, rows, rows, whole)
 
 

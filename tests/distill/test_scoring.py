@@ -160,6 +160,8 @@ def test_overlap_is_the_share_of_candidates_among_the_teachers_best(chunk):
     want_BT = np.where(r.mask_BT, shared, 0)
     np.testing.assert_array_equal(scored(chunk).overlap_BT, want_BT)
     assert len(np.unique(want_BT[r.mask_BT])) > 1
+
+
 def test_the_teachers_stop_probability_is_its_softmax_at_the_end_tokens():
     r = rollouts()
     p_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)
@@ -244,9 +246,7 @@ def test_reverse_kl_is_the_float64_sum_over_the_vocabulary(chunk):
     p_BTV = special.softmax(whole_logits(STUDENT, tiny.weights(STUDENT)), axis=-1)
     q_BTV = special.softmax(whole_logits(TEACHER, tiny.weights(TEACHER, 1)), axis=-1)[..., :V]
     want_BT = np.where(r.mask_BT, special.rel_entr(p_BTV, q_BTV).sum(axis=-1), 0)
-    got_BT, logp_BT = distance(
-        STUDENT, tiny.weights(STUDENT), TEACHER, tiny.weights(TEACHER, 1), r, chunk
-    )
+    got_BT, logp_BT = distance(STUDENT, tiny.weights(STUDENT), TEACHER, tiny.weights(TEACHER, 1), r, chunk)
     np.testing.assert_allclose(got_BT, want_BT, atol=2e-5)
     np.testing.assert_allclose(logp_BT, scored(4).teacher_logp_BT, atol=2e-6)
 

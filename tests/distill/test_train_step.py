@@ -149,9 +149,7 @@ def test_the_rule_keeps_a_prefix_that_weighs_as_much_as_the_whole_response(plain
     assert (release.kept_B < rollouts.mask_BT.sum(axis=1)).tolist() == release.accepted_B.tolist()
 
 
-def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(
-    student, teacher, rollouts, table
-):
+def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(student, teacher, rollouts, table):
     step = compiled(SGD, release__rule="random")
     begin = start(student, SGD)
     states = begin, begin, begin.replace(step=jnp.int32(1)), begin
@@ -192,9 +190,7 @@ def policy_gradient_and_top_16(logs_BTV, logt_BTV, supervision, rollouts):
     return kl_BT - supervision.scores.advantage_BT * logp_BT
 
 
-@pytest.mark.parametrize(
-    "name, naive", [("jsd", jsd_of_a_half), ("eopd", policy_gradient_and_top_16)]
-)
+@pytest.mark.parametrize("name, naive", [("jsd", jsd_of_a_half), ("eopd", policy_gradient_and_top_16)])
 def test_an_objective_in_micro_batches_is_its_weighted_sum_over_whole_logits(
     name, naive, student, teacher, rollouts, table
 ):
@@ -261,9 +257,7 @@ def test_without_an_end_weight_the_compiled_step_is_the_one_of_old(student, teac
     assert ["end_kl" in text for text in texts] == [False, True]
 
 
-def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(
-    student, teacher, table
-):
+def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(student, teacher, table):
     theirs = tiny.written(TEXTS, tiny.TEACHER, teacher, width=WIDTH)
     step = compiled(ADAM, objective__name="sft", release__rule="none")
     state, measured, supervision = step(start(student, ADAM), teacher, theirs, table, KEY)
@@ -310,9 +304,7 @@ def test_a_second_update_on_the_same_rollouts_is_another_step_from_where_the_fir
     np.testing.assert_allclose(measured["grad_norm"], first["grad_norm"], rtol=1e-5)
 
 
-def test_recomputing_the_students_side_gives_the_same_step(
-    student, teacher, rollouts, table, plain
-):
+def test_recomputing_the_students_side_gives_the_same_step(student, teacher, rollouts, table, plain):
     blank = rollouts.replace(
         logp_BT=np.zeros_like(rollouts.logp_BT),
         topk_BTK=np.zeros_like(rollouts.topk_BTK),
@@ -320,9 +312,7 @@ def test_recomputing_the_students_side_gives_the_same_step(
     )
     step = compiled(ADAM, scoring__student="recompute")
     state, measured, supervision = step(start(student, ADAM), teacher, blank, table, KEY)
-    np.testing.assert_allclose(
-        supervision.scores.contrast_BT, plain[2].scores.contrast_BT, atol=1e-5
-    )
+    np.testing.assert_allclose(supervision.scores.contrast_BT, plain[2].scores.contrast_BT, atol=1e-5)
     np.testing.assert_allclose(measured["loss"], plain[1]["loss"], rtol=1e-5)
     assert_close(gradient(state), gradient(plain[0]), 5e-6)
 
@@ -504,9 +494,7 @@ def test_the_bins_of_a_step_sum_to_its_totals(plain):
     assert measured["position_kept_tokens"].sum() == measured["supervised_tokens"]
     assert measured["release_histogram"].sum() == supervision.release.accepted_B.sum()
     for bins, mean in (("position_contrast_sum", "contrast"), ("position_advantage_sum", "kl")):
-        np.testing.assert_allclose(
-            abs(measured[bins].sum() / tokens), abs(measured[mean]), rtol=1e-5
-        )
+        np.testing.assert_allclose(abs(measured[bins].sum() / tokens), abs(measured[mean]), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

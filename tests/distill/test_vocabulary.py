@@ -129,9 +129,7 @@ def test_pick_logit_reads_the_logits_of_the_given_ids():
 def test_keep_top_k_keeps_what_a_sort_keeps(v, k, shift):
     x_BV = random_logits(v) + np.float32(shift)
     threshold_B1 = -np.sort(-x_BV, axis=1)[:, k - 1 : k]
-    np.testing.assert_array_equal(
-        keep_top_k(x_BV, k), np.where(x_BV >= threshold_B1, x_BV, -np.inf)
-    )
+    np.testing.assert_array_equal(keep_top_k(x_BV, k), np.where(x_BV >= threshold_B1, x_BV, -np.inf))
 
 
 def test_keep_top_k_keeps_every_entry_tied_with_the_kth():

@@ -171,7 +171,9 @@ def test_the_held_out_prompts_with_answers_are_a_benchmark(job):
 
 
 def test_a_hostile_response_is_wrong_and_counted_as_ungraded(job):
-    rendered = answering.RenderedBenchmark(Benchmark("one", (Problem("Q", "Q", "7"),), 1), job.rendered_benchmarks[0].prompts[:1])
+    rendered = answering.RenderedBenchmark(
+        Benchmark("one", (Problem("Q", "Q", "7"),), 1), job.rendered_benchmarks[0].prompts[:1]
+    )
     with Grader(1, seconds=1) as grader:
         says = _Says("\\boxed{9^{9^{9^{9}}}}")
         response_sampler = dataclasses.replace(scripted(job, [""]), grader=grader, tokenizer=says)

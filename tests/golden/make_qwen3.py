@@ -31,7 +31,7 @@ TEXTS = (
     "日本語。 Größe. E\u0301te\u0301! cafe\u0301. \U0001f600 Ü. α. Next.\r\n\r\n"
     "J. R. R. Tolkien wrote.\u00a0Et alors.",
     '<tool_call>\n{"name": "add", "arguments": {"a": 12345}}\n</tool_call>'
-    '<tool_response>Done. OK?</tool_response>',
+    "<tool_response>Done. OK?</tool_response>",
 )
 
 

@@ -197,9 +197,7 @@ def test_damaged_and_unsupported_files_are_refused_by_name(tmp_path):
     for length in (0, 3, 100, 2000, whole.stat().st_size - 200):
         cut.write_bytes(whole.read_bytes()[:length])
         refused(cut, "cut.gguf", "copy it again")
-    refused(
-        write(tmp_path / "a.gguf", "tiny_llama", arch="gemma3"), "gemma3", "llama, qwen2, qwen3"
-    )
+    refused(write(tmp_path / "a.gguf", "tiny_llama", arch="gemma3"), "gemma3", "llama, qwen2, qwen3")
     refused(write(tmp_path / "b.gguf", "tiny_llama", omit=["output_norm.weight"]), "output_norm")
     refused(write(tmp_path / "c.gguf", "tiny_llama", omit=["block_count"]), "llama.block_count")
     longrope = {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}

@@ -1,6 +1,6 @@
 """Gated: needs torch. Every golden is worked out anew, and what we save is run by transformers.
 
-    make parity
+make parity
 """
 
 import shutil

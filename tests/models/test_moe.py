@@ -28,7 +28,6 @@ MODEL = tiny.STUDENT.replace(
 NORMALISED = pytest.mark.parametrize("normalised", [True, False])
 
 
-
 @functools.partial(jax.jit, static_argnums=0)
 def feed_forward(config, p, x_BLD):
     return moe.feed_forward(config, p, x_BLD, moe.route(config, p["router"], x_BLD))
@@ -167,9 +166,7 @@ def on_one_device(config):
 def on_mesh(config, sizes):
     """(the mesh, where parameters live on it, its gradient program)."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))
-    weights = sharding.param_shardings(
-        mesh, transformer.abstract(config), transformer.logical_axes(config)
-    )
+    weights = sharding.param_shardings(mesh, transformer.abstract(config), transformer.logical_axes(config))
     rows = sharding.batch(mesh)
     program = jax.value_and_grad(functools.partial(loss, config=config))
     return weights, jax.jit(sharding.on(mesh, program), in_shardings=(weights, rows, rows))
@@ -236,9 +233,7 @@ def test_a_blocks_load_counts_real_tokens_alone():
     best_8X = np.argsort(-probability_8E, axis=1)[:, : MODEL.experts_per_token]
     assert load.tokens == 8
     assert load.rows_NE.tolist() == np.bincount(best_8X.ravel(), minlength=MODEL.experts).tolist()
-    np.testing.assert_allclose(
-        load.entropy_N, -(probability_8E * np.log(probability_8E)).sum(), rtol=1e-6
-    )
+    np.testing.assert_allclose(load.entropy_N, -(probability_8E * np.log(probability_8E)).sum(), rtol=1e-6)
 
 
 def test_statistics_of_a_load_made_by_hand():

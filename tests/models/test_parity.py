@@ -71,9 +71,7 @@ def test_smollm2_greedy_rollout_is_that_of_transformers(smollm2):
     config, params, golden = smollm2
     prompt = golden["prompt"][None]
     endless = config.replace(eos_ids=())
-    rollouts = sample(
-        endless, params, prompt, np.ones(prompt.shape, bool), jax.random.key(0), GREEDY
-    )
+    rollouts = sample(endless, params, prompt, np.ones(prompt.shape, bool), jax.random.key(0), GREEDY)
     # A tie closer than the tolerance could fall either way; there is none.
     assert golden["margins"].min() > 10 * TOLERANCE
     np.testing.assert_array_equal(rollouts.response_BT[0], golden["greedy"])

@@ -216,20 +216,14 @@ def test_exchanged_ids_exchange_their_logits_and_nothing_else():
     np.testing.assert_array_equal(hidden, forward(BASE, params, tokens, mask))
     want = np.array(transformer.logits(BASE, transformer.head(BASE, params), hidden))
     want[..., [3, 60]] = want[..., [60, 3]]
-    np.testing.assert_array_equal(
-        transformer.logits(config, transformer.head(config, params), hidden), want
-    )
+    np.testing.assert_array_equal(transformer.logits(config, transformer.head(config, params), hidden), want)
 
 
 def test_bfloat16_compute_stays_near_float32_and_logits_are_float32():
     tokens, mask = random_tokens((2, 8)), jnp.ones((2, 8), bool)
     config = BASE.replace(compute_dtype="bfloat16")
     params = params_of(BASE)
-    want = transformer.logits(
-        BASE, transformer.head(BASE, params), forward(BASE, params, tokens, mask)
-    )
-    got = transformer.logits(
-        config, transformer.head(config, params), forward(config, params, tokens, mask)
-    )
+    want = transformer.logits(BASE, transformer.head(BASE, params), forward(BASE, params, tokens, mask))
+    got = transformer.logits(config, transformer.head(config, params), forward(config, params, tokens, mask))
     assert got.dtype == jnp.float32
     assert 1e-4 < jnp.abs(got - want).max() < 0.1

@@ -38,9 +38,7 @@ def cube():
 
 
 def weight_shardings(mesh):
-    return sharding.param_shardings(
-        mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL)
-    )
+    return sharding.param_shardings(mesh, transformer.abstract(MODEL), transformer.logical_axes(MODEL))
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ def test_copies_of_the_hosts_memory_are_counted_and_all_else_done_there_is_named
 
 
 def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
-    line = '%s = (f32[16,8,128], u32[], token[]) send(%a, %b), channel_id=2, is_host_transfer=true'
+    line = "%s = (f32[16,8,128], u32[], token[]) send(%a, %b), channel_id=2, is_host_transfer=true"
     served = ', frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}'
     between, other = (
         hlo.Program(f"ENTRY %main (a: f32[]) -> f32[] {{\n  {text}\n}}") for text in (line + served, line)

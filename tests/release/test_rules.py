@@ -73,9 +73,7 @@ def run(rule, batch, step=0, seed=0, **fields):
     scores = {name: score(name) for name in Scores.__dataclass_fields__}
     segment_BT = pad(batch.get("segment_BT", np.zeros((rows, positions))), -1, np.int32)
     mask_BT = pad(batch["mask_BT"], False, bool)
-    out = jitted(rule, **fields)(
-        Scores(**scores), segment_BT, mask_BT, np.int32(step), jax.random.key(seed)
-    )
+    out = jitted(rule, **fields)(Scores(**scores), segment_BT, mask_BT, np.int32(step), jax.random.key(seed))
     return jax.tree.map(
         lambda x: np.asarray(x)[:rows] if x.ndim == 1 else np.asarray(x)[:rows, :positions], out
     )
@@ -181,9 +179,7 @@ def test_iw_opd_weighs_by_the_share_of_the_drift_still_to_come():
     np.testing.assert_allclose(
         out["none"].weight_BT, [[1.5, 1.375, 1.125, 1.125], [1.5, 1.5, 0, 0]], rtol=1e-6
     )
-    np.testing.assert_allclose(
-        out["sequence"].weight_BT[0], np.array([12, 11, 9, 9]) * 4 / 41, rtol=1e-6
-    )
+    np.testing.assert_allclose(out["sequence"].weight_BT[0], np.array([12, 11, 9, 9]) * 4 / 41, rtol=1e-6)
     np.testing.assert_array_equal(out["none"].mask_BT, batch["mask_BT"])
     assert out["none"].kept_B.tolist() == [4, 2] and not out["none"].accepted_B.any()
 
@@ -338,9 +334,9 @@ def kept_over_keys(rule, seed, keys=4000):
     )
     draw = jax.jit(
         jax.vmap(
-            lambda key: rel.release(
-                scores, batch["segment_BT"], batch["mask_BT"], config(rule), key=key
-            ).kept_B
+            lambda key: (
+                rel.release(scores, batch["segment_BT"], batch["mask_BT"], config(rule), key=key).kept_B
+            )
         )
     )
     return np.asarray(draw(jax.random.split(jax.random.key(0), keys)))
@@ -401,9 +397,7 @@ def test_supervision_stays_in_the_response_and_a_rescale_restores_its_mass(rule,
     np.testing.assert_allclose(
         out["sequence"].weight_BT.sum(axis=1), np.where(some_B, length_B, 0), rtol=1e-5
     )
-    np.testing.assert_allclose(
-        out["batch"].weight_BT.sum(), length_B.sum() if some_B.any() else 0, rtol=1e-5
-    )
+    np.testing.assert_allclose(out["batch"].weight_BT.sum(), length_B.sum() if some_B.any() else 0, rtol=1e-5)
     scale = out["batch"].weight_BT.sum() / max(plain.weight_BT.sum(), 1e-9)
     np.testing.assert_allclose(out["batch"].weight_BT, plain.weight_BT * scale, rtol=1e-5)
 

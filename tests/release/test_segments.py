@@ -50,9 +50,7 @@ def numbers(table, rows):
 
 def host_numbers(token_bytes, rows, span_tokenize):
     """The same by one of NLTK's tokenizers; special tokens are white space."""
-    return [
-        nltk_segments.token_numbers([token_bytes[i] or b" " for i in ids], span_tokenize) for ids in rows
-    ]
+    return [nltk_segments.token_numbers([token_bytes[i] or b" " for i in ids], span_tokenize) for ids in rows]
 
 
 HAND = [

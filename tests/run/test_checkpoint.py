@@ -71,9 +71,7 @@ def test_a_save_holds_what_was_saved_though_the_arrays_are_donated_at_once(memor
     """Large enough that writing is still going on while later steps reuse the buffers."""
     moment = jax.device_put(jnp.ones(8_000_000), jnp.ones(1).sharding.with_memory_kind(memory))
     state = TrainState(jnp.int32(1), {"w": jnp.ones(8_000_000)}, {"m": moment})
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     where = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=where)
     with Checkpoints(tmp_path, 1) as checkpoints:

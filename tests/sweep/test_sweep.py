@@ -222,7 +222,7 @@ def test_job_files_of_a_pod_launch_every_arm_of_the_papers_table(monkeypatch, tm
     assert file.read_text().startswith(f"# SETTINGS={file} launch/tpu.sh run\n")
     environment = os.environ | {"SETTINGS": str(file)}
     show = "set -euo pipefail; . launch/common.sh; read_settings $SETTINGS; "
-    show += "printf '%s\\n' \"$NAME\" --config=\"$CONFIG\" \"${CONFIG_ARGS[@]}\" --workdir=\"$WORKDIR\""
+    show += 'printf \'%s\\n\' "$NAME" --config="$CONFIG" "${CONFIG_ARGS[@]}" --workdir="$WORKDIR"'
     told = subprocess.run(["bash", "-c", show], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.splitlines() == [
         "opd-first-1-7b-prefix-2048-seed-0",

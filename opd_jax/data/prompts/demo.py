@@ -41,9 +41,7 @@ def grade_school(split: str, count: int, exclude: set[str]) -> list[tuple[str, s
             "data.source=demo: the package reasoning-gym is missing; pip install reasoning-gym"
         ) from error
     # The generator sometimes repeats a question; twice the number is enough.
-    dataset = reasoning_gym.create_dataset(
-        "gsm_symbolic", size=2 * count, seed=GSM_SEEDS[split]
-    )
+    dataset = reasoning_gym.create_dataset("gsm_symbolic", size=2 * count, seed=GSM_SEEDS[split])
     pairs = {item["question"]: item["answer"] for item in dataset}
     fresh = [(question, answer) for question, answer in pairs.items() if question not in exclude]
     return fresh[:count]

@@ -149,9 +149,7 @@ def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]
     folder = demo.prepare(Path(cache or base).expanduser())
     source = _builder(folder).as_data_source()
     train, heldout = (_from_columns(source[split]) for split in ("train", "heldout"))
-    shared = {c.messages[0]["content"] for c in train} & {
-        c.messages[0]["content"] for c in heldout
-    }
+    shared = {c.messages[0]["content"] for c in train} & {c.messages[0]["content"] for c in heldout}
     assert not shared, f"demo prompts both trained on and held out: {shared}"
     return train, heldout
 
@@ -262,9 +260,7 @@ def read_dataset(name: str, path: str) -> list[Conversation]:
     return _conversations(rows, path, Columns(*wanted))
 
 
-def _conversations(
-    rows: Sequence[Mapping[str, Any]], path: str, columns: Columns
-) -> list[Conversation]:
+def _conversations(rows: Sequence[Mapping[str, Any]], path: str, columns: Columns) -> list[Conversation]:
     conversations = []
     for number, record in enumerate(rows, start=1):
         try:

@@ -126,21 +126,15 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
     family = _value(reader, "general.architecture")
     if family not in FAMILIES:
         supported = ", ".join(FAMILIES)
-        raise UserError(
-            f"{key}: GGUF architecture {family!r} is not supported; supported: {supported}"
-        )
+        raise UserError(f"{key}: GGUF architecture {family!r} is not supported; supported: {supported}")
     shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
     if _value(reader, "split.count", 1) > 1:
-        raise UserError(
-            f"{key}: the GGUF file is one of several parts; merge them with gguf-split first"
-        )
+        raise UserError(f"{key}: the GGUF file is one of several parts; merge them with gguf-split first")
 
     def number(name: str, default: float | None = None) -> Any:
         value = _value(reader, f"{family}.{name}", default)
         if type(value) not in (int, float) or value <= 0:
-            raise UserError(
-                f"{key}: the GGUF file needs a positive number {family}.{name}, it has {value!r}"
-            )
+            raise UserError(f"{key}: the GGUF file needs a positive number {family}.{name}, it has {value!r}")
         # Metadata floats are float32; the shortest decimal is the number that the model's author wrote.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -149,13 +143,9 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
     if number("attention.value_length", head_size) != head_size or (
         number("rope.dimension_count", head_size) != head_size
     ):
-        raise UserError(
-            f"{key}: this {family} model has partial rotary embedding or unequal head sizes"
-        )
+        raise UserError(f"{key}: this {family} model has partial rotary embedding or unequal head sizes")
     if "token_embd.weight" not in shapes:
-        raise UserError(
-            f"{key}: the GGUF file has no tensor token_embd.weight; is it a complete model?"
-        )
+        raise UserError(f"{key}: the GGUF file has no tensor token_embd.weight; is it a complete model?")
     unknown = {t.tensor_type.name for t in reader.tensors} - QUANTISATIONS
     if unknown:
         raise UserError(
@@ -280,9 +270,7 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
         ]
     )
     named = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {
-        name: _value(reader, f"tokenizer.ggml.{field}_token_id") for name, field in named.items()
-    }
+    ids = {name: _value(reader, f"tokenizer.ggml.{field}_token_id") for name, field in named.items()}
     if wrong := [i for i in ids.values() if i is not None and not (type(i) is int and 0 <= i < len(tokens))]:
         raise UserError(f"{key}: the GGUF file names {wrong[0]!r} a special token, of {len(tokens)} tokens")
     return transformers.PreTrainedTokenizerFast(

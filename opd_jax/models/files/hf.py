@@ -58,9 +58,7 @@ def load(
             try:
                 files[file] = stack.enter_context(safe_open(folder / file, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{where}/{file} cannot be read ({_line(error)}); copy it again"
-                ) from error
+                raise UserError(f"{where}/{file} cannot be read ({_line(error)}); copy it again") from error
         part_of, shapes, file_of = {}, {}, {}
         for file_name, file in files.items():
             for name in list(file.keys()):
@@ -80,9 +78,7 @@ def load(
                 file_of[name] = file_name
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{where}: {name} is {part.get_dtype()}; supported: {', '.join(_DTYPES)}"
-                    )
+                    raise UserError(f"{where}: {name} is {part.get_dtype()}; supported: {', '.join(_DTYPES)}")
                 part_of[name], shapes[name] = part, part.get_shape()
         weights.check_shapes(config, "hf", shapes, where)
         config = config.replace(weights=stored)
@@ -305,13 +301,9 @@ def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
     files = sorted(set(map(str, weight_map.values())))
     for file in files:
         if Path(file).name != file:
-            raise UserError(
-                f"{where}: model.safetensors.index.json points outside the folder, at {file!r}"
-            )
+            raise UserError(f"{where}: model.safetensors.index.json points outside the folder, at {file!r}")
         if not (folder / file).is_file():
-            raise UserError(
-                f"{where} lacks {file}, which its index names; is it a complete download?"
-            )
+            raise UserError(f"{where} lacks {file}, which its index names; is it a complete download?")
     return files, weight_map
 
 
@@ -326,9 +318,7 @@ def _tokenizer_length(folder: Path, key: str) -> int | None:
     elif (folder / "vocab.json").is_file():
         ids += _read_json(folder / "vocab.json", key).values()
     if ids and (folder / "tokenizer_config.json").is_file():
-        ids += map(
-            int, _read_json(folder / "tokenizer_config.json", key).get("added_tokens_decoder", ())
-        )
+        ids += map(int, _read_json(folder / "tokenizer_config.json", key).get("added_tokens_decoder", ()))
     return max(ids) + 1 if ids else None
 
 
@@ -336,9 +326,7 @@ def _read_json(path: Path, key: str) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: {path} cannot be read as JSON ({_line(error)}); copy it again"
-        ) from error
+        raise UserError(f"{key}: {path} cannot be read as JSON ({_line(error)}); copy it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{key}: {path} is not a JSON object; copy it again")
     return value

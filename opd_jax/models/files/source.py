@@ -53,9 +53,7 @@ def resolve(path, key: str = "student.path") -> Source:
         raise UserError(f"{key} is empty; give a model folder, a .gguf file or pkg:NAME")
     if where.suffix == ".gguf":
         if not where.is_file():
-            raise UserError(
-                f"{key}: no file {where}; give a model folder, a .gguf file or pkg:NAME"
-            )
+            raise UserError(f"{key}: no file {where}; give a model folder, a .gguf file or pkg:NAME")
         return Source("gguf", where)
     if not where.is_dir():
         raise UserError(f"{key}: no folder {where}; give a model folder, a .gguf file or pkg:NAME")

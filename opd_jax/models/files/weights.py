@@ -146,9 +146,7 @@ def check_shapes(config: ModelConfig, file_format: str, found: dict, where: str)
     for problem, names in problems:
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(
-                f"{where} {problem} {names[0]}{more}; is it a complete {config.family} model?"
-            )
+            raise UserError(f"{where} {problem} {names[0]}{more}; is it a complete {config.family} model?")
     for name, shape in wanted.items():
         if tuple(found[name]) != shape:
             raise UserError(

@@ -250,9 +250,7 @@ def _sentence_breaks(table: SentenceTable, row_BTC, text: _Text):
 
     hash_BT, traits_BT = _word_before(row_BTC, text)
     word_BT = _look_up(table, hash_BT)
-    dot_first_BT = (row_BTC[:, :, punkt.TRAITS] >> punkt.STEM_SHIFT == 0) & ~text.has(
-        punkt.MARK_SPLIT
-    )
+    dot_first_BT = (row_BTC[:, :, punkt.TRAITS] >> punkt.STEM_SHIFT == 0) & ~text.has(punkt.MARK_SPLIT)
     ellipsis_BT = text.has(punkt.MARK_ELLIPSIS) | (text.dot_before_BT & dot_first_BT)
     always_BT = ~text.has(punkt.MARK_IN_DOUBT) | earlier_BT
 
