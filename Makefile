@@ -1,4 +1,4 @@
-# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · row · ablations · study · smollm2 · preflight
+# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · row · map · ablations · study · smollm2 · preflight
 # Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ s=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 1)); [ $$((s % 20))
 beat=$$!; trap "kill $$beat" EXIT; $(1)/bin/pip install -q $(2)
 endef
 
-.PHONY: demo test parity lint types docs serve dev lock bench row ablations study smollm2 preflight clean
+.PHONY: demo test parity lint types docs serve dev lock bench row map ablations study smollm2 preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -52,6 +52,7 @@ $(TORCH)/.parity: setup.py $(CONSTRAINTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python $(ARGS)
@@ -75,6 +76,10 @@ lock: $(LOCK)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.bench $(SHAPE) $(ARGS)
+
+# The picture of the rooms in CONTRIBUTING.md, drawn from the imports.
+map: $(VENV)/.installed
+	$(BIN)/python -m docs.map > docs/images/rooms.svg
 
 # A row of docs/convergence.md: the demo's recipe on this machine, evaluated every six steps.
 row: $(VENV)/.installed

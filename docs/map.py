@@ -154,3 +154,58 @@ def _code(path: Path) -> str:
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     code = "\n".join("".join(cell["source"]) for cell in cells)
     return re.sub(r"^(\s*)[!%].*$", r"\1pass", code, flags=re.MULTILINE)
+
+
+STYLE = """
+text { font: 13px ui-sans-serif, system-ui, sans-serif; fill: #24292f }
+.small { font-size: 11px; fill: #57606a }
+.room { fill: #ddf4ff; stroke: #54aeff }
+.entry { fill: #fff8c5; stroke: #d4a72c }
+.grid { stroke: #d0d7de }
+.uses { fill: #0969da }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 } .small { fill: #9198a1 } .grid { stroke: #3d444d } .uses { fill: #4493f8 }
+  .room { fill: #121d2f; stroke: #1f6feb } .entry { fill: #272115; stroke: #9e6a03 }
+}
+"""
+ROW, LABEL, TOP = 26, 190, 104
+
+
+def picture(tree: Tree) -> str:
+    """The rooms in their order, as SVG: a row for each, and a dot for each earlier room that it imports.
+
+    The area of a dot grows with the number of imported names. No dot stands right of the diagonal.
+    """
+    rooms = [name for names in LEVELS for name in names if tree.sizes[name]]
+    edges, packages = tree.edges(), {name.split(".")[1] for name in tree.exports}
+    width, height = LABEL + ROW * len(rooms) + 60, TOP + ROW * len(rooms) + 12
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">',
+        f"<style>{STYLE}</style>",
+        '<text class="small" x="8" y="18">A row imports the rooms of its dots.</text>',
+        '<text class="small" x="8" y="34">Blue: packages. Yellow: modules.</text>',
+    ]
+    for number, name in enumerate(rooms):
+        x, y = LABEL + ROW * number, TOP + ROW * number
+        kind = "room" if name in packages else "entry"
+        size = f"{tree.sizes[name]} modules" if kind == "room" else ""
+        out += [
+            f'<line class="grid" x1="8" y1="{y}" x2="{x + ROW}" y2="{y}"/>',
+            f'<line class="grid" x1="{x}" y1="{y}" x2="{x}" y2="{height - 12}"/>',
+            f'<rect class="{kind}" x="8" y="{y + 3}" width="{LABEL - 16}" height="{ROW - 6}" rx="4"/>',
+            f'<text x="16" y="{y + 18}">{name}</text>',
+            f'<text class="small" x="{LABEL - 14}" y="{y + 18}" text-anchor="end">{size}</text>',
+            f'<rect class="{kind}" x="{x + 7}" y="{y + 7}" width="12" height="12" rx="3"/>',
+            f'<text transform="translate({x + 17} {y - 6}) rotate(-40)">{name}</text>',
+        ]
+        for other, imported in enumerate(rooms):
+            if count := edges[name, imported]:
+                radius = min(3 + count**0.5, 10)
+                centre = f'cx="{LABEL + ROW * other + 13}" cy="{y + 13}" r="{radius:.1f}"'
+                title = f"<title>{name} imports {count} names of {imported}</title>"
+                out.append(f'<circle class="uses" {centre}>{title}</circle>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+if __name__ == "__main__":
+    print(picture(Tree()), end="")

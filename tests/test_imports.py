@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from docs.map import LEVELS, OUTSIDE, PACKAGE, ROOT, Import, Tree, room
+from docs.map import LEVELS, OUTSIDE, PACKAGE, ROOT, Import, Tree, picture, room
 
 RANK = {name: level for level, names in enumerate(LEVELS) for name in names}
 # opd_jax/__init__.py configures the allocator, before anything imports jax.
@@ -216,3 +216,8 @@ def test_a_notebook_counts_as_a_script(tmp_path):
 
 def test_the_order_names_every_room():
     assert set(Tree().sizes) - {PACKAGE} <= set(RANK)
+
+
+def test_the_picture_of_the_rooms_is_what_the_imports_are(repository):
+    drawn = (ROOT / "docs/images/rooms.svg").read_text(encoding="utf-8")
+    assert drawn == picture(repository), "run: make map"

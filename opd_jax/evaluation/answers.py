@@ -63,9 +63,11 @@ def grade(response: str, answer: str) -> bool:
     """Whether the final answer of `response` equals the reference `answer`.
 
     The final answer is the content of the last \\boxed{}, or else the text in <answer> tags, after #### or
-    after "answer is". If the response marks no answer, it depends on the reference: - a number: the last
-    number of the response; - several numbers with spaces between them: the numbers of the last sentence; -
-    anything else: the last line, or what follows its last "is".
+    after "answer is". If the response marks no answer, it depends on the reference:
+
+    - a number: the last number of the response;
+    - several numbers with spaces between them: the numbers of the last sentence;
+    - anything else: the last line, or what follows its last "is".
 
     A reference of one letter from A to J is a choice. Numbers are compared as numbers, without currency signs
     and thousands separators, and with `quantities.same` if they have units. A per cent sign on only one side
