@@ -114,6 +114,14 @@ def test_the_installed_package_trains_from_a_config_file_anywhere(installed, els
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (elsewhere / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1]
+    for command, status, says in (
+        (["opd_jax.report", "--workdir=run"], 0, "run/report.html"),
+        (["opd_jax.train", "--config=demo", "--config.nosuch=1"], 2, "--config.nosuch: no such field"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=elsewhere, env=installed, capture_output=True, text=True
+        )
+        assert done.returncode == status and says in done.stdout + done.stderr
 
 
 def flattened(tree, prefix=""):
