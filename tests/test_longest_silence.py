@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from opd_jax.config.flags import load_module
+from opd_jax.config.recipes import load_module
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "longest_silence.py"
 

@@ -181,7 +181,7 @@ def test_a_csv_field_past_all_reason_ends_in_one_line(tmp_path):
     (tmp_path / "a.csv").write_text('prompt\n"' + "x" * 200 + '"\n')
     before = csv.field_size_limit(100)
     try:
-        with pytest.raises(UserError, match="is no readable CSV"):
+        with pytest.raises(UserError, match="is not a readable CSV file"):
             records.read(str(tmp_path / "a.csv"), "data.path")
     finally:
         csv.field_size_limit(before)

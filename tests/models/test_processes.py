@@ -25,7 +25,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 
 from opd_jax.errors import UserError
-from opd_jax.models import hf, transformer, weights
+from opd_jax.models import transformer
+from opd_jax.models.files import hf, weights
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 config = hf.read_config(source)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax.config.flags import validate
+from opd_jax.config.validation import validate
 from opd_jax.distill import train_step as steps
 from opd_jax.parallel import sharding
 from opd_jax.parallel.layouts import DEFAULT, Layout

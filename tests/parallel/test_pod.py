@@ -141,7 +141,7 @@ def test_two_processes_told_to_stop_save_one_step_and_ask_to_be_started_again(st
 TOLD_BETWEEN = """
 import os, signal, sys, time
 import jax, numpy
-from opd_jax import distributed, sharding
+from opd_jax.parallel import distributed, sharding
 from opd_jax.run.checkpoint import Checkpoints
 from opd_jax.distill.train_step import TrainState
 
