@@ -174,7 +174,7 @@ ROW, LABEL, TOP = 26, 190, 104
 def picture(tree: Tree) -> str:
     """The rooms in their order, as SVG: a row for each, and a dot for each earlier room that it imports.
 
-    The area of a dot grows with the number of imported names. No dot stands right of the diagonal.
+    No dot stands right of the diagonal.
     """
     rooms = [name for names in LEVELS for name in names if tree.sizes[name]]
     edges, packages = tree.edges(), {name.split(".")[1] for name in tree.exports}
@@ -199,11 +199,9 @@ def picture(tree: Tree) -> str:
             f'<text transform="translate({x + 17} {y - 6}) rotate(-40)">{name}</text>',
         ]
         for other, imported in enumerate(rooms):
-            if count := edges[name, imported]:
-                radius = min(3 + count**0.5, 10)
-                centre = f'cx="{LABEL + ROW * other + 13}" cy="{y + 13}" r="{radius:.1f}"'
-                title = f"<title>{name} imports {count} names of {imported}</title>"
-                out.append(f'<circle class="uses" {centre}>{title}</circle>')
+            if edges[name, imported]:
+                centre = f'cx="{LABEL + ROW * other + 13}" cy="{y + 13}" r="6"'
+                out.append(f'<circle class="uses" {centre}><title>{name} imports {imported}</title></circle>')
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

@@ -131,7 +131,7 @@ create() {
       SUSPENDED | FAILED)
         call gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format="yaml(state)" >&2 || true
         if [[ $now == FAILED && -z $granted ]]; then
-          fail "the request for $NAME FAILED, as said above; mend the settings, then: launch/tpu.sh delete"
+          fail "the request for $NAME FAILED, as said above; fix the settings, then: launch/tpu.sh delete"
         fi
         delete || return 4
         call sleep "$POLL"

@@ -206,7 +206,7 @@ def test_a_request_that_fails_is_shown_and_not_made_again(cloud):
     answers = [["list", 0, ""], ["list", 0, "FAILED\n"], ["describe", 0, "no quota\n"]]
     done = cloud.run(LAUNCH / "tpu.sh", "run", answers=answers)
     assert done.returncode == 2
-    assert "no quota" in done.stderr and "mend the settings" in done.stderr
+    assert "no quota" in done.stderr and "fix the settings" in done.stderr
     assert len(cloud.shown("queued-resources create")) == 1 and not cloud.shown("delete")
 
 

@@ -92,5 +92,5 @@ def _running(named: str):
         place = traceback.extract_tb(error.__traceback__)[-1]
         file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else place[:2]
         raise UserError(
-            f"{named} cannot be run ({type(error).__name__}: {error}, {file}:{line}); mend it"
+            f"{named} cannot be run ({type(error).__name__}: {error}, {file}:{line}); fix it"
         ) from error

@@ -11,46 +11,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from opd_jax.distill import divergences, scoring
-from opd_jax.distill.losses import (
-    OBJECTIVES,
-    Objective,
-    Options,
-    Tokens,
-    aopd,
-    eopd,
-    forward_kl,
-    jsd,
-    objective,
-    options,
-    policy_gradient,
-    reverse_kl,
-    sft,
-    surrogate,
-)
+from opd_jax.distill.losses import OBJECTIVES, Options, Tokens
 from opd_jax.models import ModelConfig, transformer
-
-__all__ = [
-    "OBJECTIVES",
-    "Ends",
-    "Objective",
-    "Options",
-    "Tokens",
-    "advantage",
-    "aopd",
-    "chunked_sum",
-    "end_kl",
-    "eopd",
-    "forward_kl",
-    "head_loss_sum",
-    "jsd",
-    "loss_sum",
-    "objective",
-    "options",
-    "policy_gradient",
-    "reverse_kl",
-    "sft",
-    "surrogate",
-]
 
 
 @struct.dataclass

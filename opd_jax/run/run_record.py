@@ -187,5 +187,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON ({error}); mend it") from error
+                raise UserError(f"{path}: line {number} is not JSON ({error}); fix it") from error
     return records

@@ -33,7 +33,8 @@ def first_part(scores, segments, config, step, key):
 """
 OBJECTIVE = """
 from opd_jax.declare import Field
-from opd_jax.distill.objectives import objective, sft
+from opd_jax.distill import objective
+from opd_jax.distill.losses import sft
 
 
 @objective("scaled", loss_scale=Field(2.0, "Factor of the loss.", least=0))

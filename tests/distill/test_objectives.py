@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.distill import objectives, scoring
+from opd_jax.distill import losses, objectives, scoring
 from opd_jax.distill.rollout import Rollouts
 from opd_jax.models import transformer
 from tests import tiny
@@ -31,7 +31,7 @@ def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantag
     def total(params):
         return objectives.loss_sum(
             "policy_gradient",
-            objectives.Options(clip_ratio=clip_ratio),
+            losses.Options(clip_ratio=clip_ratio),
             config,
             params,
             rollouts,
@@ -140,7 +140,7 @@ def test_the_value_without_differentiation_is_the_same():
     plain = jax.jit(
         lambda params: objectives.loss_sum(
             "policy_gradient",
-            objectives.Options(),
+            losses.Options(),
             TIED,
             params,
             *batch(),
@@ -217,13 +217,13 @@ def test_per_token_clipped_loss_matches_ppo_by_hand():
     ratio = np.array([0.5, 0.9, 1.0, 1.1, 2.0] * 2, np.float32)
     advantage = np.array([1.0] * 5 + [-1.0] * 5, np.float32)
     want = -np.array([0.5, 0.9, 1.0, 1.1, 1.2, -0.8, -0.9, -1.0, -1.1, -2.0])
-    got = objectives.surrogate(jnp.log(ratio), np.zeros(10, np.float32), advantage, CLIP)
+    got = losses.surrogate(jnp.log(ratio), np.zeros(10, np.float32), advantage, CLIP)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_no_gradient_flows_through_the_advantage():
     def total(advantage_T):
-        return objectives.surrogate(-jnp.ones(3), jnp.zeros(3), advantage_T, None).sum()
+        return losses.surrogate(-jnp.ones(3), jnp.zeros(3), advantage_T, None).sum()
 
     assert not jax.grad(total)(jnp.arange(3.0)).any()
 
@@ -245,8 +245,8 @@ def test_micro_batches_of_unequal_lengths_add_up_to_the_whole_batch():
 # and more vocabulary rows, and the same ids.
 TEACHER = UNTIED.replace(vocab_size=V + 16, width=48)
 TOP_K = 5
-NAMES = sorted(objectives.OBJECTIVES)
-OPTIONS = objectives.Options(beta=0.3, entropy_threshold=3.5)
+NAMES = sorted(losses.OBJECTIVES)
+OPTIONS = losses.Options(beta=0.3, entropy_threshold=3.5)
 ENDS = (5, 40)
 
 
@@ -273,7 +273,7 @@ def whole(model, head_VD, hidden_BTD):
 
 def targets_of(name, teacher):
     """What scoring keeps for the objective, from float64 log-probabilities."""
-    kind = objectives.OBJECTIVES[name].teacher
+    kind = losses.OBJECTIVES[name].teacher
     if kind == "logits":
         return scoring.Targets(hidden_BTD=teacher[1])
     if kind is None:
@@ -473,7 +473,7 @@ def test_clipping_stops_the_gradient_of_tokens_past_the_clip_in_every_objective_
     data = np.abs(advantage_BT) + np.float32(0.1), weight_BT
     for ratio, moves in ((np.e, False), (1.0, True)):
         old = r.replace(logp_BT=(logp_BT - np.log(ratio)).astype(np.float32))
-        options = objectives.Options(entropy_threshold=1e9, clip_ratio=CLIP)
+        options = losses.Options(entropy_threshold=1e9, clip_ratio=CLIP)
         _, grads = of(name, options=options, data=(old, *data))
         assert all(np.asarray(leaf).any() == moves for leaf in jax.tree.leaves(grads))
 
@@ -497,7 +497,7 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
     def shaped(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    kind = objectives.OBJECTIVES[name].teacher
+    kind = losses.OBJECTIVES[name].teacher
     top = scoring.TeacherTop(
         top_BTK=shaped(b, t, TOP_K, dtype=jnp.int32),
         logp_BTK=shaped(b, t, TOP_K + 1),
@@ -522,7 +522,7 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
         def total(student):
             return objectives.head_loss_sum(
                 name,
-                objectives.Options(clip_ratio=CLIP),
+                losses.Options(clip_ratio=CLIP),
                 config.replace(eos_ids=ENDS),
                 *student,
                 r,

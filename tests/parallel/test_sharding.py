@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax.distill import objectives
+from opd_jax.distill import losses, objectives
 from opd_jax.distill.rollout import Rollouts
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
@@ -272,7 +272,7 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
         def total(params):
             return objectives.loss_sum(
                 "policy_gradient",
-                objectives.Options(),
+                losses.Options(),
                 MODEL,
                 params,
                 *batch,

@@ -68,7 +68,7 @@ FIELDS = {
     "teacher.end_id": Field(
         -1,
         """Id of the teacher's end token. Set it if it is not the student's, as for a Base student with an
-        Instruct teacher. The teacher's logits of the two end tokens are then exchanged, so that the
+        Instruct teacher. The teacher's logits of the two end tokens are then swapped, so that the
         teacher rates its own end token where the student writes the student's. -1 is off: both models must
         end with the same token, and a difference is refused.""",
         least=-1,
