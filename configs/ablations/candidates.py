@@ -4,7 +4,7 @@ The paper's best value is 4.
 
     python -m opd_jax.sweep --config=configs/ablations/candidates.py --out=runs/candidates
 
-Cost: 12 runs of about 3 minutes on two cores, with the demo's models.
+Cost: 12 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m opd_jax.sweep --config=configs/ablations/frozen.py --out=runs/frozen
 
-Cost: 9 runs of 3 to 4 minutes on two cores, with the demo's models.
+Cost: 9 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ With 2 sentences any drop is accepted. The paper does not give a value.
 
     python -m opd_jax.sweep --config=configs/ablations/min_segments.py --out=runs/min_segments
 
-Cost: 15 runs of about 3 minutes on two cores, with the demo's models.
+Cost: 15 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

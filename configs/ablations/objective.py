@@ -2,7 +2,7 @@
 
     python -m opd_jax.sweep --config=configs/ablations/objective.py --out=runs/objective
 
-Cost: 21 runs of about 3 minutes on two cores, with the demo's models.
+Cost: 21 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

@@ -21,7 +21,7 @@ its arms, and the teacher. "mean" is over the five in-domain benchmarks. The pap
     4B        32.5   51.6   53.9
     8B        33.8   54.7   55.2      teacher 62.2
 
-Cost: 12 runs of 100 steps, 1.93, 2.75 or 3.50 v5p chip-hours a step (1.7B, 4B, 8B; docs/preflight.md): 2800
+Cost: 12 runs of 100 steps, 1.59, 2.22 or 2.66 v5p chip-hours a step (1.7B, 4B, 8B; docs/preflight.md): 2200
 chip-hours, predicted for responses of full length, without the evaluations.
 
 This table has not been run.

@@ -5,7 +5,7 @@ accuracy on a benchmark whose answers fit into the shortest limit.
 
     python -m opd_jax.sweep --config=configs/ablations/rollout_length.py --out=runs/rollout_length
 
-Cost: 18 runs of 1 to 3 minutes on two cores, with the demo's models.
+Cost: 18 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

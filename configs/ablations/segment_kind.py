@@ -4,7 +4,7 @@ The kind nltk has no arm, since it finds the same sentences as punkt.
 
     python -m opd_jax.sweep --config=configs/ablations/segment_kind.py --out=runs/segment_kind
 
-Cost: 18 runs of about 3 minutes on two cores, with the demo's models.
+Cost: 18 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

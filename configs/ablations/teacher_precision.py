@@ -5,7 +5,7 @@ the accuracy on a benchmark.
 
     python -m opd_jax.sweep --config=configs/ablations/teacher_precision.py --out=runs/teacher_precision
 
-Cost: 12 runs of about 3 minutes on two cores, with the demo's models.
+Cost: 12 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@ With more than one update, the loss uses the clipped importance ratio.
 
     python -m opd_jax.sweep --config=configs/ablations/updates.py --out=runs/updates
 
-Cost: 9 runs of 3 to 8 minutes on two cores, with the demo's models.
+Cost: 9 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict
