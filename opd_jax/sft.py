@@ -23,7 +23,7 @@ from absl import flags
 
 from opd_jax import data
 from opd_jax.config import run, validate
-from opd_jax.distill import Rollouts, losses, objectives, scoring, trainable
+from opd_jax.distill import Rollouts, loss, objectives, scoring, trainable
 from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, tokenizers, transformer
@@ -133,13 +133,13 @@ def make_sft_step(model: ModelConfig, config, optimizer):
 
     The loss is the mean negative log-likelihood of the response tokens of the whole batch, in nats.
     """
-    train, options = config.train, losses.options(config)
+    train, options = config.train, objectives.options(config)
     micro_batches = config.rollout.batch // train.micro_batch
     schedule = steps.learning_rate(config)
 
     def loss_sum(params, rollouts, remat):
         weight_BT = rollouts.mask_BT.astype(jnp.float32)
-        return objectives.loss_sum(
+        return loss.loss_sum(
             "sft",
             options,
             model,

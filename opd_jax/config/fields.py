@@ -18,7 +18,7 @@ from opd_jax.errors import UserError
 
 FIELDS = models.FIELDS | data.FIELDS | method.FIELDS | machine.FIELDS
 # Modules whose rules and objectives declare fields of their own.
-DECLARING = ("opd_jax.release.rules", "opd_jax.distill.losses")
+DECLARING = ("opd_jax.release.rules", "opd_jax.distill.objectives")
 
 
 def fields(plugins: Iterable[str] = ()) -> dict[str, Field]:

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config.fields import fields, get
 from opd_jax.config.plugins import declared_by_others
-from opd_jax.distill import losses
+from opd_jax.distill import objectives
 from opd_jax.errors import UserError
 from opd_jax.release.segments import check_kind
 
@@ -49,7 +49,7 @@ def _check_fields(config: ConfigDict):
 
 def _check_together(config: ConfigDict, teacher: bool):
     """What one field allows of another."""
-    teacher_writes = losses.OBJECTIVES[config.objective.name].writer == "teacher"
+    teacher_writes = objectives.OBJECTIVES[config.objective.name].writer == "teacher"
     if config.rollout.cache_dtype == "int8" and config.scoring.student == "sampler" and not teacher_writes:
         raise UserError(
             "rollout.cache_dtype=int8 rounds what the sampler's log-probabilities are made of, and "
@@ -82,8 +82,8 @@ def _check_together(config: ConfigDict, teacher: bool):
             " are all the same; set it to 1"
         )
     for key in ("objective.advantage_clip", "reward.weight"):
-        if get(config, key) and not losses.OBJECTIVES[config.objective.name].advantage:
-            readers = (name for name, known in losses.OBJECTIVES.items() if known.advantage)
+        if get(config, key) and not objectives.OBJECTIVES[config.objective.name].advantage:
+            readers = (name for name, known in objectives.OBJECTIVES.items() if known.advantage)
             raise UserError(
                 f"{key}={get(config, key)} has no effect on objective.name={config.objective.name}, which "
                 f"reads no advantage; set it to 0, or use one of {', '.join(readers)}"

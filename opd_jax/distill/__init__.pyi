@@ -1,12 +1,12 @@
 from . import gradient_noise as gradient_noise
-from . import losses as losses
+from . import loss as loss
 from . import objectives as objectives
 from . import repeats as repeats
 from . import rollout as rollout
 from . import scoring as scoring
 from . import train_step as train_step
 from . import trainable as trainable
-from .losses import objective as objective
+from .objectives import objective as objective
 from .rollout import Rollouts as Rollouts
 from .rollout import Sampling as Sampling
 from .rollout import sample as sample

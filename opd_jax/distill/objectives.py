@@ -1,218 +1,209 @@
-"""What the student minimises: an objective summed over a batch chunk by chunk, gradients included.
+"""The objectives by name: per-token losses, each declared with its own fields of the config.
 
-The objectives themselves are in losses.py; weights (release mask and rescale), chunks, and what a loss needs
-of the teacher are added here. See docs/objectives.md.
+An objective is one function of `Tokens` that returns a loss for each position. `@objective(name)` registers
+it, and `objective.name = name` selects it. See docs/objectives.md.
 """
 
-import functools
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax.distill import divergences, scoring
-from opd_jax.distill.losses import OBJECTIVES, Options, Tokens
-from opd_jax.models import ModelConfig, transformer
+from opd_jax import distill
+from opd_jax.declare import PARAMETERS, Field, parameters
+from opd_jax.distill import divergences
+
+if TYPE_CHECKING:
+    from opd_jax.distill import scoring
 
 
 @struct.dataclass
-class Ends:
-    """How the end of a response is taught beside the objective.
+class Tokens:
+    """What an objective sees of a chunk of response positions.
 
     Attributes:
-      weight_BT: what each position counts; 0 outside the response.
-      stop_BT: the teacher's probability of an end token.
+      logits_BTV: the student's, float32, with gradient; -inf at ids that do not exist.
+      token_BT: ids of the response.
+      old_logp_BT: the student's log-probability of them when they were scored.
+      advantage_BT: A_t in nats, clipped and with the task reward mixed in.
+      teacher_logits_BTV: the teacher's, for objectives that are registered with teacher="logits".
+      teacher_top: TeacherTop, for objectives that are registered with teacher="top".
     """
 
-    weight_BT: jax.Array
-    stop_BT: jax.Array
+    logits_BTV: jax.Array
+    token_BT: jax.Array
+    old_logp_BT: jax.Array
+    advantage_BT: jax.Array
+    teacher_logits_BTV: jax.Array | None = None
+    teacher_top: "scoring.TeacherTop | None" = None
 
 
-def end_kl(logits_BTV, end_ids: tuple[int, ...], stop_BT):
-    """KL(T || S) of "the response ends here", at each position.
+class Options:
+    """Numbers that objectives read.
 
-    A reverse KL is nearly blind to a token that the student hardly gives any probability: its gradient
-    there is S log(S / T). A student that has unlearnt to end is therefore not taught to end again, and a rule
-    that releases the last sentences takes even that away. This term is as large as the teacher's wish to end.
-
-    Args:
-      end_ids: the ids that end a response.
-      stop_BT: the teacher's probability of them together.
-
-    Source: the first term of decoupled distillation (Zhao et al. 2022, arXiv 2203.08679), whose target class
-    is here the end of the response.
+    Attributes:
+      clip_ratio: train.clip_ratio, or None where each rollout gets one update.
+      others: the fields of the config's `objective` section by their names, such as beta. One that is not
+        given has its default. See docs/configs.md.
     """
-    return divergences.event_forward_kl(logits_BTV, end_ids, stop_BT)
+
+    clip_ratio: float | None
+
+    def __init__(self, clip_ratio: float | None = None, **values):
+        for (section, _), fields in PARAMETERS.items():
+            if section == "objective":
+                self.__dict__ |= {name: field.default for name, field in fields.items()}
+        self.__dict__ |= values | {"clip_ratio": clip_ratio}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"objective.{name} is no field of the config")
 
 
-def advantage(advantage_BT, clip: float, reward_weight: float = 0.0, reward_B=None):
-    """The advantage that a loss sees: clipped, then with the task reward mixed in.
+def options(config) -> Options:
+    """Options from the whole config."""
+    several = config.train.updates_per_rollout > 1
+    return Options(config.train.clip_ratio if several else None, **config.objective)
 
-    Args:
-      advantage_BT: log T(y_t) - log S(y_t), nats.
-      clip: largest absolute value in nats; 0 does not clip.
-      reward_weight: nats a unit of reward.
-      reward_B: reward of each response, NaN where it has none; None mixes nothing in. Its mean over the
-        batch is subtracted, so that the mix favours no response on average.
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A registered loss.
+
+    Attributes:
+      loss: (Tokens, Options) -> loss_BT in nats.
+      teacher: what it needs of the teacher beside the scores: nothing, its logits, or its top tokens.
+      advantage: whether it reads advantage_BT.
+      writer: who writes the responses.
     """
-    if clip:
-        advantage_BT = jnp.clip(advantage_BT, -clip, clip)
-    if reward_B is None:
-        return advantage_BT
-    graded_B = ~jnp.isnan(reward_B)
-    mean = jnp.where(graded_B, reward_B, 0).sum() / jnp.maximum(graded_B.sum(), 1)
-    return advantage_BT + reward_weight * jnp.where(graded_B, reward_B - mean, 0)[:, None]
+
+    loss: Callable[[Tokens, Options], jax.Array]
+    teacher: Literal["logits", "top"] | None = None
+    advantage: bool = False
+    writer: Literal["student", "teacher"] = "student"
 
 
-def loss_sum(
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(
     name: str,
-    options: Options,
-    config: ModelConfig,
-    params: dict,
-    rollouts,
-    advantage_BT,
-    weight_BT,
     *,
-    chunk: int,
-    remat: str,
-    targets: scoring.Targets | None = None,
-    teacher: tuple[ModelConfig, jax.Array] | None = None,
-    ends: Ends | None = None,
-):
-    """Weighted sum of an objective over a batch, differentiable in params; one student forward pass.
+    teacher: Literal["logits", "top"] | None = None,
+    advantage: bool = False,
+    writer: Literal["student", "teacher"] = "student",
+    **fields: Field,
+) -> Callable:
+    """Registers a function as the objective that `objective.name = name` selects.
 
     Args:
-      name: a key of OBJECTIVES.
-      config, params: the student.
-      remat: a name of transformer.REMAT_POLICIES.
-      others: see `head_loss_sum`.
+      teacher, advantage, writer: see `Objective`.
+      fields: fields of the config that this objective alone reads, as `objective.FIELD` and `options.FIELD`.
 
-    Returns:
-      (a float32 scalar, the moe.Load of the student's experts or None). Divide the former by the response
-      tokens of the whole batch, all micro-batches counted.
+    Raises:
+      ValueError: another objective has such a field, or the name is that of an objective of this package.
     """
-    hidden_BTD, load = scoring.response_hidden_and_load(config, params, rollouts, remat)
-    total = head_loss_sum(
-        name,
-        options,
-        config,
-        params["embedding" if config.tie_embeddings else "head"],
-        hidden_BTD,
-        rollouts,
-        advantage_BT,
-        weight_BT,
-        chunk=chunk,
-        targets=targets,
-        teacher=teacher,
-        ends=ends,
-    )
-    return total, load
+
+    def register(function):
+        known = OBJECTIVES.get(name)
+        if known and known.loss.__module__ == __name__ != function.__module__:
+            raise ValueError(f"objective.name={name} is an objective of opd_jax; choose another name")
+        parameters("objective", name, fields)
+        OBJECTIVES[name] = Objective(function, teacher, advantage, writer)
+        return function
+
+    return register
 
 
-def head_loss_sum(
-    name: str,
-    options: Options,
-    config: ModelConfig,
-    head_VD,
-    hidden_BTD,
-    rollouts,
-    advantage_BT,
-    weight_BT,
-    *,
-    chunk: int,
-    targets: scoring.Targets | None = None,
-    teacher: tuple[ModelConfig, jax.Array] | None = None,
-    ends: Ends | None = None,
-):
-    """The part of `loss_sum` that sees the vocabulary: differentiable in head_VD and hidden_BTD.
+def surrogate(logp_BT, old_logp_BT, advantage_BT, clip_ratio: float | None):
+    """The policy-gradient loss of given log-probabilities.
 
     Args:
-      head_VD: the student's output matrix in its stored dtype.
-      hidden_BTD: the student's final hidden states at the response positions.
-      rollouts: response_BT and logp_BT are read, the latter as Tokens.old_logp_BT.
-      advantage_BT: see `Tokens`.
-      weight_BT: release mask times rescale; multiplies the loss of each position; no gradient.
-      chunk: positions whose logits exist at a time.
-      targets: what `scoring.score` kept for an objective that needs more of the teacher.
-      teacher: (config, head_VD) of the teacher; read only if the targets hold its hidden states.
-      ends: adds `end_kl` to every position with its own weight, whatever weight_BT is there.
+      logp_BT: the student's log-probability of each token, with gradient.
+      old_logp_BT: the same when the token was scored; used only with clip_ratio.
+      advantage_BT: A_t in nats; no gradient.
+      clip_ratio: None for one update a rollout: -A_t log p. Otherwise, for several updates on the same
+        rollouts, -min(r A, clip(r, 1 - clip_ratio, 1 + clip_ratio) A) with r = p / p_old, whose gradient
+        at r = 1 is that of the first form.
+
+    Source: paper.md, step 8; the clipped form is PPO's (Schulman et al. 2017, arXiv 1707.06347).
     """
-
-    def loss(head_VD, hidden_BcD, per_token, teacher_head_VD):
-        token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets, ends = per_token
-        teacher_logits_BcV = None
-        if targets.hidden_BTD is not None:
-            teacher_logits_BcV = transformer.logits(teacher[0], teacher_head_VD, targets.hidden_BTD)
-        tokens = Tokens(
-            logits_BTV=transformer.logits(config, transformer.gather_head(config, head_VD), hidden_BcD),
-            token_BT=token_Bc,
-            old_logp_BT=old_logp_Bc,
-            advantage_BT=advantage_Bc,
-            teacher_logits_BTV=teacher_logits_BcV,
-            teacher_top=targets.top,
-        )
-        total = (weight_Bc * OBJECTIVES[name].loss(tokens, options)).sum()
-        if ends is None:
-            return total
-        with jax.named_scope("end_kl"):
-            return total + (ends.weight_BT * end_kl(tokens.logits_BTV, config.eos_ids, ends.stop_BT)).sum()
-
-    targets = targets or scoring.Targets()
-    per_token = rollouts.response_BT, rollouts.logp_BT, advantage_BT, weight_BT, targets, ends
-    teacher_head_VD = None if teacher is None else teacher[1]
-    return chunked_sum(loss, chunk, head_VD, hidden_BTD, per_token, teacher_head_VD)
+    advantage_BT = jax.lax.stop_gradient(advantage_BT)
+    if clip_ratio is None:
+        return -advantage_BT * logp_BT
+    ratio_BT = jnp.exp(logp_BT - old_logp_BT)
+    clipped_BT = jnp.clip(ratio_BT, 1 - clip_ratio, 1 + clip_ratio)
+    return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token, fixed=None):
-    """Sum over chunks of positions of loss(head_VD, hidden_BcD, per_token of the chunk, fixed).
+@objective("policy_gradient", advantage=True)
+def policy_gradient(tokens: Tokens, options: Options):
+    """-A_t log S(y_t): the single-sample estimate of the reverse KL's gradient. Source: paper.md, step 8."""
+    logp_BT = distill.scoring.token_logp(tokens.logits_BTV, tokens.token_BT)
+    return surrogate(logp_BT, tokens.old_logp_BT, tokens.advantage_BT, options.clip_ratio)
 
-    Under differentiation each chunk's gradient is taken while its logits are there: the vocabulary's
-    matrix is read three times (logits, gradient of the hidden states, gradient of the matrix) where
-    rematerialising in a backward pass would read it four times, and nothing of size V outlives a chunk.
 
-    Args:
-      loss: returns a scalar; differentiated in head_VD and hidden_BcD only. Weights of 0 must give 0.
-      chunk: positions at a time.
-      head_VD: output matrix in its stored dtype, in which its gradient accumulates.
-      hidden_BTD: final hidden states.
-      per_token: pytree of [B, T, ...], without gradient.
-      fixed: pytree that every chunk sees whole, without gradient.
+@objective("reverse_kl", teacher="logits")
+def reverse_kl(tokens: Tokens, options: Options):
+    """KL(S || T) over the vocabulary at each position. Source: Agarwal et al. 2024 (arXiv 2306.13649)."""
+    return divergences.reverse_kl(tokens.logits_BTV, tokens.teacher_logits_BTV)
+
+
+@objective("forward_kl", teacher="logits")
+def forward_kl(tokens: Tokens, options: Options):
+    """KL(T || S) over the vocabulary at each position. Source: Agarwal et al. 2024 (arXiv 2306.13649)."""
+    return divergences.forward_kl(tokens.logits_BTV, tokens.teacher_logits_BTV)
+
+
+@objective(
+    "jsd",
+    teacher="logits",
+    beta=Field(
+        0.5,
+        """Weight of the teacher in the mixture M = beta T + (1 - beta) S. The loss is
+        beta KL(T || M) + (1 - beta) KL(S || M). 0 is `forward_kl`; 1 is `reverse_kl`.""",
+        least=0,
+        most=1,
+    ),
+)
+def jsd(tokens: Tokens, options: Options):
+    """Generalised JSD, see `divergences.generalised_jsd`: beta 0 is the forward KL, 1 the reverse KL."""
+    return divergences.generalised_jsd(tokens.logits_BTV, tokens.teacher_logits_BTV, options.beta)
+
+
+@objective("sft", writer="teacher")
+def sft(tokens: Tokens, options: Options):
+    """-log S(y_t) on what the teacher wrote. Source: Kim & Rush 2016 (arXiv 1606.07947), from samples."""
+    return -distill.scoring.token_logp(tokens.logits_BTV, tokens.token_BT)
+
+
+@objective(
+    "eopd",
+    teacher="top",
+    advantage=True,
+    entropy_threshold=Field(
+        0.8, "The forward KL is added where the teacher's entropy is above this many nats.", least=0
+    ),
+)
+def eopd(tokens: Tokens, options: Options):
+    """Policy gradient, plus the forward KL on the teacher's top tokens where its entropy is above tau.
+
+    Source: EOPD (Jin et al. 2026, arXiv 2603.07079); the group of all other tokens is ours.
     """
-
-    def step(total, piece):
-        hidden_BcD, per_token = piece
-        return total + loss(head_VD, hidden_BcD, per_token, fixed), None
-
-    pieces = scoring.chunked((hidden_BTD, per_token), chunk)
-    return jax.lax.scan(step, jnp.float32(0), pieces)[0]
+    top = tokens.teacher_top
+    kl_BT = divergences.grouped_forward_kl(tokens.logits_BTV, top.top_BTK, top.logp_BTK)
+    uncertain_BT = top.entropy_BT > options.entropy_threshold
+    return policy_gradient(tokens, options) + jnp.where(uncertain_BT, kl_BT, 0)
 
 
-def _chunked_sum_forward(loss, chunk, head_VD, hidden_BTD, per_token, fixed):
-    def step(carry, piece):
-        total, head_grad_VD = carry
-        hidden_BcD, per_token = piece
-        value, (head_grad, hidden_grad) = jax.value_and_grad(loss, argnums=(0, 1))(
-            head_VD, hidden_BcD, per_token, fixed
-        )
-        return (total + value, head_grad_VD + head_grad), hidden_grad
+@objective("aopd", teacher="top", advantage=True)
+def aopd(tokens: Tokens, options: Options):
+    """Policy gradient where A_t > 0, the forward KL on the teacher's top tokens elsewhere.
 
-    pieces = scoring.chunked((hidden_BTD, per_token), chunk)
-    start = jnp.float32(0), jnp.zeros_like(head_VD)
-    (total, head_grad_VD), hidden_grad = jax.lax.scan(step, start, pieces)
-    b, t, d = hidden_BTD.shape
-    hidden_grad_BTD = hidden_grad.swapaxes(0, 1).reshape(b, -1, d)[:, :t]
-    return total, (head_grad_VD, hidden_grad_BTD)
-
-
-def _chunked_sum_backward(loss, chunk, residuals, cotangent):
-    head_grad_VD, hidden_grad_BTD = residuals
-    return (
-        (cotangent * head_grad_VD).astype(head_grad_VD.dtype),
-        (cotangent * hidden_grad_BTD).astype(hidden_grad_BTD.dtype),
-        None,
-        None,
-    )
-
-
-chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
+    Source: AOPD (Jia et al. 2026, arXiv 2605.06387); the group of all other tokens is ours.
+    """
+    top = tokens.teacher_top
+    kl_BT = divergences.grouped_forward_kl(tokens.logits_BTV, top.top_BTK, top.logp_BTK)
+    return jnp.where(tokens.advantage_BT > 0, policy_gradient(tokens, options), kl_BT)

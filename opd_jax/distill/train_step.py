@@ -6,7 +6,7 @@ import optax
 from flax import struct
 
 from opd_jax import release as releasing
-from opd_jax.distill import losses, objectives, scoring, trainable
+from opd_jax.distill import loss, objectives, scoring, trainable
 from opd_jax.distill.repeats import repeated_tail
 from opd_jax.distill.rollout import Rollouts
 from opd_jax.models import ModelConfig, moe, transformer
@@ -46,7 +46,7 @@ class Lesson:
     advantage_BT: jax.Array
     weight_BT: jax.Array
     targets: scoring.Targets
-    ends: objectives.Ends | None = None
+    ends: loss.Ends | None = None
 
 
 @struct.dataclass
@@ -125,7 +125,7 @@ def learning_rate(config) -> optax.Schedule:
 
 def recomputes(config) -> bool:
     """Whether scoring runs the student too: as configured, and on what the teacher wrote and scored."""
-    writer = losses.OBJECTIVES[config.objective.name].writer
+    writer = objectives.OBJECTIVES[config.objective.name].writer
     return config.scoring.student == "recompute" or writer == "teacher"
 
 
@@ -146,7 +146,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
     """
     train = config.train
     micro_batches = config.rollout.batch // train.micro_batch
-    objective = losses.OBJECTIVES[config.objective.name]
+    objective = objectives.OBJECTIVES[config.objective.name]
     schedule = learning_rate(config)
     mean_loss = make_loss(student, teacher, config)
 
@@ -221,7 +221,7 @@ def supervise(
       step: TrainState.step.
       others: see `make_train_step`.
     """
-    objective = losses.OBJECTIVES[config.objective.name]
+    objective = objectives.OBJECTIVES[config.objective.name]
     with jax.named_scope("score"):
         scores = scoring.score(
             teacher,
@@ -243,13 +243,13 @@ def supervise(
             step=step,
             key=jax.random.fold_in(key, step),
         )
-    advantage_BT = objectives.advantage(
+    advantage_BT = loss.advantage(
         scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
     )
     ends = None
     if config.objective.end_weight and student.eos_ids:  # a model without end tokens never ends
         weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
-        ends = objectives.Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
+        ends = loss.Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
     return (
         scores,
         released,
@@ -269,11 +269,11 @@ def make_loss(student: ModelConfig, teacher: ModelConfig, config):
     It returns the objective's weighted sum over the lesson's rollouts, divided by `tokens`, the response
     tokens of the whole batch, of which the lesson may be a part; and the student's moe.Load or None.
     """
-    options = losses.options(config)
-    needs_head = losses.OBJECTIVES[config.objective.name].teacher == "logits"
+    options = objectives.options(config)
+    needs_head = objectives.OBJECTIVES[config.objective.name].teacher == "logits"
 
     def loss(params: dict, lesson: Lesson, teacher_params: dict, tokens):
-        total, load = objectives.loss_sum(
+        total, load = loss.loss_sum(
             config.objective.name,
             options,
             student,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from opd_jax.distill import gradient_noise, losses, repeats, rollout, scoring, trainable
+from opd_jax.distill import gradient_noise, objectives, repeats, rollout, scoring, trainable
 from opd_jax.distill import train_step as steps
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, splash, transformer
@@ -118,7 +118,7 @@ class Programs:
     @property
     def teacher_writes(self) -> bool:
         """Whether the responses to train on are the teacher's."""
-        return losses.OBJECTIVES[self.config.objective.name].writer == "teacher"
+        return objectives.OBJECTIVES[self.config.objective.name].writer == "teacher"
 
     @property
     def prompt_batch(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from opd_jax import config
 from opd_jax.config import fields, plugins, recipes
 from opd_jax.declare import PARAMETERS, Field, parameters
-from opd_jax.distill import losses
+from opd_jax.distill import objectives
 from opd_jax.errors import UserError
 from opd_jax.release import rules
 from opd_jax.run.restore import run_config
@@ -34,7 +34,7 @@ def first_part(scores, segments, config, step, key):
 OBJECTIVE = """
 from opd_jax.declare import Field
 from opd_jax.distill import objective
-from opd_jax.distill.losses import sft
+from opd_jax.distill.objectives import sft
 
 
 @objective("scaled", loss_scale=Field(2.0, "Factor of the loss.", least=0))
@@ -46,7 +46,7 @@ def scaled(tokens, options):
 @pytest.fixture(autouse=True)
 def registries():
     """Each test starts and ends with the rules and objectives of the package alone."""
-    tables = rules.RULES, losses.OBJECTIVES, PARAMETERS, plugins._LOADED
+    tables = rules.RULES, objectives.OBJECTIVES, PARAMETERS, plugins._LOADED
     kept = [dict(table) for table in tables]
     yield
     for table, before in zip(tables, kept):
@@ -162,10 +162,10 @@ def test_a_config_that_names_the_file_too_late_is_told_where_to_name_it(rule_fil
 def test_an_objective_of_a_file_reads_its_field(tmp_path):
     (tmp_path / "my_objective.py").write_text(OBJECTIVE)
     c = config.default(plugins=str(tmp_path / "my_objective.py"))
-    assert losses.options(c).loss_scale == 2.0 and losses.options(c).beta == 0.5
-    assert losses.Options(beta=0.1).loss_scale == 2.0
+    assert objectives.options(c).loss_scale == 2.0 and objectives.options(c).beta == 0.5
+    assert objectives.Options(beta=0.1).loss_scale == 2.0
     with pytest.raises(AttributeError, match="objective.loss_scal is no field"):
-        _ = losses.options(c).loss_scal
+        _ = objectives.options(c).loss_scal
 
 
 def test_a_file_is_imported_again_only_where_it_changed_or_lost_its_rule(tmp_path, rule_file):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.distill import losses, objectives, scoring
+from opd_jax.distill import loss, objectives, scoring
 from opd_jax.distill.rollout import Rollouts
 from opd_jax.models import transformer
 from tests import tiny
@@ -29,9 +29,9 @@ CLIP = 0.2
 
 def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantage_BT, weight_BT):
     def total(params):
-        return objectives.loss_sum(
+        return loss.loss_sum(
             "policy_gradient",
-            losses.Options(clip_ratio=clip_ratio),
+            objectives.Options(clip_ratio=clip_ratio),
             config,
             params,
             rollouts,
@@ -138,9 +138,9 @@ def test_rematerialising_changes_no_gradient():
 
 def test_the_value_without_differentiation_is_the_same():
     plain = jax.jit(
-        lambda params: objectives.loss_sum(
+        lambda params: loss.loss_sum(
             "policy_gradient",
-            losses.Options(),
+            objectives.Options(),
             TIED,
             params,
             *batch(),
@@ -217,13 +217,13 @@ def test_per_token_clipped_loss_matches_ppo_by_hand():
     ratio = np.array([0.5, 0.9, 1.0, 1.1, 2.0] * 2, np.float32)
     advantage = np.array([1.0] * 5 + [-1.0] * 5, np.float32)
     want = -np.array([0.5, 0.9, 1.0, 1.1, 1.2, -0.8, -0.9, -1.0, -1.1, -2.0])
-    got = losses.surrogate(jnp.log(ratio), np.zeros(10, np.float32), advantage, CLIP)
+    got = objectives.surrogate(jnp.log(ratio), np.zeros(10, np.float32), advantage, CLIP)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_no_gradient_flows_through_the_advantage():
     def total(advantage_T):
-        return losses.surrogate(-jnp.ones(3), jnp.zeros(3), advantage_T, None).sum()
+        return objectives.surrogate(-jnp.ones(3), jnp.zeros(3), advantage_T, None).sum()
 
     assert not jax.grad(total)(jnp.arange(3.0)).any()
 
@@ -245,8 +245,8 @@ def test_micro_batches_of_unequal_lengths_add_up_to_the_whole_batch():
 # and more vocabulary rows, and the same ids.
 TEACHER = UNTIED.replace(vocab_size=V + 16, width=48)
 TOP_K = 5
-NAMES = sorted(losses.OBJECTIVES)
-OPTIONS = losses.Options(beta=0.3, entropy_threshold=3.5)
+NAMES = sorted(objectives.OBJECTIVES)
+OPTIONS = objectives.Options(beta=0.3, entropy_threshold=3.5)
 ENDS = (5, 40)
 
 
@@ -273,7 +273,7 @@ def whole(model, head_VD, hidden_BTD):
 
 def targets_of(name, teacher):
     """What scoring keeps for the objective, from float64 log-probabilities."""
-    kind = losses.OBJECTIVES[name].teacher
+    kind = objectives.OBJECTIVES[name].teacher
     if kind == "logits":
         return scoring.Targets(hidden_BTD=teacher[1])
     if kind is None:
@@ -296,7 +296,7 @@ def head_value_and_grad(
     name, options, chunk, student, teacher_head_VD, targets, rollouts, advantage_BT, weight_BT, ends=None
 ):
     def total(student):
-        return objectives.head_loss_sum(
+        return loss.head_loss_sum(
             name,
             options,
             TIED.replace(eos_ids=ENDS),
@@ -382,7 +382,7 @@ def ends(weight=0.7):
     """Ends with `weight` at every position of `batch`, released ones too, and the teacher's probability."""
     stop_BT = np.exp(whole(TEACHER, *states()[1]))[..., list(ENDS)].sum(-1)
     mask_BT = batch()[0].mask_BT
-    return objectives.Ends(
+    return loss.Ends(
         weight_BT=np.where(mask_BT, weight, 0).astype(np.float32),
         stop_BT=np.where(mask_BT, stop_BT, 0).astype(np.float32),
     )
@@ -473,7 +473,7 @@ def test_clipping_stops_the_gradient_of_tokens_past_the_clip_in_every_objective_
     data = np.abs(advantage_BT) + np.float32(0.1), weight_BT
     for ratio, moves in ((np.e, False), (1.0, True)):
         old = r.replace(logp_BT=(logp_BT - np.log(ratio)).astype(np.float32))
-        options = losses.Options(entropy_threshold=1e9, clip_ratio=CLIP)
+        options = objectives.Options(entropy_threshold=1e9, clip_ratio=CLIP)
         _, grads = of(name, options=options, data=(old, *data))
         assert all(np.asarray(leaf).any() == moves for leaf in jax.tree.leaves(grads))
 
@@ -481,10 +481,10 @@ def test_clipping_stops_the_gradient_of_tokens_past_the_clip_in_every_objective_
 def test_the_advantage_is_clipped_before_the_centred_reward_is_added():
     advantage_BT = np.array([[-9.0, 0.5], [3.0, 1.0], [0.25, -1.0]], np.float32)
     reward_B = np.array([1.0, 0.0, np.nan], np.float32)
-    got = objectives.advantage(advantage_BT, 2.0, 4.0, reward_B)
+    got = loss.advantage(advantage_BT, 2.0, 4.0, reward_B)
     np.testing.assert_allclose(got, [[0.0, 2.5], [0.0, -1.0], [0.25, -1.0]])
-    np.testing.assert_array_equal(objectives.advantage(advantage_BT, 0.0), advantage_BT)
-    all_ungraded = objectives.advantage(advantage_BT, 0.0, 4.0, np.full(3, np.nan, np.float32))
+    np.testing.assert_array_equal(loss.advantage(advantage_BT, 0.0), advantage_BT)
+    all_ungraded = loss.advantage(advantage_BT, 0.0, 4.0, np.full(3, np.nan, np.float32))
     np.testing.assert_array_equal(all_ungraded, advantage_BT)
 
 
@@ -497,7 +497,7 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
     def shaped(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    kind = losses.OBJECTIVES[name].teacher
+    kind = objectives.OBJECTIVES[name].teacher
     top = scoring.TeacherTop(
         top_BTK=shaped(b, t, TOP_K, dtype=jnp.int32),
         logp_BTK=shaped(b, t, TOP_K + 1),
@@ -520,9 +520,9 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
 
     def step(student, teacher_head_VD, targets, r, advantage_BT, weight_BT, ends):
         def total(student):
-            return objectives.head_loss_sum(
+            return loss.head_loss_sum(
                 name,
-                losses.Options(clip_ratio=CLIP),
+                objectives.Options(clip_ratio=CLIP),
                 config.replace(eos_ids=ENDS),
                 *student,
                 r,
@@ -537,7 +537,7 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
         return jax.value_and_grad(total)(student)
 
     student = shaped(v, d), shaped(b, t, d)
-    ends = objectives.Ends(weight_BT=shaped(b, t), stop_BT=shaped(b, t)) if taught else None
+    ends = loss.Ends(weight_BT=shaped(b, t), stop_BT=shaped(b, t)) if taught else None
     args = student, shaped(v, d), targets, r, shaped(b, t), shaped(b, t), ends
     compiled = jax.jit(step).lower(*args).compile()
     largest = max(

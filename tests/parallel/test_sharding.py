@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax.distill import losses, objectives
+from opd_jax.distill import loss, objectives
 from opd_jax.distill.rollout import Rollouts
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
@@ -270,9 +270,9 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
 
     def value_and_grad(params, batch):
         def total(params):
-            return objectives.loss_sum(
+            return loss.loss_sum(
                 "policy_gradient",
-                losses.Options(),
+                objectives.Options(),
                 MODEL,
                 params,
                 *batch,

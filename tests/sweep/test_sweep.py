@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from opd_jax import config, release
-from opd_jax.distill import losses
+from opd_jax.distill import objectives
 from opd_jax.errors import UserError
 from opd_jax.release import rules
 from opd_jax.report import figures as report_figures
@@ -305,7 +305,7 @@ def test_every_rule_objective_and_rescale_has_an_arm(monkeypatch, tmp_path):
         return {config.get(run.config, key) for run in arms.plan(path, config.load(path), tmp_path)}
 
     assert values("rule", "release.rule") == set(rules.RULES)
-    assert values("objective", "objective.name") == set(losses.OBJECTIVES)
+    assert values("objective", "objective.name") == set(objectives.OBJECTIVES)
     assert values("rescale", "release.rescale") == set(release.RESCALES)
     assert values("rescale", "release.rule") == set(rules.RULES)
 

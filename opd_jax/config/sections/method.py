@@ -49,7 +49,7 @@ FIELDS = {
 
         `reverse_kl`, `forward_kl` and `jsd` cover the whole vocabulary. They apply the teacher's output
         matrix a second time and keep its final hidden states, B x T x D_teacher values.""",
-        allowed=listed_in("opd_jax.distill.losses", "OBJECTIVES"),
+        allowed=listed_in("opd_jax.distill.objectives", "OBJECTIVES"),
     ),
     "objective.top_k": Field(
         16,
