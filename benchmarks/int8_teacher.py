@@ -34,17 +34,7 @@ MICRO_BATCHES = 10
 def written(job, writer: str):
     """Rollouts on the first training prompts, written by the student or the teacher."""
     c = job.config
-    batch = next(
-        data.training_batches(
-            job.prompts.train,
-            c.rollout.batch,
-            c.data.prompt_tokens,
-            job.student.pad_id,
-            c.seed,
-            sharding.local_rows(job.mesh, c.rollout.batch),
-            parts=job.prompts.parts,
-        )
-    )
+    batch = next(data.TrainingBatches(job.prompts.train, job.batching, c.seed, parts=job.prompts.parts))
     prompts = sharding.put_batch(job.mesh, (batch.tokens_BP, batch.mask_BP))
     if writer == "student":
         sample, params = job.sample, job.start().params

@@ -13,8 +13,8 @@ import time
 
 import jax
 
-from opd_jax import data
 from opd_jax.config import load
+from opd_jax.distill import StepInputs
 from opd_jax.parallel import sharding
 from opd_jax.run import prepare
 
@@ -41,18 +41,14 @@ def rounds(memory: str):
     c = load("demo")
     job = prepare(c)
     teacher_params, state = job.teacher_params(), job.start()
-    rows = sharding.local_rows(job.mesh, job.prompt_batch)
-    prompts = data.training_batches(
-        job.prompts.train, job.prompt_batch, c.data.prompt_tokens, job.student.pad_id, c.seed, rows
-    )
-    key = job.key(0)
+    prompts, key = job.training_batches(), job.key(0)
     for _ in range(ROUNDS):
         batch = sharding.put_batch(job.mesh, next(prompts))
         drawn = batch.tokens_BP, batch.mask_BP, key, state.step
         rollouts, of_sample = measured(job.sample_group, state.params, *drawn)
         _, of_compare = measured(job.divergence, state.params, teacher_params, rollouts)
-        lesson = teacher_params, rollouts, job.segment_table(rollouts), key
-        (state, *_), of_step = measured(job.train_step, state, *lesson)
+        inputs = StepInputs(teacher_params, rollouts, job.segment_table(rollouts), key)
+        (state, *_), of_step = measured(job.train_step, state, inputs)
     for name, amounts in (("sample", of_sample), ("compare", of_compare), ("train_step", of_step)):
         cells = "".join(f"{amounts[column]:>14,.2f}" for column in amounts)
         print(f"{memory:<12}{name:<12}{cells}", flush=True)

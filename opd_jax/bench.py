@@ -26,8 +26,15 @@ from ml_collections import ConfigDict
 
 from opd_jax import release
 from opd_jax.config import default, run
-from opd_jax.distill import rollout, scoring
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import (
+    Rollouts,
+    Sampling,
+    StepInputs,
+    TrainState,
+    make_optimizer,
+    make_train_step,
+    scoring,
+)
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
 from opd_jax.preflight import costs, hlo
@@ -183,13 +190,13 @@ def _measure(
     with progress.phase("drawing the student's weights"):
         params = jax.block_until_ready(transformer.init(student, jax.random.key(0)))
     prompts = random_prompts(jax.random.key(2), b, p, student.vocab_size)
-    sampling = rollout.Sampling(
+    sampling = Sampling(
         max_tokens=t,
         candidates=config.scoring.candidates,
         cache_stages=flags.FLAGS.cache_stages,
     )
     sample = jax.jit(
-        lambda params, tokens_BP, mask_BP: rollout.sample(
+        lambda params, tokens_BP, mask_BP: sample(
             student, params, tokens_BP, mask_BP, jax.random.key(3), sampling
         )
     )
@@ -201,7 +208,7 @@ def _measure(
         return
     with progress.phase("sampling what is scored"):
         rollouts = jax.block_until_ready(sample(params, *prompts))
-    step, added = _train_seconds(config, student, teacher, params, rollouts, progress, measured)
+    step, added = _train_seconds(config, (student, teacher), params, rollouts, progress, measured)
     whole = seconds["sample"] + step
     expected = predicted["sample"] + predicted["score"] + predicted["update"]
     line = f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}{'':>29}"
@@ -216,22 +223,23 @@ def _measure(
 
 def _train_seconds(
     config: ConfigDict,
-    student: ModelConfig,
-    teacher: ModelConfig,
+    models: tuple[ModelConfig, ModelConfig],
     params: dict,
-    rollouts: rollout.Rollouts,
+    rollouts: Rollouts,
     progress: Progress,
     measured: Callable[..., None],
 ) -> tuple[float, np.ndarray]:
     """Times what follows sampling: score, release, update, and train_step, which does all three.
 
     Args:
+      models: student and teacher.
       measured: called with the name and seconds of each phase, the FLOPs of all its products, and its bytes.
         The phase `release` is a separate program with segments and the rule.
 
     Returns:
       (seconds of train_step, [PAIRS] seconds that segments and the rule add to it).
     """
+    student, teacher = models
     with progress.phase("drawing the teacher's weights"):
         teacher_params = jax.block_until_ready(transformer.init(teacher, jax.random.key(1), teacher.dtype))
     table = SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
@@ -259,13 +267,12 @@ def _train_seconds(
 
     released = best_seconds(decide, scores, rollouts, progress=progress, name="the release rule")
     measured("release", released)
-    optimizer = steps.make_optimizer(config)
-    train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
-    with_rule, without = _step_seconds(
-        config, student, teacher, params, teacher_params, rollouts, table, progress
-    )
-    state = steps.TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
-    step_products = products(train_step, state, teacher_params, rollouts, table, jax.random.key(4))
+    optimizer = make_optimizer(config)
+    train_step = make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
+    inputs = StepInputs(teacher_params, rollouts, table, jax.random.key(4))
+    with_rule, without = _step_seconds(config, models, params, inputs, progress)
+    state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
+    step_products = products(train_step, state, inputs)
     step_moved = costs.train_bytes(*sizes, micro_batches, length - t, t, ONE, 4)
     step = min(with_rule)
     measured("update", step - scored - released, step_products - scoring_products, step_moved - moved)
@@ -274,12 +281,9 @@ def _train_seconds(
 
 def _step_seconds(
     config: ConfigDict,
-    student: ModelConfig,
-    teacher: ModelConfig,
+    models: tuple[ModelConfig, ModelConfig],
     params: dict,
-    teacher_params: dict,
-    rollouts: rollout.Rollouts,
-    table: SegmentTable,
+    inputs: StepInputs,
     progress: Progress,
 ) -> tuple[list[float], list[float]]:
     """Seconds of donated train_steps run in turn: [PAIRS] with the paper's rule, and [PAIRS] without a rule.
@@ -287,15 +291,15 @@ def _step_seconds(
     A step without a rule still computes segments. Here they have a fixed length, which needs no text. Each
     run continues from the state of the previous one, and every other pair has the reverse order.
     """
-    optimizer = steps.make_optimizer(config)
+    optimizer = make_optimizer(config)
     copy = jax.tree.map(jnp.copy, params)
-    state = steps.TrainState(jnp.int32(0), copy, optimizer.init(copy))
-    key = jax.random.key(4)
+    state = TrainState(jnp.int32(0), copy, optimizer.init(copy))
     compiled, seconds = {}, {"paper": [], "none": []}
-    tables = {"paper": table, "none": SegmentTable.from_tokenizer(None, "fixed:64")}
+    fixed = inputs.replace(table=SegmentTable.from_tokenizer(None, "fixed:64"))
+    read = {"paper": inputs, "none": fixed}
     for rule in seconds:
         config.release.rule = rule
-        train_step = steps.make_train_step(student, teacher, config.copy_and_resolve_references(), optimizer)
+        train_step = make_train_step(*models, config.copy_and_resolve_references(), optimizer)
         compiled[rule] = jax.jit(train_step, donate_argnums=0)
     progress.expect("timed step", len(seconds) * PAIRS)
     for pair in range(PAIRS + 1):  # the first is not counted
@@ -307,7 +311,7 @@ def _step_seconds(
             jax.block_until_ready(state)
             with shown:
                 started = time.perf_counter()
-                state, metrics, _ = compiled[rule](state, teacher_params, rollouts, tables[rule], key)
+                state, metrics, _ = compiled[rule](state, read[rule])
                 jax.block_until_ready((state, metrics))
                 seconds[rule].append(time.perf_counter() - started)
     return seconds["paper"][1:], seconds["none"][1:]

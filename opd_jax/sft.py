@@ -9,27 +9,34 @@ mesh and metrics; there is no teacher. Started again with the same --workdir it 
 checkpoint.
 """
 
-import contextlib
+import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 
 from opd_jax import data
 from opd_jax.config import run, validate
-from opd_jax.distill import Rollouts, loss, objectives, scoring, trainable
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import (
+    Loss,
+    LossInputs,
+    Rollouts,
+    TrainState,
+    learning_rate,
+    make_optimizer,
+    scoring,
+    train_step,
+    trainable,
+)
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, tokenizers, transformer
 from opd_jax.parallel import compile_cache, distributed, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.run import Checkpoints, job, metrics, programs, sizes
+from opd_jax.run import Session, StepReader, batching_of, due, job, metrics, programs, sizes
 
 
 class Exchange(NamedTuple):
@@ -133,52 +140,39 @@ def make_sft_step(model: ModelConfig, config, optimizer):
 
     The loss is the mean negative log-likelihood of the response tokens of the whole batch, in nats.
     """
-    train, options = config.train, objectives.options(config)
-    micro_batches = config.rollout.batch // train.micro_batch
-    schedule = steps.learning_rate(config)
+    frozen, micro_batches = config.train.frozen, config.rollout.batch // config.train.micro_batch
+    schedule = learning_rate(config)
+    loss = Loss.of(model, None, config, "sft")
+    plain_loss = dataclasses.replace(loss, remat="none")
+    update = train_step.make_update(loss, optimizer, micro_batches)
 
-    def loss_sum(params, rollouts, remat):
+    def inputs(rollouts: Rollouts) -> LossInputs:
         weight_BT = rollouts.mask_BT.astype(jnp.float32)
-        return loss.loss_sum(
-            "sft",
-            options,
-            model,
-            params,
-            rollouts,
-            jnp.zeros_like(weight_BT),
-            weight_BT,
-            chunk=config.scoring.chunk,
-            remat=remat,
+        return LossInputs(rollouts, advantage_BT=jnp.zeros_like(weight_BT), weight_BT=weight_BT)
+
+    def step(state: TrainState, rollouts: Rollouts):
+        tokens = train_step.response_tokens(rollouts)
+        trained, kept = trainable.split(state.params, frozen)
+        (trained, opt_state), (mean_loss, norm, load) = update(
+            (trained, state.opt_state), inputs(rollouts), kept, None, tokens
         )
-
-    def step(state: steps.TrainState, rollouts: Rollouts):
-        tokens = jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
-        trained, kept = trainable.split(state.params, train.frozen)
-
-        def mean_loss(trained, piece):
-            total, load = loss_sum(trainable.join(trained, kept), piece, train.remat)
-            return total / tokens, load
-
-        (loss, load), grads = steps.accumulated_gradient(mean_loss, trained, rollouts, micro_batches)
-        changes, opt_state = optimizer.update(grads, state.opt_state, trained)
         measured = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": mean_loss,
+            "grad_norm": norm,
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
-        } | steps.router_metrics("student", load)
-        params = trainable.join(optax.apply_updates(trained, changes), kept)
-        return steps.TrainState(state.step + 1, params, opt_state), measured
+        } | train_step.router_metrics("student", load)
+        return TrainState(state.step + 1, trainable.join(trained, kept), opt_state), measured
 
     def heldout(params, rollouts: Rollouts):
-        pieces = scoring.split(rollouts, micro_batches)
-        losses = jax.lax.map(lambda piece: loss_sum(params, piece, "none")[0], pieces)
-        return losses.sum(), rollouts.mask_BT.sum()
+        pieces = scoring.split(inputs(rollouts), micro_batches)
+        sums = jax.lax.map(lambda piece: plain_loss(params, piece, {}, None, 1.0)[0], pieces)
+        return sums.sum(), rollouts.mask_BT.sum()
 
     return step, heldout
 
 
-def train(config, workdir, progress: Progress | None = None) -> steps.TrainState:
+def train(config, workdir, progress: Progress | None = None) -> TrainState:
     """Trains to train.steps, from the start or from the newest checkpoint in workdir.
 
     Args:
@@ -192,7 +186,7 @@ def train(config, workdir, progress: Progress | None = None) -> steps.TrainState
         return _train(config, workdir, shown)
 
 
-def _train(config, workdir, shown: Progress) -> steps.TrainState:
+def _train(config, workdir, shown: Progress) -> TrainState:
     c = validate(config, teacher=False)
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
@@ -205,7 +199,7 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
     with shown.phase("reading the written responses"):
         exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
-    optimizer = steps.make_optimizer(c)
+    optimizer = make_optimizer(c)
     trainable.check(transformer.abstract(model), c.train.frozen)
     shardings = programs.state_shardings(c, mesh, model, optimizer)
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
@@ -219,38 +213,16 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
     heldout_fn = jax.jit(
         sharding.on(mesh, heldout_fn), in_shardings=(shardings.params, rows), out_shardings=whole
     )
-    local = sharding.local_rows(mesh, c.rollout.batch)
-
-    metrics.write_run_files(workdir, c, measured=probe and probe.record())
-    checkpoints = Checkpoints(workdir, c.checkpoint.keep)
-    done, position = checkpoints.latest, None
-    with shown.phase("reading the weights"):
-        if done is None:
-            state = job.start_state(c, mesh, optimizer, shardings)
-        else:
-            abstract = programs.placed(programs.abstract_state(model, optimizer), shardings)
-            state, position = checkpoints.restore(done, abstract)
-    prompts = data.training_batches(
-        [e.prompt for e in exchanges],
-        c.rollout.batch,
-        c.data.prompt_tokens,
-        model.pad_id,
-        c.seed,
-        local,
-        start=position,
-    )
+    batching = batching_of(c, mesh, model)
 
     def placed(part, batch):
         return sharding.put_batch(mesh, collate(part, batch, c.rollout.max_tokens, model.pad_id))
 
     def evaluate(state) -> dict:
-        batches = data.heldout_batches(
-            [e.prompt for e in heldout], c.rollout.batch, c.data.prompt_tokens, model.pad_id, local
-        )
-        label, parts = f"evaluating on {len(heldout)} responses, batch", -(-len(heldout) // c.rollout.batch)
+        label, parts = f"evaluating on {len(heldout)} responses, batch", -(-len(heldout) // batching.batch)
         sums = []
         with shown.work("evaluation", label, parts):
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(data.heldout_batches([e.prompt for e in heldout], batching)):
                 shown.at(number + 1)
                 with shown.compiling("the evaluation", heldout_fn):
                     sum_and_tokens = heldout_fn(state.params, placed(heldout, batch))
@@ -258,65 +230,46 @@ def _train(config, workdir, shown: Progress) -> steps.TrainState:
         loss, tokens = np.sum(sums, axis=0)
         return {"loss": float(loss / tokens), "prompts": len(heldout), "tokens": int(tokens)}
 
-    with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
-        preemption = stack.enter_context(distributed.Preemption())
-        writer = metrics.MetricWriter.of(c, workdir, done, plain_every=100, progress=shown)
-        stack.enter_context(writer)
+    metrics.write_run_files(workdir, c, measured=probe and probe.record())
+    with Session(c, workdir, shown) as session:
+        state, position = session.state(
+            lambda: job.start_state(c, mesh, optimizer, shardings),
+            lambda: programs.placed(programs.abstract_state(model, optimizer), shardings),
+        )
+        prompts = data.TrainingBatches([e.prompt for e in exchanges], batching, c.seed, position)
+        writer = session.record(plain_every=100)
         if dropped:
             writer.say(f"data.over_long=drop: {dropped} lines are left out")
-
-        def evaluating(step: int) -> bool:
-            return c.eval.every > 0 and (step % c.eval.every == 0 or step == c.train.steps)
-
-        first = done or 0
-        shown.expect("step", c.train.steps - first)
-        shown.expect("evaluation", sum(map(evaluating, range(first + 1, c.train.steps + 1))))
-
-        def written(pending, last: float) -> float:
-            with shown.phase(f"step {pending[0]}/{c.train.steps}"):
-                return _write(writer, *pending, last)
-
+        shown.expect("step", c.train.steps - session.first)
+        ahead = range(session.first + 1, c.train.steps + 1)
+        shown.expect("evaluation", sum(due(c, c.eval.every, step) for step in ahead))
         # What there was no time for after the step at which the run was stopped.
-        if done is not None and evaluating(done):
-            recorded = distributed.gathered([("eval", None) in writer.recorded])[0, 0]
-            if not recorded:
-                writer.write({"kind": "eval", "step": done} | evaluate(state))
-        pending, last = None, time.perf_counter()
-        for step in range(first + 1, c.train.steps + 1):
+        left_out = session.done is not None and due(c, c.eval.every, session.done)
+        if left_out and not session.recorded([("eval", None)]):
+            writer.write({"kind": "eval", "step": session.done} | evaluate(state))
+        reader = StepReader(writer)
+
+        def finish(step: int):
+            with shown.phase(f"step {step}/{c.train.steps}"):
+                reader.finish()
+
+        for step in ahead:
             with shown.compiling("the training step", step_fn):
                 state, measured = step_fn(state, placed(exchanges, next(prompts)))
-            # The numbers of the step before, while the device works on this one.
-            if pending is not None:
-                last = written(pending, last)
-            pending = step, measured
-            stopping = preemption.reached()
-            if evaluating(step) and not stopping:
-                last, pending = written(pending, last), None
+            finish(step - 1)  # while the device works on this one
+            reader.begin(step, measured)
+            stopping = session.stopping()
+            evaluating, saving = due(c, c.eval.every, step) and not stopping, session.saves(step, stopping)
+            if evaluating or saving or stopping or step == c.train.steps:
+                finish(step)
+            if evaluating:
                 writer.write({"kind": "eval", "step": step} | evaluate(state))
-                last = time.perf_counter()
-            ends = stopping or step == c.train.steps
-            if c.checkpoint.every and (step % c.checkpoint.every == 0 or ends):
-                if pending is not None:
-                    last, pending = written(pending, last), None
-                writer.sync()
-                with shown.phase(f"saving step {step}", kind="saving"):
-                    checkpoints.save(step, state, prompts.state(), None)
+                reader.restart()
+            if saving:
+                session.save(step, state, prompts.state())
             if stopping:
-                if pending is not None:
-                    written(pending, last)
-                raise distributed.Preempted
-        if pending is not None:
-            written(pending, last)
+                session.stop(step)
     return state
-
-
-def _write(writer, step: int, measured: dict, last: float) -> float:
-    record = jax.device_get(measured)
-    now = time.perf_counter()
-    speed = {"tokens_per_second": float(record["response_tokens"]) / (now - last), "seconds_step": now - last}
-    writer.write({"kind": "train", "step": step} | record | speed)
-    return now
 
 
 def main(_):

@@ -8,28 +8,23 @@ that is running, with a checkpoint and exit status 75. docs/pods.md tells how to
 """
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from opd_jax import data
 from opd_jax.config import run
-from opd_jax.distill import TrainState
+from opd_jax.distill import StepInputs, TrainState
 from opd_jax.errors import UserError
 from opd_jax.evaluation import answering, evaluate
 from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.run import Checkpoints, Job, Key, metrics, prepare, transcripts
+from opd_jax.run import Job, Key, Session, StepReader, due, metrics, prepare, transcripts
 
 # What the devices do, by the names under which the loop has its clock watch them.
 DOING = {"sample": "sampling", "train": "scoring and updating", "gradient_noise": "the gradient's noise"}
-
-
-def due(config, every: int, step: int) -> bool:
-    """Whether what happens every so many steps happens after this one; the last step is always one."""
-    return every > 0 and (step % every == 0 or step == config.train.steps)
 
 
 def work(config, done: int = 0) -> dict[str, int]:
@@ -65,55 +60,32 @@ def train(
     Raises:
       distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
-    c, mesh = job.config, job.mesh
+    c = job.config
     metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
     answering.write_shared(workdir, job.shared)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(own(progress))
 
         # ---- State: the newest checkpoint, or the start.
-        checkpoints = Checkpoints(workdir, c.checkpoint.keep)
-        stack.callback(_close, checkpoints, shown)
-        done, position = checkpoints.latest, None
-        if done is None:
-            with shown.phase("reading the student's weights"):
-                state = start or job.start()
-        else:
-            with shown.phase(f"reading the checkpoint of step {done}"):
-                state, position = checkpoints.restore(done, job.abstract_state())
+        session = stack.enter_context(Session(c, workdir, shown))
+        state, position = session.state(lambda: start or job.start(), job.abstract_state)
         if teacher_params is None:
             with shown.phase("reading the teacher's weights"):
                 teacher_params = job.teacher_params()
 
         # ---- Prompts and draws.
-        prompts = data.training_batches(
-            job.prompts.train,
-            job.prompt_batch,
-            c.data.prompt_tokens,
-            job.student.pad_id,
-            c.seed,
-            sharding.local_rows(mesh, job.prompt_batch),
-            start=position,
-            parts=job.prompts.parts,
-            buckets=c.data.prompt_buckets,
-        )
-        key, release_key = job.key(Key.SAMPLING), job.key(Key.RELEASE)
+        prompts = job.training_batches(position)
+        draw, release_key = job.training_draw(), job.key(Key.RELEASE)
         response_sampler = job.response_sampler()
 
         # ---- The loop. Metrics of a step are read after the next one is on its way.
-        preemption = stack.enter_context(distributed.Preemption())
         clock = stack.enter_context(metrics.PhaseClock(_telling(shown, c.train.steps)))
-        writer = stack.enter_context(metrics.MetricWriter.of(c, workdir, done, progress=shown))
+        writer = session.record()
         writer.say(str(job.prompts))
-        # What is recorded of the step to go on from, as process 0 sees it.
-        asked = [
-            ("eval", None),
-            *(("benchmark", rendered.benchmark.name) for rendered in job.rendered_benchmarks),
-        ]
-        recorded = distributed.gathered([name in writer.recorded for name in asked])[0]
-        there = {name for name, found in zip(asked, recorded, strict=True) if found}
+        names = [rendered.benchmark.name for rendered in job.rendered_benchmarks]
+        there = session.recorded([("eval", None), *(("benchmark", name) for name in names)])
         stack.enter_context(jax.transfer_guard("disallow"))
-        read = Reader(job, writer, clock)
+        read = StepReader(writer)
 
         def evaluate_heldout(step: int, state, result: dict | None = None) -> float:
             result = dict(result or evaluate(job, state.params, teacher_params, shown))
@@ -138,7 +110,7 @@ def train(
             read.restart()
 
         # The start; or what there was no time for after the step at which the run was stopped.
-        first = done or 0
+        first = session.first
         if progress is None:
             shown.plan(work(c))
         for name, count in work(c, first).items():
@@ -146,7 +118,7 @@ def train(
         if due(c, c.eval.benchmark_every, first):
             answer_benchmarks(first, state, there)
         if due(c, c.eval.every, first):
-            given = start_evaluation if done is None else None
+            given = start_evaluation if session.done is None else None
             if given or ("eval", None) in there:
                 shown.skip("evaluation")
             if ("eval", None) not in there:
@@ -154,48 +126,43 @@ def train(
         for step in range(first + 1, c.train.steps + 1):
             started = time.perf_counter()
             local = next(prompts)
-            batch = sharding.put_batch(mesh, local)
-            data_seconds = time.perf_counter() - started
-            width, drawn = local.tokens_BP.shape[1], (batch.tokens_BP, batch.mask_BP, key, state.step)
-            sample, writes = job.sample_group, state.params
-            if job.teacher_writes:
-                sample, writes = job.sample_teacher, teacher_params
-            with shown.compiling("the sampler", sample, width):
-                rollouts = sample(writes, *drawn)
+            data_seconds, width = time.perf_counter() - started, local.tokens_BP.shape[1]
+            writes = teacher_params if job.teacher_writes else state.params
+            batch, rollouts = draw(writes, local, state.step, shown)
             clock.watch("sample", step, rollouts.finished_B)
-            reward = ()
+            reward_B = None
             if c.reward.weight:  # the host waits for the sampler here
                 with shown.phase(f"step {step}/{c.train.steps}: sampling, then grading", kind="grading"):
-                    reward = (job.reward(local.index_B, rollouts),)
-            lesson = teacher_params, rollouts, job.segment_table(rollouts), release_key, *reward
+                    reward_B = job.reward(local.index_B, rollouts)
+            inputs = StepInputs(teacher_params, rollouts, job.segment_table(rollouts), release_key, reward_B)
             noise = {}
             if due(c, c.metrics.gradient_noise_every, step):
                 with shown.compiling("the gradient's noise", job.gradient_noise, width):
-                    noise = job.gradient_noise(state.params, state.step, *lesson)
+                    noise = job.gradient_noise(state.params, state.step, inputs)
                 clock.watch("gradient_noise", step, noise["gradient_norm_all"])
             with shown.compiling("the training step", job.train_step, width):
-                state, measured, supervision = job.train_step(state, *lesson)
+                state, measured, supervision = job.train_step(state, inputs)
             clock.watch("train", step, measured["loss"])
             read.finish()
-            read.begin(step, measured | noise, data_seconds, batch.index_B, rollouts, supervision)
-            stopping = preemption.reached()
-            evaluating = due(c, c.eval.every, step) and not stopping
-            examining = (
-                bool(job.rendered_benchmarks) and due(c, c.eval.benchmark_every, step) and not stopping
+            kept = _rollouts_to_keep(job, step, (batch.index_B, rollouts, supervision))
+            read.begin(
+                step,
+                measured | noise,
+                functools.partial(_finished, job, writer, clock, step, data_seconds, kept),
             )
-            saving = due(c, c.checkpoint.every, step) or (stopping and c.checkpoint.every > 0)
+            stopping = session.stopping()
+            evaluating = due(c, c.eval.every, step) and not stopping
+            examining = bool(names) and due(c, c.eval.benchmark_every, step) and not stopping
+            saving = session.saves(step, stopping)
             if evaluating or examining or saving:
                 read.finish()
             kl = evaluate_heldout(step, state) if evaluating else None
             if saving:
-                writer.sync()
-                with shown.phase(f"saving step {step}", kind="saving"):
-                    checkpoints.save(step, state, prompts.state(), kl)
+                session.save(step, state, prompts.state(), kl)
             if examining:  # the longest, and made when the run goes on if it ends here
                 answer_benchmarks(step, state)
             if stopping:
-                writer.say(f"told to stop after step {step}; start again with the same --workdir to go on")
-                raise distributed.Preempted
+                session.stop(step)
         read.finish()
     return state
 
@@ -212,58 +179,24 @@ def _telling(shown: Progress, total: int):
     return told
 
 
-def _close(checkpoints: Checkpoints, shown: Progress):
-    with shown.phase("writing what is left of the checkpoint"):
-        checkpoints.close()
+def _rollouts_to_keep(job: Job, step: int, arrays):
+    """The first rows of `arrays`, on every host, if this step's rollouts are to be written; else None."""
+    c = job.config.metrics
+    if not (c.rollouts_every and c.rollouts):
+        return None
+    if step % c.rollouts_every and step not in (1, job.config.train.steps):
+        return None
+    return sharding.first_rows(job.mesh, arrays, c.rollouts)
 
 
-class Reader:
-    """Reads the metrics of the step before, while the device works on the present one."""
-
-    def __init__(self, job: Job, writer, clock):
-        self._job, self._writer, self._clock = job, writer, clock
-        self._pending = None
-        self.restart()
-
-    def restart(self):
-        """Starts the clock of the next step now: what came before was no training."""
-        self._last = time.perf_counter()
-
-    def begin(self, step, measured, data_seconds, index_Q, rollouts, supervision):
-        """Notes what step `step` will have measured; starts no transfer of its rollouts unless shown."""
-        c = self._job.config.metrics
-        due = c.rollouts_every and c.rollouts and step % c.rollouts_every == 0
-        shown = None
-        if due or (c.rollouts_every and c.rollouts and step in (1, self._job.config.train.steps)):
-            shown = sharding.first_rows(self._job.mesh, (index_Q, rollouts, supervision), c.rollouts)
-        self._pending = step, measured, data_seconds, shown
-
-    def finish(self):
-        """Fetches and writes what is pending, waiting for the device only if it is not done yet."""
-        if self._pending is None:
-            return
-        step, measured, data_seconds, shown = self._pending
-        self._pending = None
-        record = jax.device_get(measured)
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        phases = self._clock.pop(step)
-        self._writer.write(
-            {"kind": "train", "step": step}
-            | record
-            | {
-                "tokens_per_second": float(record["response_tokens"]) / seconds,
-                "seconds_step": seconds,
-                "seconds_data": data_seconds,
-            }
-            | {f"seconds_{name}": value for name, value in phases.items()}
-        )
-        if shown is not None and self._writer.active:
-            index_Q, rollouts, supervision = jax.device_get(shown)
-            right = self._job.graded(index_Q, rollouts)
-            self._writer.write_rollouts(
-                transcripts.records(self._job.tokenizer, step, rollouts, supervision, right)
-            )
+def _finished(job: Job, writer, clock, step: int, data_seconds: float, kept) -> dict:
+    """Writes the rollouts of a finished step; returns the seconds of its phases."""
+    if kept is not None and writer.active:
+        index_Q, rollouts, supervision = jax.device_get(kept)
+        right = job.graded(index_Q, rollouts)
+        writer.write_rollouts(transcripts.records(job.tokenizer, step, rollouts, supervision, right))
+    phases = {f"seconds_{name}": value for name, value in clock.pop(step).items()}
+    return {"seconds_data": data_seconds} | phases
 
 
 def main(_):

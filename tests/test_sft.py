@@ -4,10 +4,11 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from opd_jax import data, sft
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import train_step
 from opd_jax.errors import UserError
 from opd_jax.models import tokenizers, transformer
 from opd_jax.models.files import source
@@ -68,7 +69,7 @@ def test_the_first_steps_loss_is_the_mean_negative_log_likelihood_of_the_batchs_
     sft.train(c, tmp_path / "run")
     tokenizer = tokenizers.load(c.student.path)
     train, heldout, _ = sft.read(c, tokenizer, {tiny.END})
-    first = next(data.training_batches([e.prompt for e in train], 8, 48, tiny.PAD, c.seed))
+    first = next(data.TrainingBatches([e.prompt for e in train], data.Batching(8, 48, tiny.PAD), c.seed))
     model, params = source.load(c.student.path)
 
     @jax.jit
@@ -128,11 +129,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     def loss(params, piece):
         return (jax.numpy.tanh(piece @ params["w"]) ** 2).sum(), piece.sum(axis=0)
 
-    one = steps.accumulated_gradient(loss, params, x, 1)
-    four = steps.accumulated_gradient(loss, params, x, 4)
-    np.testing.assert_allclose(one[0][0], four[0][0], rtol=1e-6)
-    np.testing.assert_allclose(four[0][1], x.sum(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(one[1]["w"], four[1]["w"], rtol=1e-5)
+    sgd = optax.sgd(1.0)
+    carry = params, sgd.init(params)
+    (one, _), (value, norm, _) = train_step.make_update(loss, sgd, 1)(carry, x)
+    (four, _), (value_of_four, norm_of_four, aux) = train_step.make_update(loss, sgd, 4)(carry, x)
+    np.testing.assert_allclose(value, value_of_four, rtol=1e-6)
+    np.testing.assert_allclose(norm, norm_of_four, rtol=1e-5)
+    np.testing.assert_allclose(aux, x.sum(axis=0), rtol=1e-5)
+    assert abs(one["w"] - params["w"]).max() > 0.1
+    np.testing.assert_allclose(one["w"], four["w"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

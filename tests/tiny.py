@@ -14,7 +14,7 @@ import tokenizers as hf_tokenizers
 import transformers
 
 from opd_jax.config import default
-from opd_jax.distill.rollout import Rollouts
+from opd_jax.distill import Rollouts
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import hf

@@ -1,9 +1,10 @@
+from .batches import Batching as Batching
 from .batches import Prompt as Prompt
 from .batches import PromptBatch as PromptBatch
 from .batches import Prompts as Prompts
+from .batches import TrainingBatches as TrainingBatches
 from .batches import duplicates as duplicates
 from .batches import heldout_batches as heldout_batches
 from .batches import hold_out as hold_out
 from .batches import load as load
 from .batches import render as render
-from .batches import training_batches as training_batches

@@ -10,7 +10,7 @@ have seen.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -204,55 +204,57 @@ def hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[
     return [p for p in prompts if p.text not in held_set], [first[text] for text in held]
 
 
-def training_batches(
-    prompts: Sequence[Prompt],
-    batch: int,
-    prompt_tokens: int,
-    pad_id: int,
-    seed: int,
-    rows: np.ndarray | None = None,
-    start: Mapping[str, Any] | None = None,
-    parts: Sequence[tuple[int, float]] = (),
-    buckets: Sequence[int] = (),
-) -> "PromptIterator":
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How prompts are put into arrays.
+
+    Attributes:
+      batch: rows of a batch, over all processes.
+      prompt_tokens: P, the width of a batch.
+      pad_id: what fills a row up, on the left.
+      rows: the numbers of this process's rows of a batch, from `sharding.local_rows`; None is all of them.
+      buckets: further widths that a training batch may have. It takes the smallest that holds the longest
+        prompt of all its rows, including those of other processes, so every process takes the same.
+    """
+
+    batch: int
+    prompt_tokens: int
+    pad_id: int
+    rows: np.ndarray | None = None
+    buckets: Sequence[int] = ()
+
+    def own_rows(self) -> np.ndarray:
+        """The numbers of this process's rows."""
+        return np.arange(self.batch) if self.rows is None else self.rows
+
+
+class TrainingBatches:
     """An endless iterator of training batches, reshuffled every epoch.
 
-    `batch` counts the rows of all processes together, of which this process reads only `rows`, so the
-    order of prompts does not depend on the number of processes. Epochs join without a gap: a batch may
-    hold the end of one and the beginning of the next.
+    The order of prompts does not depend on the number of processes. Epochs join without a gap: a batch may
+    hold the end of one epoch and the beginning of the next. Each `next` is a pure function of (prompts,
+    batch, seed, step).
 
     Args:
-      rows: numbers of this process's rows of every batch, from `sharding.local_rows`; all of them if None.
-      start: a `PromptIterator.state()` to go on from.
+      start: a `TrainingBatches.state()` to continue from.
       parts: (prompts, weight) of consecutive runs of `prompts`; each takes its weight's share of the rows.
-      buckets: widths that a batch may have beside prompt_tokens. It takes the least that holds the longest
-        prompt of all its rows, this process's or not, so that every process takes the same.
 
     Raises:
       UserError: `start` belongs to other data.
     """
-    return PromptIterator(prompts, batch, prompt_tokens, pad_id, seed, rows, start, parts, buckets)
-
-
-class PromptIterator:
-    """See `training_batches`. Each `next` is a pure function of (prompts, batch, seed, step)."""
 
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        batch: int,
-        prompt_tokens: int,
-        pad_id: int,
+        batching: Batching,
         seed: int,
-        rows: np.ndarray | None,
-        start: Mapping[str, Any] | None,
-        parts: Sequence[tuple[int, float]],
-        buckets: Sequence[int],
+        start: Mapping[str, Any] | None = None,
+        parts: Sequence[tuple[int, float]] = (),
     ):
         import grain  # slow to import, and only training needs it
 
-        rows = np.arange(batch) if rows is None else rows
-        widths = sorted({*buckets, prompt_tokens})
+        rows, pad_id = batching.own_rows(), batching.pad_id
+        widths = sorted({*batching.buckets, batching.prompt_tokens})
 
         def collate(index_B):
             longest = max(len(prompts[index].ids) for index in index_B)
@@ -262,7 +264,7 @@ class PromptIterator:
         self._origin = {
             "prompts": len(prompts),
             "digest": _digest(prompts),
-            "batch": batch,
+            "batch": batching.batch,
             "seed": seed,
         }
         if len(parts) > 1:
@@ -276,11 +278,10 @@ class PromptIterator:
                     "restore the data.* settings of that run, or start in another --workdir"
                 )
             self._step = start["step"]
-        self._batches = (
-            _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed).batch(batch).map(collate)
-        )
+        order = _order(grain.MapDataset, parts or ((len(prompts), 1.0),), seed)
+        self._batches = order.batch(batching.batch).map(collate)
 
-    def __iter__(self) -> "PromptIterator":
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> PromptBatch:
@@ -289,7 +290,7 @@ class PromptIterator:
         return result
 
     def state(self) -> dict[str, Any]:
-        """What `training_batches(start=...)` needs to go on after the last batch taken; JSON-able."""
+        """What `start` needs to continue after the last batch taken; JSON-able."""
         return {"step": self._step, **self._origin}
 
 
@@ -302,24 +303,13 @@ def _order(dataset: Any, parts: Sequence[tuple[int, float]], seed: int) -> Any:
     return orders[0] if len(orders) == 1 else dataset.mix(orders, [weight for _, weight in parts])
 
 
-def heldout_batches(
-    prompts: Sequence[Prompt],
-    batch: int,
-    prompt_tokens: int,
-    pad_id: int,
-    rows: np.ndarray | None = None,
-) -> Iterator[PromptBatch]:
-    """The prompts once, in order; prompt 0 fills up the last batch, with `valid_B` False.
-
-    Args:
-      rows: as in `training_batches`.
-    """
-    rows = np.arange(batch) if rows is None else rows
-    for first in range(0, len(prompts), batch):
-        row_B = first + rows
+def heldout_batches(prompts: Sequence[Prompt], batching: Batching) -> Iterator[PromptBatch]:
+    """The prompts once, in order, at full width; prompt 0 fills up the last batch, with `valid_B` False."""
+    for first in range(0, len(prompts), batching.batch):
+        row_B = first + batching.own_rows()
         valid_B = row_B < len(prompts)
         index_B = np.where(valid_B, row_B, 0)
-        filled = _collate(prompts, index_B, prompt_tokens, pad_id)
+        filled = _collate(prompts, index_B, batching.prompt_tokens, batching.pad_id)
         yield filled._replace(valid_B=valid_B)
 
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax.distill import scoring, trainable
-from opd_jax.distill.train_step import make_loss, response_tokens, supervise
+from opd_jax.distill.loss import Loss
+from opd_jax.distill.train_step import response_tokens, supervise
+from opd_jax.distill.types import StepInputs
 from opd_jax.models import ModelConfig
 from opd_jax.parallel import sharding
 
@@ -32,17 +34,17 @@ def group_count(config, mesh) -> int | None:
 
 
 def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, groups: int):
-    """Builds gradient_noise(params, step, teacher_params, rollouts, table, key, reward_B).
+    """Builds gradient_noise(params, step, inputs).
 
     Args:
       student, teacher, config: see `train_step.make_train_step`.
       groups: n of `group_count`.
 
     Returns:
-      A pure function that returns float32 scalars for each of PARTS: `gradient_norm_PART`, |g| of the mean
-      over the whole batch, and `gradient_snr_PART`, an estimate of |E g|^2 / E|g - E g|^2, signal power over
-      noise power of the batch's gradient: 0 (or, by chance, below) is noise alone. It is NaN where no group
-      differs, as where the part has no token.
+      A pure function of the student's parameters, TrainState.step and StepInputs. It returns float32 scalars
+      for each of PARTS: `gradient_norm_PART`, |g| of the mean over the whole batch, and `gradient_snr_PART`,
+      an estimate of |E g|^2 / E|g - E g|^2, the signal power over the noise power of the batch's gradient. 0
+      (or, by chance, below) is pure noise. NaN where no two groups differ, as where the part has no token.
 
     With gradients g_1 .. g_n of n groups of whole prompts, whose mean is g, the noise is
     sum |g_i - g|^2 / (n (n - 1)), an unbiased estimate of the variance of g, and the signal |g|^2 - noise.
@@ -52,42 +54,38 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
     Source: McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1; the ratio is batch size over their
     "simple" noise scale.
     """
-    mean_loss = make_loss(student, teacher, config)
+    loss = Loss.of(student, teacher, config)
     samples = config.rollout.samples_per_prompt
 
-    def gradient_noise(params, step, teacher_params, rollouts, table, key, reward_B=None):
-        _, released, lesson = supervise(
-            student, teacher, config, params, step, teacher_params, rollouts, table, key, reward_B
-        )
-        tokens = response_tokens(rollouts)
+    def gradient_noise(params, step, inputs: StepInputs):
+        rollouts = inputs.rollouts
+        _, released, loss_inputs = supervise(student, teacher, config, params, step, inputs)
+        # As one of n groups, each has 1 / n of the batch's loss.
+        tokens = response_tokens(rollouts) / groups
         trained, kept = trainable.split(params, config.train.frozen)
-
-        def group_loss(trained, group):
-            # As one of n groups, each has 1 / n of the batch's loss.
-            return mean_loss(trainable.join(trained, kept), group, teacher_params, tokens / groups)
 
         def measured(weights):
             weight_BT, end_weight_BT = weights
-            ends = lesson.ends and lesson.ends.replace(weight_BT=end_weight_BT)
+            ends = loss_inputs.ends and loss_inputs.ends.replace(weight_BT=end_weight_BT)
 
             def add(sums, group):
                 number, mean, spread = sums
-                own, _ = jax.grad(group_loss, has_aux=True)(trained, group)
+                own, _ = jax.grad(loss, has_aux=True)(trained, group, kept, inputs.teacher_params, tokens)
                 away = optax.tree.sub(own, mean)
                 mean = jax.tree.map(lambda m, a: m + a / (number + 1), mean, away)
                 return (number + 1, mean, spread + optax.tree.vdot(away, optax.tree.sub(own, mean))), None
 
             start = jnp.float32(0), jax.tree.map(jnp.zeros_like, trained), jnp.float32(0)
-            pieces = cut(lesson.replace(weight_BT=weight_BT, ends=ends), groups, samples)
+            pieces = cut(loss_inputs.replace(weight_BT=weight_BT, ends=ends), groups, samples)
             (_, mean, spread), _ = jax.lax.scan(add, start, pieces)
             power, noise = optax.tree.vdot(mean, mean), spread / (groups * (groups - 1))
             return jnp.sqrt(power), jnp.where(noise > 0, (power - noise) / noise, jnp.nan)
 
         left_BT = rollouts.mask_BT & ~released.mask_BT
-        part_3BT = jnp.stack([lesson.weight_BT, rollouts.mask_BT * 1.0, left_BT * 1.0])
+        part_3BT = jnp.stack([loss_inputs.weight_BT, rollouts.mask_BT * 1.0, left_BT * 1.0])
         ends_3BT = None
-        if lesson.ends:  # the step teaches them at released positions too
-            end_weight_BT = lesson.ends.weight_BT
+        if loss_inputs.ends:  # the step teaches them at released positions too
+            end_weight_BT = loss_inputs.ends.weight_BT
             ends_3BT = jnp.stack([end_weight_BT, end_weight_BT, jnp.zeros_like(end_weight_BT)])
         norm_3, snr_3 = jax.lax.map(measured, (part_3BT, ends_3BT))
         result = {}

@@ -17,7 +17,7 @@ from opd_jax.declare import PARAMETERS, Field, parameters
 from opd_jax.distill import divergences
 
 if TYPE_CHECKING:
-    from opd_jax.distill import scoring
+    from opd_jax.distill import types
 
 
 @struct.dataclass
@@ -38,7 +38,7 @@ class Tokens:
     old_logp_BT: jax.Array
     advantage_BT: jax.Array
     teacher_logits_BTV: jax.Array | None = None
-    teacher_top: "scoring.TeacherTop | None" = None
+    teacher_top: "types.TeacherTop | None" = None
 
 
 class Options:
@@ -117,32 +117,23 @@ def objective(
     return register
 
 
-def surrogate(logp_BT, old_logp_BT, advantage_BT, clip_ratio: float | None):
-    """The policy-gradient loss of given log-probabilities.
-
-    Args:
-      logp_BT: the student's log-probability of each token, with gradient.
-      old_logp_BT: the same when the token was scored; used only with clip_ratio.
-      advantage_BT: A_t in nats; no gradient.
-      clip_ratio: None for one update a rollout: -A_t log p. Otherwise, for several updates on the same
-        rollouts, -min(r A, clip(r, 1 - clip_ratio, 1 + clip_ratio) A) with r = p / p_old, whose gradient
-        at r = 1 is that of the first form.
-
-    Source: paper.md, step 8; the clipped form is PPO's (Schulman et al. 2017, arXiv 1707.06347).
-    """
-    advantage_BT = jax.lax.stop_gradient(advantage_BT)
-    if clip_ratio is None:
-        return -advantage_BT * logp_BT
-    ratio_BT = jnp.exp(logp_BT - old_logp_BT)
-    clipped_BT = jnp.clip(ratio_BT, 1 - clip_ratio, 1 + clip_ratio)
-    return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
-
-
 @objective("policy_gradient", advantage=True)
 def policy_gradient(tokens: Tokens, options: Options):
-    """-A_t log S(y_t): the single-sample estimate of the reverse KL's gradient. Source: paper.md, step 8."""
+    """-A_t log S(y_t): the single-sample estimate of the reverse KL's gradient.
+
+    With options.clip_ratio, for several updates on the same rollouts, it is
+    -min(r A, clip(r, 1 - clip_ratio, 1 + clip_ratio) A) with r = S / S_old. At r = 1 its gradient is that of
+    the first form.
+
+    Source: arXiv 2605.13643; the clipped form is PPO's (Schulman et al. 2017, arXiv 1707.06347).
+    """
     logp_BT = distill.scoring.token_logp(tokens.logits_BTV, tokens.token_BT)
-    return surrogate(logp_BT, tokens.old_logp_BT, tokens.advantage_BT, options.clip_ratio)
+    advantage_BT = jax.lax.stop_gradient(tokens.advantage_BT)
+    if options.clip_ratio is None:
+        return -advantage_BT * logp_BT
+    ratio_BT = jnp.exp(logp_BT - tokens.old_logp_BT)
+    clipped_BT = jnp.clip(ratio_BT, 1 - options.clip_ratio, 1 + options.clip_ratio)
+    return -jnp.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
 
 
 @objective("reverse_kl", teacher="logits")

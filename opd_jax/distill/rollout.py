@@ -4,44 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from opd_jax.distill import vocabulary
+from opd_jax.distill.types import Rollouts
 from opd_jax.models import ModelConfig, attention, transformer
 from opd_jax.models import cache as kv
-
-
-@struct.dataclass
-class Rollouts:
-    """A batch of sampled responses. Past a row's end every field is 0, False or pad.
-
-    Attributes:
-      tokens_BL: int32 ids; prompt left-padded to P, then the response right-padded to T.
-      prompt_mask_BP: real prompt tokens.
-      mask_BT: response tokens, the end-of-sequence token included.
-      logp_BT: the student's log-probability of each token in nats: temperature 1, no truncation, whatever
-        it was sampled with.
-      behaviour_logp_BT: the log-probability under the distribution that the token was drawn from.
-      topk_BTK: ids of the student's K most likely tokens at each position, most likely first.
-      topk_logp_BTK: the student's log-probabilities of them in nats, as logp_BT's.
-      stop_BT: the student's probability of an end token at each position.
-      finished_B: ended by an end token, not by the length limit.
-    """
-
-    tokens_BL: jax.Array
-    prompt_mask_BP: jax.Array
-    mask_BT: jax.Array
-    logp_BT: jax.Array
-    behaviour_logp_BT: jax.Array
-    topk_BTK: jax.Array
-    topk_logp_BTK: jax.Array
-    stop_BT: jax.Array
-    finished_B: jax.Array
-
-    @property
-    def response_BT(self):
-        """Ids of the response."""
-        return self.tokens_BL[:, self.prompt_mask_BP.shape[1] :]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,76 +8,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from opd_jax.distill import divergences, vocabulary
-from opd_jax.distill.rollout import Rollouts
+from opd_jax.distill.types import Rollouts, Scores, Targets, TeacherTop
 from opd_jax.models import ModelConfig, moe, transformer
-
-
-@struct.dataclass
-class TeacherTop:
-    """The teacher's own most likely tokens; finite and without meaning outside the response.
-
-    Attributes:
-      top_BTK: ids, most likely first.
-      logp_BTK: their log-probabilities and, last, that of all other ids together: [B, T, K + 1].
-      entropy_BT: the teacher's entropy over the whole vocabulary, nats.
-    """
-
-    top_BTK: jax.Array
-    logp_BTK: jax.Array
-    entropy_BT: jax.Array
-
-
-@struct.dataclass
-class Targets:
-    """What some objectives need of the teacher beside Scores; all of it from the same forward pass.
-
-    Attributes:
-      hidden_BTD: final hidden states, from which the loss makes the teacher's logits chunk by chunk.
-      top: TeacherTop.
-    """
-
-    hidden_BTD: jax.Array | None = None
-    top: TeacherTop | None = None
-
-
-@struct.dataclass
-class Scores:
-    """What the teacher says of a batch of rollouts; float32, nats, 0 outside the response.
-
-    Attributes:
-      advantage_BT: A_t = log p_T(y_t) - log p_S(y_t).
-      contrast_BT: M_t >= 0, the teacher's margin between its best two of the student's K candidates.
-      teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
-      teacher_topk_logp_BTK, student_topk_logp_BTK: those of the student's K candidates, in its order.
-      overlap_BT: no unit, the share of the student's K candidates that are among the teacher's K best.
-      teacher_stop_BT: the teacher's probability of an end token at each position.
-      targets: what `score` was asked to keep for the objective.
-      teacher_load: how the teacher's routers spread the batch's tokens; None without experts.
-    """
-
-    advantage_BT: jax.Array
-    contrast_BT: jax.Array
-    teacher_logp_BT: jax.Array
-    student_logp_BT: jax.Array
-    teacher_topk_logp_BTK: jax.Array | None
-    student_topk_logp_BTK: jax.Array | None
-    overlap_BT: jax.Array | None
-    teacher_stop_BT: jax.Array
-    targets: Targets | None = None
-    teacher_load: moe.Load | None = None
-
-    def per_token(self) -> "Scores":
-        """The scores without what only rules and objectives read: nothing of it need leave a program."""
-        return self.replace(
-            teacher_topk_logp_BTK=None,
-            student_topk_logp_BTK=None,
-            overlap_BT=None,
-            targets=None,
-            teacher_load=None,
-        )
 
 
 def score(

@@ -3,134 +3,20 @@
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from opd_jax import release as releasing
 from opd_jax.distill import loss, objectives, scoring, trainable
+from opd_jax.distill.optimizer import learning_rate
 from opd_jax.distill.repeats import repeated_tail
-from opd_jax.distill.rollout import Rollouts
-from opd_jax.models import ModelConfig, moe, transformer
+from opd_jax.distill.types import Ends, LossInputs, Rollouts, StepInputs, Supervision, TrainState
+from opd_jax.models import ModelConfig, moe
 from opd_jax.release.segments import segment
 
 POSITION_BINS = 20
 
 
-@struct.dataclass
-class TrainState:
-    """What training changes.
-
-    Attributes:
-      step: int32 scalar, updates of the policy's rollouts done; the next rollout's number.
-      params: the student's parameters, float32 masters.
-      opt_state: the optimizer's state.
-    """
-
-    step: jax.Array
-    params: dict
-    opt_state: optax.OptState
-
-
-@struct.dataclass
-class Lesson:
-    """What a gradient is taken of: the rollouts, and how much each of their tokens counts.
-
-    Attributes:
-      rollouts: with the student's log-probabilities that the advantage was made with.
-      advantage_BT: nats, as the loss sees it: clipped, and with the task reward mixed in.
-      weight_BT: the release rule's weight times the rescale; 0 outside the response.
-      targets: what the objective needs of the teacher beside.
-      ends: how the end of a response is taught beside the objective; None without objective.end_weight.
-    """
-
-    rollouts: Rollouts
-    advantage_BT: jax.Array
-    weight_BT: jax.Array
-    targets: scoring.Targets
-    ends: loss.Ends | None = None
-
-
-@struct.dataclass
-class Supervision:
-    """What a step decided for each rollout; for the report, never needed to go on."""
-
-    scores: scoring.Scores
-    release: releasing.Release
-
-
-def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW with clipping by global norm and a warm-up to a constant, linear or cosine schedule.
-
-    With optimizer.b1 = 0 the first moment is the gradient itself and is not kept. It takes the gradients of
-    the parameters that train.frozen leaves to train (`trainable.split`).
-
-    Args:
-      config: the whole config; reads optimizer.* and train.steps, train.updates_per_rollout, train.frozen.
-        With optimizer.memory = host the update brings the moments to the devices, and back.
-    """
-    o = config.optimizer
-    if o.b1:
-        scale = optax.scale_by_adam(o.b1, o.b2, o.eps, mu_dtype=o.mu_dtype)
-    else:
-        scale = optax.scale_by_rms(o.b2, o.eps, eps_in_sqrt=False, bias_correction=True)
-    adamw = optax.chain(
-        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
-        scale,
-        optax.add_decayed_weights(o.weight_decay),
-        optax.scale_by_learning_rate(learning_rate(config)),
-    )
-    adamw = from_host(adamw) if o.memory == "host" else adamw
-    return trainable.alone(adamw, config.train.frozen)
-
-
-def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, of moments that lie in the hosts' memory: each update fetches them and returns them.
-
-    It does so in a branch that is always taken. A compiler that saw through it would fetch them early, to
-    hide the copies, and the moments would lie beside the activations after all.
-    """
-
-    def update(grads, state, params=None):
-        lies = jax.tree.map(lambda x: jax.typeof(x).memory_space, state)
-
-        def fetched(grads, state, params):
-            state = jax.device_put(state, jax.memory.Space.Device)
-            changes, state = optimizer.update(grads, state, params)
-            return changes, jax.tree.map(jax.device_put, state, lies)
-
-        def unchanged(grads, state, params):
-            return jax.tree.map(jnp.zeros_like, grads), state
-
-        count = next(x for x in jax.tree.leaves(state) if x.ndim == 0)
-        return jax.lax.cond(count >= 0, fetched, unchanged, grads, state, params)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def learning_rate(config) -> optax.Schedule:
-    """Learning rate by update number, as optimizer.* says."""
-    o = config.optimizer
-    total = config.train.steps * config.train.updates_per_rollout
-    after = max(total - o.warmup_steps, 1)
-    tail = {
-        "constant": lambda: optax.constant_schedule(o.learning_rate),
-        "linear": lambda: optax.linear_schedule(o.learning_rate, 0.0, after),
-        "cosine": lambda: optax.cosine_decay_schedule(o.learning_rate, after),
-    }[o.schedule]()
-    if not o.warmup_steps:
-        return tail
-    first = o.learning_rate / o.warmup_steps  # so that update n of w has n / w of the rate
-    rise = optax.linear_schedule(first, o.learning_rate, max(o.warmup_steps - 1, 1))
-    return optax.join_schedules([rise, tail], [o.warmup_steps])
-
-
-def recomputes(config) -> bool:
-    """Whether scoring runs the student too: as configured, and on what the teacher wrote and scored."""
-    writer = objectives.OBJECTIVES[config.objective.name].writer
-    return config.scoring.student == "recompute" or writer == "teacher"
-
-
 def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimizer):
-    """Builds train_step(state, teacher_params, rollouts, table, key, reward_B).
+    """Builds train_step(state, inputs), a pure function; jit it with the state donated.
 
     Args:
       student, teacher: the models' configs.
@@ -138,59 +24,39 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
       optimizer: what `make_optimizer` returned, or any optax transformation of the trained parameters.
 
     Returns:
-      A pure function that returns (state, metrics, Supervision); jit it with the state donated. `table` is
-      the SegmentTable; `key` is a PRNG key of the run, from which release rules that draw do so with the
-      step's number; `reward_B`, needed only with a reward.weight, is the reward of each response, NaN where
-      there is none; metrics is a dict of float32 scalars and [20] lists, summed or averaged over response
-      tokens of the whole batch.
+      A function (TrainState, StepInputs) -> (TrainState, metrics, Supervision). metrics is a dict of float32
+      scalars and [20] lists, summed or averaged over the response tokens of the whole batch.
     """
     train = config.train
-    micro_batches = config.rollout.batch // train.micro_batch
     objective = objectives.OBJECTIVES[config.objective.name]
     schedule = learning_rate(config)
-    mean_loss = make_loss(student, teacher, config)
+    update = make_update(
+        loss.Loss.of(student, teacher, config), optimizer, config.rollout.batch // train.micro_batch
+    )
 
-    def train_step(state: TrainState, teacher_params, rollouts: Rollouts, table, key, reward_B=None):
-        scores, released, lesson = supervise(
-            student, teacher, config, state.params, state.step, teacher_params, rollouts, table, key, reward_B
-        )
+    def train_step(state: TrainState, inputs: StepInputs):
+        rollouts, reward_B = inputs.rollouts, inputs.reward_B
+        scores, released, loss_inputs = supervise(student, teacher, config, state.params, state.step, inputs)
         supervision = Supervision(scores=scores.per_token(), release=released)
         tokens = response_tokens(rollouts)
-
-        def piece_loss(params, piece):
-            return mean_loss(params, piece, teacher_params, tokens)
-
         trained, kept = trainable.split(state.params, train.frozen)
-
-        def update(carry, _):
-            trained, opt_state = carry
-            with jax.named_scope("gradient"):
-                (loss, load), grads = accumulated_gradient(
-                    lambda trained, piece: piece_loss(trainable.join(trained, kept), piece),
-                    trained,
-                    lesson,
-                    micro_batches,
-                )
-            with jax.named_scope("update"):
-                changes, opt_state = optimizer.update(grads, opt_state, trained)
-                trained = optax.apply_updates(trained, changes)
-            return (trained, opt_state), (loss, optax.tree.norm(grads), load)
-
-        carry = trained, state.opt_state
+        carry, fixed = (trained, state.opt_state), (loss_inputs, kept, inputs.teacher_params, tokens)
         if train.updates_per_rollout == 1:
-            carry, (loss, norm, load) = update(carry, None)
+            carry, (mean_loss, norm, load) = update(carry, *fixed)
         else:
-            carry, measured = jax.lax.scan(update, carry, length=train.updates_per_rollout)
-            loss, norm, load = jax.tree.map(lambda x: x[0], measured)
+            carry, measured = jax.lax.scan(
+                lambda carry, _: update(carry, *fixed), carry, length=train.updates_per_rollout
+            )
+            mean_loss, norm, load = jax.tree.map(lambda x: x[0], measured)
         metrics = measure(rollouts, supervision) | {
-            "loss": loss,
+            "loss": mean_loss,
             "grad_norm": norm,
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
         }
         if objective.writer == "teacher":
             metrics["kl"] = -metrics["kl"]  # log T - log S of the teacher's own tokens: KL(T || S)
-        if lesson.targets.top is not None:
-            entropy_BT = jnp.where(rollouts.mask_BT, lesson.targets.top.entropy_BT, 0)
+        if loss_inputs.targets.top is not None:
+            entropy_BT = jnp.where(rollouts.mask_BT, loss_inputs.targets.top.entropy_BT, 0)
             metrics["teacher_entropy"] = entropy_BT.sum() / tokens
         if reward_B is not None:
             metrics["reward"] = jnp.nanmean(reward_B)
@@ -203,29 +69,19 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
 
 
 def supervise(
-    student: ModelConfig,
-    teacher: ModelConfig,
-    config,
-    params: dict,
-    step,
-    teacher_params: dict,
-    rollouts: Rollouts,
-    table,
-    key,
-    reward_B=None,
-) -> tuple[scoring.Scores, releasing.Release, Lesson]:
+    student: ModelConfig, teacher: ModelConfig, config, params: dict, step, inputs: StepInputs
+) -> tuple[scoring.Scores, releasing.Release, LossInputs]:
     """What the teacher says of a batch, what a rule keeps of it, and what the loss reads.
 
     Args:
       params: the student's, read only where its scores are recomputed.
       step: TrainState.step.
-      others: see `make_train_step`.
     """
-    objective = objectives.OBJECTIVES[config.objective.name]
+    objective, rollouts = objectives.OBJECTIVES[config.objective.name], inputs.rollouts
     with jax.named_scope("score"):
         scores = scoring.score(
             teacher,
-            teacher_params,
+            inputs.teacher_params,
             rollouts,
             chunk=config.scoring.chunk,
             micro_batches=config.rollout.batch // config.train.micro_batch,
@@ -234,88 +90,79 @@ def supervise(
             top_k=config.objective.top_k,
         )
     with jax.named_scope("release"):
-        segment_BT = segment(table, rollouts.response_BT, rollouts.mask_BT)
+        segment_BT = segment(inputs.table, rollouts.response_BT, rollouts.mask_BT)
         released = releasing.release(
             scores,
             segment_BT,
             rollouts.mask_BT,
             config.release,
             step=step,
-            key=jax.random.fold_in(key, step),
+            key=jax.random.fold_in(inputs.key, step),
         )
     advantage_BT = loss.advantage(
-        scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, reward_B
+        scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, inputs.reward_B
     )
     ends = None
     if config.objective.end_weight and student.eos_ids:  # a model without end tokens never ends
         weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
-        ends = loss.Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
-    return (
-        scores,
-        released,
-        Lesson(
-            rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
-            advantage_BT=advantage_BT,
-            weight_BT=released.weight_BT,
-            targets=scores.targets,
-            ends=ends,
-        ),
+        ends = Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
+    loss_inputs = LossInputs(
+        rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
+        advantage_BT=advantage_BT,
+        weight_BT=released.weight_BT,
+        targets=scores.targets,
+        ends=ends,
     )
+    return scores, released, loss_inputs
 
 
-def make_loss(student: ModelConfig, teacher: ModelConfig, config):
-    """Builds loss(params, lesson, teacher_params, tokens), differentiable in params.
+def recomputes(config) -> bool:
+    """Whether scoring runs the student too: where configured, and on responses that the teacher wrote."""
+    writer = objectives.OBJECTIVES[config.objective.name].writer
+    return config.scoring.student == "recompute" or writer == "teacher"
 
-    It returns the objective's weighted sum over the lesson's rollouts, divided by `tokens`, the response
-    tokens of the whole batch, of which the lesson may be a part; and the student's moe.Load or None.
+
+def make_update(loss, optimizer: optax.GradientTransformation, micro_batches: int):
+    """Builds update(carry, batch, *fixed): the gradient, summed over micro-batches, then the optimizer.
+
+    Args:
+      loss: loss(trained, a part of the batch, *fixed) -> (scalar to be differentiated, any pytree of arrays).
+
+    Returns:
+      A function ((trained, opt_state), batch, *fixed) -> (the same after the update, (the loss summed over
+      the micro-batches, the gradient's norm, the sum of the pytrees)).
     """
-    options = objectives.options(config)
-    needs_head = objectives.OBJECTIVES[config.objective.name].teacher == "logits"
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def loss(params: dict, lesson: Lesson, teacher_params: dict, tokens):
-        total, load = loss.loss_sum(
-            config.objective.name,
-            options,
-            student,
-            params,
-            lesson.rollouts,
-            lesson.advantage_BT,
-            lesson.weight_BT,
-            chunk=config.scoring.chunk,
-            remat=config.train.remat,
-            targets=lesson.targets,
-            teacher=(teacher, transformer.head(teacher, teacher_params) if needs_head else None),
-            ends=lesson.ends,
-        )
-        return total / tokens, load
+    def update(carry, batch, *fixed):
+        trained, opt_state = carry
+        with jax.named_scope("gradient"):
+            if micro_batches == 1:
+                (value, aux), grads = gradient(trained, batch, *fixed)
+            else:
+                pieces = scoring.split(batch, micro_batches)
+                first = jax.tree.map(lambda x: x[0], pieces)
+                (_, aux), _ = jax.eval_shape(gradient, trained, first, *fixed)
+                zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux)
+                (value, aux), grads = jax.lax.scan(
+                    lambda total, piece: (
+                        jax.tree.map(jnp.add, total, gradient(trained, piece, *fixed)),
+                        None,
+                    ),
+                    ((jnp.float32(0), zero), jax.tree.map(jnp.zeros_like, trained)),
+                    pieces,
+                )[0]
+        with jax.named_scope("update"):
+            changes, opt_state = optimizer.update(grads, opt_state, trained)
+            trained = optax.apply_updates(trained, changes)
+        return (trained, opt_state), (value, optax.tree.norm(grads), aux)
 
-    return loss
+    return update
 
 
 def response_tokens(rollouts: Rollouts):
     """Response tokens of a batch, float32, at least 1."""
     return jnp.maximum(rollouts.mask_BT.sum(), 1).astype(jnp.float32)
-
-
-def accumulated_gradient(loss, params, batch, micro_batches: int):
-    """((value, aux), gradient) of the sums of loss(params, piece) over the micro-batches of a batch.
-
-    Args:
-      loss: returns (a scalar to be differentiated, any pytree of arrays or None).
-    """
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    if micro_batches == 1:
-        return gradient(params, batch)
-
-    def accumulate(total, piece):
-        return jax.tree.map(jnp.add, total, gradient(params, piece)), None
-
-    pieces = scoring.split(batch, micro_batches)
-    first = jax.tree.map(lambda x: x[0], pieces)
-    (_, aux), _ = jax.eval_shape(gradient, params, first)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux)
-    start = (jnp.float32(0), zero), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(accumulate, start, pieces)[0]
 
 
 def router_metrics(model: str, load: moe.Load | None) -> dict:

@@ -35,18 +35,14 @@ class ResponseSampler:
     """What writes responses and what reads them.
 
     Attributes:
-      sample: compiled sample(params, tokens_BP, mask_BP, key, step) -> Rollouts.
-      batch, prompt_tokens: B, over all processes, and P of that program.
-      pad_id: fills up prompts.
-      key: PRNG key on the mesh. One key is the same draws, so that two models differ by themselves alone.
+      draw: draw(params, PromptBatch, number, Progress) -> (PromptBatch, Rollouts), such as a `run.draw.Draw`. Two
+        models that draw with the same key differ by their parameters alone.
+      batching: the shape of its batches.
       mesh, tokenizer, grader: the devices, the transformers tokenizer, and what grades.
     """
 
-    sample: Callable
-    batch: int
-    prompt_tokens: int
-    pad_id: int
-    key: jax.Array
+    draw: Callable
+    batching: data.Batching
     mesh: jax.sharding.Mesh
     tokenizer: Any
     grader: Grader
@@ -192,24 +188,14 @@ def _answer(
     repeated = [prompt for prompt in rendered.prompts for _ in range(samples)]
     columns = []
     mesh, tokenizer = response_sampler.mesh, response_sampler.tokenizer
-    batches = data.heldout_batches(
-        repeated,
-        response_sampler.batch,
-        response_sampler.prompt_tokens,
-        response_sampler.pad_id,
-        sharding.local_rows(mesh, response_sampler.batch),
-    )
-    with shown.phase(f"benchmark {name}: sampling, batch", parts=-(-len(repeated) // response_sampler.batch)):
-        for number, local in enumerate(batches):
+    batching = response_sampler.batching
+    parts = -(-len(repeated) // batching.batch)
+    with shown.phase(f"benchmark {name}: sampling, batch", parts=parts):
+        for number, local in enumerate(data.heldout_batches(repeated, batching)):
             shown.at(number + 1)
-            placed = sharding.put_batch(mesh, local)
-            step = jax.device_put(np.int32(number), sharding.replicated(mesh))
-            with shown.compiling("the sampler", response_sampler.sample, response_sampler.prompt_tokens):
-                rollouts = response_sampler.sample(
-                    params, placed.tokens_BP, placed.mask_BP, response_sampler.key, step
-                )
+            batch, rollouts = response_sampler.draw(params, local, number, shown)
             written = rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
-            columns.append(sharding.gather(mesh, (placed.valid_B, *written)))
+            columns.append(sharding.gather(mesh, (batch.valid_B, *written)))
     valid_B, tokens_BL, mask_BT, finished_B = (np.concatenate(x) for x in zip(*columns, strict=True))
     response_BT = tokens_BL[:, -mask_BT.shape[1] :]
     texts = [

@@ -34,11 +34,10 @@ def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None 
     count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
     label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // batch_size)
     with own(progress) as shown, shown.work("evaluation", label, parts):
-        for number, (batch, drawn) in enumerate(_draws(job)):
+        for number, local in enumerate(data.heldout_batches(job.prompts.heldout, job.batching)):
             shown.at(number + 1)
             clock = [time.perf_counter()]
-            with shown.compiling("the sampler", job.sample, job.config.data.prompt_tokens):
-                rollouts = jax.block_until_ready(job.sample(params, *drawn))
+            batch, rollouts = jax.block_until_ready(job.evaluation_draw(params, local, number, shown))
             clock.append(time.perf_counter())
             with shown.compiling("the divergence", job.divergence):
                 sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
@@ -99,15 +98,13 @@ def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None
       response_length, finished_share, repeated_share, prompts, tokens and seconds, as `evaluate`'s.
     """
     started = time.perf_counter()
-    sample = job.sample_as_teacher
     out = []
     count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
     label, parts = f"the teacher answers {count} held-out prompts, batch", -(-count // batch_size)
     with own(progress) as shown, shown.phase(label, parts=parts):
-        for number, (batch, drawn) in enumerate(_draws(job)):
+        for number, local in enumerate(data.heldout_batches(job.prompts.heldout, job.batching)):
             shown.at(number + 1)
-            with shown.compiling("the teacher's sampler", sample, job.config.data.prompt_tokens):
-                rollouts = jax.block_until_ready(sample(teacher_params, *drawn))
+            batch, rollouts = job.teacher_evaluation_draw(teacher_params, local, number, shown)
             valid_B, written = sharding.gather(job.mesh, (batch.valid_B, rollouts))
             repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
             columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
@@ -121,23 +118,3 @@ def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None
         "tokens": int(tokens_B.sum()),
         "seconds": time.perf_counter() - started,
     }
-
-
-def _draws(job):
-    """The held-out prompts by batches, each with the arguments of a sampler after the parameters.
-
-    They are the same in every evaluation of a run.
-    """
-    c = job.config
-    key = job.evaluation_key
-    batches = data.heldout_batches(
-        job.prompts.heldout,
-        c.rollout.batch,
-        c.data.prompt_tokens,
-        job.student.pad_id,
-        sharding.local_rows(job.mesh, c.rollout.batch),
-    )
-    for number, local in enumerate(batches):
-        batch = sharding.put_batch(job.mesh, local)
-        step = jax.device_put(np.int32(number), sharding.replicated(job.mesh))
-        yield batch, (batch.tokens_BP, batch.mask_BP, key, step)

@@ -8,7 +8,7 @@ import time
 import jax
 
 from opd_jax.distill import gradient_noise as noise_program
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import train_step as training
 from opd_jax.models import moe
 from opd_jax.parallel import sharding
 from opd_jax.preflight import costs, hlo, topology
@@ -226,18 +226,14 @@ def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> Pro
     rows = c.train.micro_batch // sharding.pieces(mesh)
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     mu_bytes = {"float32": 4, "bfloat16": 2}[c.optimizer.mu_dtype] if c.optimizer.b1 else 0
-    recomputed = steps.recomputes(c)
+    recomputed = training.recomputes(c)
     moved = costs.train_bytes(
         *(plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes, recomputed),
         updates=c.train.updates_per_rollout,
     )
-    arguments = [plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()]
-    arguments += [plan.abstract_table(), plan.abstract_key()]
-    if c.reward.weight:
-        arguments.append(plan.abstract_reward())
     flops = flops["score"] + flops["update"] * (3 * c.train.updates_per_rollout + recomputed) / 3
     return _compile(
-        *(plan, chip, "train_step", plan.train_step, arguments),
+        *(plan, chip, "train_step", plan.train_step, (plan.abstract_state(), plan.abstract_inputs())),
         rows=rows,
         flops=flops,
         moved=moved,
@@ -251,19 +247,15 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) ->
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     pieces, groups = b // c.train.micro_batch, noise_program.group_count(c, mesh)
     rows = c.train.micro_batch // sharding.pieces(mesh)
-    recomputed = steps.recomputes(c)
+    recomputed = training.recomputes(c)
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
     state = plan.abstract_state()
-    arguments = [state.params, state.step, plan.abstract_teacher(), plan.abstract_rollouts()]
-    arguments += [plan.abstract_table(), plan.abstract_key()]
-    if c.reward.weight:
-        arguments.append(plan.abstract_reward())
     return _compile(
         plan,
         chip,
         "gradient_noise",
         plan.gradient_noise,
-        arguments,
+        (state.params, state.step, plan.abstract_inputs()),
         rows=rows,
         flops=flops["score"] + flops["update"] * (3 + recomputed / 3),
         moved=costs.gradient_noise_bytes(

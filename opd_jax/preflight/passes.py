@@ -12,7 +12,7 @@ import sys
 import jax
 
 from opd_jax import config
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import train_step as training
 from opd_jax.errors import UserError, fail
 from opd_jax.preflight import costs, hlo, topology
 from opd_jax.preflight import plan as preflight
@@ -24,16 +24,12 @@ CHIP = "v5p:1x1x1"
 def ratio(plan: programs.Programs) -> float:
     """FLOPs of train_step's matrix products over those of the passes."""
     c = plan.config
-    arguments = [plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()]
-    arguments += [plan.abstract_table(), plan.abstract_key()]
-    if c.reward.weight:
-        arguments.append(plan.abstract_reward())
     models = (plan.student, plan.teacher)
     experts = [(m.width, m.ffn, m.experts) for m in models if m.experts]
-    traced = plan.train_step.trace(*arguments)
+    traced = plan.train_step.trace(plan.abstract_state(), plan.abstract_inputs())
     sizes = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     flops = costs.phase_flops(*models, *sizes)
-    passes = flops["score"] + flops["update"] * (4 + steps.recomputes(c)) / 3
+    passes = flops["score"] + flops["update"] * (4 + training.recomputes(c)) / 3
     return hlo.matmul_flops(traced.jaxpr.jaxpr, 1, experts, plan.mesh.shape["tensor"]) / passes
 
 

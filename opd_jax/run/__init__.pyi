@@ -5,6 +5,7 @@ from . import programs as programs
 from . import sizes as sizes
 from . import transcripts as transcripts
 from .checkpoint import Checkpoints as Checkpoints
+from .draw import batching_of as batching_of
 from .job import Job as Job
 from .job import prepare as prepare
 from .keys import Key as Key
@@ -29,3 +30,6 @@ from .run_record import read_config as read_config
 from .run_record import read_lines as read_lines
 from .run_record import read_run as read_run
 from .run_record import summary as summary
+from .session import Session as Session
+from .session import StepReader as StepReader
+from .session import due as due

@@ -78,7 +78,7 @@ class Checkpoints:
         Args:
           step: steps done.
           state: the training state; may be donated afterwards.
-          prompts: `PromptIterator.state()`.
+          prompts: `TrainingBatches.state()`.
           kl: held-out KL at this very step, nats a token, if it was evaluated.
         """
         self._manager.save(

@@ -1,7 +1,9 @@
 """All that a run needs, checked before anything is compiled or written: mesh, models, prompts, programs."""
 
 import dataclasses
+import functools
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,7 @@ from absl import logging
 
 from opd_jax import data
 from opd_jax.config import validate
-from opd_jax.distill import rollout
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import Rollouts, TrainState
 from opd_jax.errors import UserError
 from opd_jax.evaluation import answering, rewards, shared_grader
 from opd_jax.models import cpu, tokenizers, transformer
@@ -22,6 +23,7 @@ from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.release.segments import SegmentTable, nltk_segments, punkt
 from opd_jax.run import metrics, programs, sizes
+from opd_jax.run.draw import Draw, batching_of
 from opd_jax.run.keys import Key
 
 
@@ -46,7 +48,7 @@ class Job(programs.Programs):
     table: SegmentTable | nltk_segments.SentenceSplitter
     probe: cpu.Probe | None
 
-    def start(self) -> steps.TrainState:
+    def start(self) -> TrainState:
         """The state before the first step: the student's weights in float32, pruned, sharded."""
         return start_state(self.config, self.mesh, self.optimizer, self.state_shardings)
 
@@ -65,30 +67,49 @@ class Job(programs.Programs):
         """A PRNG key of the run's seed for one purpose, on the mesh."""
         return sharding.key(self.mesh, self.config.seed, purpose)
 
+    def training_batches(self, start: Mapping[str, Any] | None = None) -> data.TrainingBatches:
+        """The training prompts by batches, from the start or from a `TrainingBatches.state()`."""
+        rows = sharding.local_rows(self.mesh, self.prompt_batch)
+        buckets = self.config.data.prompt_buckets
+        batching = dataclasses.replace(self.batching, batch=self.prompt_batch, rows=rows, buckets=buckets)
+        return data.TrainingBatches(self.prompts.train, batching, self.config.seed, start, self.prompts.parts)
+
     @property
-    def evaluation_key(self) -> jax.Array:
-        """The PRNG key of evaluations on held-out prompts."""
-        return self.key(Key.EVALUATION)
+    def batching(self) -> data.Batching:
+        """The shape of the batches of evaluations and benchmarks."""
+        return batching_of(self.config, self.mesh, self.student)
+
+    def training_draw(self) -> Draw:
+        """Draws the responses to train on, for the parameters of the model that writes them."""
+        sample = self.sample_teacher if self.teacher_writes else self.sample_group
+        return Draw(sample, self.key(Key.SAMPLING), self.mesh)
+
+    @functools.cached_property
+    def evaluation_draw(self) -> Draw:
+        """Draws responses to held-out prompts, the same in every evaluation of a run."""
+        return Draw(self.sample, self.key(Key.EVALUATION), self.mesh)
+
+    @functools.cached_property
+    def teacher_evaluation_draw(self) -> Draw:
+        """As `evaluation_draw`, for the teacher's parameters."""
+        return Draw(self.sample_as_teacher, self.key(Key.EVALUATION), self.mesh, "the teacher's sampler")
 
     def response_sampler(self) -> answering.ResponseSampler:
-        """The student as it answers benchmarks: with the program that samples its rollouts."""
-        c = self.config
+        """The student as it answers benchmarks, with its sampling settings."""
         return answering.ResponseSampler(
-            sample=self.sample,
-            batch=c.rollout.batch,
-            prompt_tokens=c.data.prompt_tokens,
-            pad_id=self.student.pad_id,
-            key=self.key(Key.BENCHMARKS),
+            draw=Draw(self.sample, self.key(Key.BENCHMARKS), self.mesh),
+            batching=self.batching,
             mesh=self.mesh,
             tokenizer=self.tokenizer,
             grader=shared_grader(),
         )
 
     def teacher_sampler(self) -> answering.ResponseSampler:
-        """The teacher as it answers benchmarks: with the student's sampling, for `teacher_params`."""
-        return dataclasses.replace(self.response_sampler(), sample=self.sample_as_teacher)
+        """The teacher as it answers benchmarks, with the student's sampling settings."""
+        draw = Draw(self.sample_as_teacher, self.key(Key.BENCHMARKS), self.mesh)
+        return dataclasses.replace(self.response_sampler(), draw=draw)
 
-    def segment_table(self, rollouts: rollout.Rollouts) -> SegmentTable:
+    def segment_table(self, rollouts: Rollouts) -> SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
         if self.config.segments.kind == "nltk":
             return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
@@ -199,7 +220,7 @@ def _prepare(config, workdir, shown: Progress) -> Job:
     )
 
 
-def start_state(config, mesh, optimizer, shardings: steps.TrainState) -> steps.TrainState:
+def start_state(config, mesh, optimizer, shardings: TrainState) -> TrainState:
     """The state before the first step: the student's weights in float32, pruned, sharded."""
     path, drop = config.student.path, config.student.drop_layers
     whole, params = source.load(
@@ -215,7 +236,7 @@ def start_state(config, mesh, optimizer, shardings: steps.TrainState) -> steps.T
         _, params = transformer.prune(whole, params, drop)
     params = jax.device_put(params, shardings.params)
     init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-    return steps.TrainState(jax.device_put(jnp.int32(0), shardings.step), params, init(params))
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, init(params))
 
 
 def check_workdir(workdir, config):

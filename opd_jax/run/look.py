@@ -7,8 +7,7 @@ import math
 import jax
 import numpy as np
 
-from opd_jax import data
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import StepInputs, Supervision, train_step
 from opd_jax.models.files import source
 from opd_jax.parallel import sharding
 from opd_jax.progress import Progress, own
@@ -40,30 +39,18 @@ def preview(job, params: dict, teacher_params: dict, progress: Progress | None =
 
 
 def _preview(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict]:
-    c, mesh = job.config, job.mesh
-    first = data.training_batches(
-        job.prompts.train,
-        job.prompt_batch,
-        c.data.prompt_tokens,
-        job.student.pad_id,
-        c.seed,
-        sharding.local_rows(mesh, job.prompt_batch),
-        parts=job.prompts.parts,
-        buckets=c.data.prompt_buckets,
-    )
-    batch = sharding.put_batch(mesh, next(first))
-    step = jax.device_put(np.int32(0), sharding.replicated(mesh))
-    with shown.compiling("the sampler", job.sample_group, batch.tokens_BP.shape[1]):
-        rollouts = job.sample_group(params, batch.tokens_BP, batch.mask_BP, job.key(Key.SAMPLING), step)
+    draw = dataclasses.replace(job.training_draw(), sample=job.sample_group)
+    step = jax.device_put(np.int32(0), sharding.replicated(job.mesh))
+    _, rollouts = draw(params, next(job.training_batches()), step, shown)
 
-    def supervise(*arguments):
-        scores, release, _ = steps.supervise(job.student, job.teacher, c, *arguments)
-        return steps.Supervision(scores=scores.per_token(), release=release)
+    def supervise(params, step, inputs: StepInputs):
+        scores, release, _ = train_step.supervise(job.student, job.teacher, job.config, params, step, inputs)
+        return Supervision(scores=scores.per_token(), release=release)
 
     with shown.phase("compiling what scores, while the student writes"):
-        supervision = jax.jit(sharding.on(mesh, supervise))(
-            params, step, teacher_params, rollouts, job.segment_table(rollouts), job.key(Key.RELEASE)
-        )
+        table, key = job.segment_table(rollouts), job.key(Key.RELEASE)
+        inputs = StepInputs(teacher_params, rollouts, table, key)
+        supervision = jax.jit(sharding.on(job.mesh, supervise))(params, step, inputs)
     with shown.phase("sampling and scoring"):
         rollouts, supervision = jax.device_get((rollouts, supervision))
     return transcripts.records(job.tokenizer, 0, rollouts, supervision)

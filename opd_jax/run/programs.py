@@ -6,16 +6,27 @@ attached: every argument is also there as shapes, dtypes and shardings alone (th
 
 import dataclasses
 import functools
-import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+from ml_collections import FrozenConfigDict
 
-from opd_jax.distill import gradient_noise, objectives, repeats, rollout, scoring, trainable
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import (
+    Rollouts,
+    StepInputs,
+    TrainState,
+    gradient_noise,
+    make_optimizer,
+    make_train_step,
+    objectives,
+    repeats,
+    rollout,
+    scoring,
+    trainable,
+)
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, splash, transformer
 from opd_jax.models.files import source
@@ -36,6 +47,28 @@ TRAIN_STEP_READS = (
 )
 
 
+def compiled(sections: Sequence[str]) -> Callable:
+    """A compiled program as an attribute of `Programs`.
+
+    Jobs of one process share it where their models, their mesh and these sections of their configs agree. The
+    decorated method sees Programs with these sections of the config alone.
+    """
+
+    def attribute(build):
+        @functools.lru_cache(maxsize=8)
+        def shared(mesh, student: ModelConfig, teacher: ModelConfig, config: FrozenConfigDict):
+            return build(Programs.of(config, mesh, student, teacher))
+
+        @functools.wraps(build)
+        def program(self):
+            read = FrozenConfigDict({name: self.config[name].to_dict() for name in sections})
+            return shared(self.mesh, self.student, self.teacher, read)
+
+        return functools.cached_property(program)
+
+    return attribute
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
     """A checked config and the programs that follow from it; build it with `of`.
@@ -53,13 +86,13 @@ class Programs:
     student: ModelConfig
     teacher: ModelConfig
     optimizer: optax.GradientTransformation
-    state_shardings: steps.TrainState
+    state_shardings: TrainState
     teacher_shardings: dict
 
     @classmethod
     def of(cls, config, mesh, student: ModelConfig, teacher: ModelConfig, **more):
         """The programs of a validated config for two models on a mesh; `more` is a subclass's own."""
-        optimizer = steps.make_optimizer(config)
+        optimizer = make_optimizer(config)
         return cls(
             config=config,
             mesh=mesh,
@@ -71,7 +104,7 @@ class Programs:
             **more,
         )
 
-    def abstract_state(self) -> steps.TrainState:
+    def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         return placed(abstract_state(self.student, self.optimizer), self.state_shardings)
 
@@ -104,16 +137,37 @@ class Programs:
         table = SegmentTable.from_token_bytes(text, c.segments.kind, c.segments.punkt)
         return placed(table, sharding.replicated(self.mesh))
 
-    def abstract_reward(self):
-        """Of reward_B."""
-        shape = (self.config.rollout.batch,)
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch(self.mesh))
-
-    def abstract_rollouts(self) -> rollout.Rollouts:
+    def abstract_rollouts(self) -> Rollouts:
         """Of what `sample_group` returns."""
         draw = self.abstract_draw(self.prompt_batch)
         like = jax.eval_shape(self.sample_group, self.abstract_state().params, *draw)
         return placed(like, sharding.batch(self.mesh))
+
+    def abstract_inputs(self) -> StepInputs:
+        """Of what `train_step` reads besides the state."""
+        reward_B = None
+        if self.config.reward.weight:
+            batch = (self.config.rollout.batch,)
+            reward_B = jax.ShapeDtypeStruct(batch, jnp.float32, sharding=sharding.batch(self.mesh))
+        return StepInputs(
+            teacher_params=self.abstract_teacher(),
+            rollouts=self.abstract_rollouts(),
+            table=self.abstract_table(),
+            key=self.abstract_key(),
+            reward_B=reward_B,
+        )
+
+    @property
+    def input_shardings(self) -> StepInputs:
+        """Where the arrays of StepInputs live; one sharding for each of its parts."""
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        return StepInputs(
+            teacher_params=self.teacher_shardings,
+            rollouts=rows,
+            table=rows if self.config.segments.kind == "nltk" else whole,
+            key=whole,
+            reward_B=rows if self.config.reward.weight else None,
+        )
 
     @property
     def teacher_writes(self) -> bool:
@@ -150,26 +204,29 @@ class Programs:
         samples = self.config.rollout.samples_per_prompt
         return sample_program(self.mesh, self.teacher, sampling(self.config, samples))
 
-    @functools.cached_property
+    @compiled(TRAIN_STEP_READS)
     def train_step(self):
-        """Compiled train_step(state, teacher_params, rollouts, table, key); the state is donated.
+        """Compiled train_step(state, StepInputs) -> (state, metrics, Supervision); the state is donated."""
+        step = make_train_step(self.student, self.teacher, self.config, self.optimizer)
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        return jax.jit(
+            sharding.on(self.mesh, step),
+            in_shardings=(self.state_shardings, self.input_shardings),
+            out_shardings=(self.state_shardings, whole, rows),
+            donate_argnums=0,
+        )
 
-        With a reward.weight it takes one argument more, what `reward` returns.
-        """
-        return _train_step_program(self.mesh, self.student, self.teacher, self._train_step_settings)
-
-    @functools.cached_property
+    @compiled(TRAIN_STEP_READS)
     def gradient_noise(self):
-        """Compiled gradient_noise(params, step, teacher_params, rollouts, table, key) -> scalars.
-
-        With a reward.weight it takes one argument more, as `train_step` does.
-        """
-        return _gradient_noise_program(self.mesh, self.student, self.teacher, self._train_step_settings)
-
-    @property
-    def _train_step_settings(self) -> str:
-        settings = self.config.to_dict()
-        return json.dumps({name: settings[name] for name in TRAIN_STEP_READS}, sort_keys=True)
+        """Compiled gradient_noise(params, step, StepInputs) -> scalars."""
+        groups = gradient_noise.group_count(self.config, self.mesh)
+        noise = gradient_noise.make_gradient_noise(self.student, self.teacher, self.config, groups)
+        whole = sharding.replicated(self.mesh)
+        return jax.jit(
+            sharding.on(self.mesh, noise),
+            in_shardings=(self.state_shardings.params, whole, self.input_shardings),
+            out_shardings=whole,
+        )
 
     @property
     def divergence(self):
@@ -214,42 +271,6 @@ def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
         in_shardings=(param_shardings(mesh, student), rows, rows, whole, whole),
         out_shardings=rows,
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _train_step_program(mesh, student: ModelConfig, teacher: ModelConfig, settings: str):
-    config = ConfigDict(json.loads(settings))
-    p = Programs.of(config, mesh, student, teacher)
-    step = steps.make_train_step(student, teacher, config, p.optimizer)
-    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
-    return jax.jit(
-        sharding.on(mesh, step),
-        in_shardings=(p.state_shardings, p.teacher_shardings, *_lesson_shardings(mesh, config)),
-        out_shardings=(p.state_shardings, whole, rows),
-        donate_argnums=0,
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _gradient_noise_program(mesh, student: ModelConfig, teacher: ModelConfig, settings: str):
-    config = ConfigDict(json.loads(settings))
-    noise = gradient_noise.make_gradient_noise(
-        student, teacher, config, gradient_noise.group_count(config, mesh)
-    )
-    whole = sharding.replicated(mesh)
-    models = param_shardings(mesh, student), whole, param_shardings(mesh, teacher)
-    return jax.jit(
-        sharding.on(mesh, noise),
-        in_shardings=(*models, *_lesson_shardings(mesh, config)),
-        out_shardings=whole,
-    )
-
-
-def _lesson_shardings(mesh, config) -> tuple:
-    """Of (rollouts, table, key) and, with a reward.weight, reward_B."""
-    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
-    table = rows if config.segments.kind == "nltk" else whole
-    return rows, table, whole, *((rows,) if config.reward.weight else ())
 
 
 @functools.lru_cache(maxsize=8)
@@ -375,12 +396,12 @@ def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:
     return "splash" if asked != "plain" and not refused else "plain"
 
 
-def state_shardings(config, mesh, model: ModelConfig, optimizer) -> steps.TrainState:
+def state_shardings(config, mesh, model: ModelConfig, optimizer) -> TrainState:
     """Where the state of a model in training lives; reads train.frozen and optimizer.memory."""
     params = param_shardings(mesh, model)
     trained, _ = trainable.split(params, config.train.frozen)
     opt_state = abstract_state(model, optimizer).opt_state
-    return steps.TrainState(
+    return TrainState(
         step=sharding.replicated(mesh),
         params=params,
         opt_state=sharding.like_params(mesh, opt_state, trained, config.optimizer.memory),
@@ -393,10 +414,10 @@ def param_shardings(mesh, model: ModelConfig) -> dict:
     return sharding.param_shardings(mesh, transformer.abstract(model), axes, model.layout.rules)
 
 
-def abstract_state(student: ModelConfig, optimizer) -> steps.TrainState:
+def abstract_state(student: ModelConfig, optimizer) -> TrainState:
     """Shapes and dtypes of a state."""
     params = transformer.abstract(student)
-    return steps.TrainState(
+    return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         params=params,
         opt_state=jax.eval_shape(optimizer.init, params),

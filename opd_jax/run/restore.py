@@ -11,6 +11,7 @@ from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress
 from opd_jax.run import programs, sizes
 from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.draw import Draw, batching_of
 from opd_jax.run.keys import Key
 from opd_jax.run.run_record import read_config
 
@@ -59,11 +60,12 @@ def of_model(config) -> tuple[ResponseSampler, dict]:
     with Progress() as progress, progress.phase("reading the weights"):
         _, params = source.load(path, key="--model", mesh=mesh, shardings=shardings, dtype=model.dtype)
     response_sampler = ResponseSampler(
-        sample=programs.sample_program(mesh, model, programs.sampling(config)),
-        batch=config.rollout.batch,
-        prompt_tokens=config.data.prompt_tokens,
-        pad_id=model.pad_id,
-        key=sharding.key(mesh, config.seed, Key.BENCHMARKS),
+        draw=Draw(
+            programs.sample_program(mesh, model, programs.sampling(config)),
+            sharding.key(mesh, config.seed, Key.BENCHMARKS),
+            mesh,
+        ),
+        batching=batching_of(config, mesh, model),
         mesh=mesh,
         tokenizer=tokenizer,
         grader=shared_grader(),

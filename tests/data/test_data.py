@@ -268,7 +268,7 @@ def test_held_out_texts_depend_on_the_texts_alone_and_leave_the_training_set():
 
 def test_batches_are_left_padded_and_the_mask_is_the_prompt():
     prompts = numbered(7)
-    batch = next(data.training_batches(prompts, 7, 6, pad_id=104, seed=1))
+    batch = next(data.TrainingBatches(prompts, data.Batching(7, 6, 104), seed=1))
     assert (batch.tokens_BP.dtype, batch.index_B.dtype) == (np.int32, np.int32)
     assert batch.mask_BP.dtype == bool
     assert batch.valid_B.all()
@@ -280,24 +280,24 @@ def test_batches_are_left_padded_and_the_mask_is_the_prompt():
 
 
 def test_every_epoch_holds_every_prompt_once_in_a_new_order():
-    index = take(data.training_batches(numbered(10), 5, 6, 0, seed=3), 8).reshape(4, 10)
+    index = take(data.TrainingBatches(numbered(10), data.Batching(5, 6, 0), seed=3), 8).reshape(4, 10)
     assert (np.sort(index, axis=1) == np.arange(10)).all()
     assert len({tuple(epoch) for epoch in index}) == 4
-    other_seed = take(data.training_batches(numbered(10), 5, 6, 0, seed=4), 2).reshape(10)
+    other_seed = take(data.TrainingBatches(numbered(10), data.Batching(5, 6, 0), seed=4), 2).reshape(10)
     assert tuple(other_seed) != tuple(index[0])
 
 
 def test_batch_larger_than_the_set_of_prompts_wraps_around():
-    index_B = next(data.training_batches(numbered(3), 8, 6, 0, seed=0)).index_B
+    index_B = next(data.TrainingBatches(numbered(3), data.Batching(8, 6, 0), seed=0)).index_B
     assert np.bincount(index_B, minlength=3).min() >= 2
 
 
 def test_resumed_iterator_goes_on_exactly_where_the_state_was_taken():
-    whole = take(data.training_batches(numbered(10), 4, 6, 0, seed=5), 9)
-    first = data.training_batches(numbered(10), 4, 6, 0, seed=5)
+    whole = take(data.TrainingBatches(numbered(10), data.Batching(4, 6, 0), seed=5), 9)
+    first = data.TrainingBatches(numbered(10), data.Batching(4, 6, 0), seed=5)
     head = take(first, 4)
     state = json.loads(json.dumps(first.state()))
-    tail = take(data.training_batches(numbered(10), 4, 6, 0, seed=5, start=state), 5)
+    tail = take(data.TrainingBatches(numbered(10), data.Batching(4, 6, 0), seed=5, start=state), 5)
     np.testing.assert_array_equal(np.concatenate([head, tail]), whole)
 
 
@@ -306,15 +306,15 @@ def test_resumed_iterator_goes_on_exactly_where_the_state_was_taken():
     [(9, 4, 5, "prompts"), (10, 2, 5, "batch"), (10, 4, 6, "seed")],
 )
 def test_state_of_other_data_is_refused(count, batch, seed, name):
-    state = data.training_batches(numbered(10), 4, 6, 0, seed=5).state()
+    state = data.TrainingBatches(numbered(10), data.Batching(4, 6, 0), seed=5).state()
     with pytest.raises(UserError, match=name):
-        data.training_batches(numbered(count), batch, 6, 0, seed=seed, start=state)
+        data.TrainingBatches(numbered(count), data.Batching(batch, 6, 0), seed=seed, start=state)
 
 
 def test_processes_together_read_the_batch_of_a_single_process():
-    alone = data.training_batches(numbered(10), 6, 6, 0, seed=2)
+    alone = data.TrainingBatches(numbered(10), data.Batching(6, 6, 0), seed=2)
     rows = np.array([0, 1, 4]), np.array([2, 3, 5])
-    shares = [data.training_batches(numbered(10), 6, 6, 0, 2, own) for own in rows]
+    shares = [data.TrainingBatches(numbered(10), data.Batching(6, 6, 0, own), seed=2) for own in rows]
     for _ in range(5):
         expected = next(alone)
         parts = [next(share) for share in shares]
@@ -325,9 +325,11 @@ def test_processes_together_read_the_batch_of_a_single_process():
 
 def test_a_batch_takes_the_least_bucket_that_holds_its_longest_prompt():
     prompts = numbered(10)
-    plain = data.training_batches(prompts, 2, 6, 0, seed=2)
+    plain = data.TrainingBatches(prompts, data.Batching(2, 6, 0), seed=2)
     seen = set()
-    for _, batch in zip(range(40), data.training_batches(prompts, 2, 6, 0, seed=2, buckets=(4, 2))):
+    for _, batch in zip(
+        range(40), data.TrainingBatches(prompts, data.Batching(2, 6, 0, buckets=(4, 2)), seed=2)
+    ):
         want = next(plain)
         longest = max(len(prompts[i].ids) for i in want.index_B)
         width = 2 if longest <= 2 else 4 if longest <= 4 else 6
@@ -340,17 +342,18 @@ def test_a_batch_takes_the_least_bucket_that_holds_its_longest_prompt():
 
 
 def test_a_resumed_iterator_takes_the_buckets_of_an_uninterrupted_one():
-    first = data.training_batches(numbered(10), 2, 6, 0, seed=2, buckets=(2, 4))
+    batching = data.Batching(2, 6, 0, buckets=(2, 4))
+    first = data.TrainingBatches(numbered(10), batching, seed=2)
     take(first, 3)
-    again = data.training_batches(numbered(10), 2, 6, 0, seed=2, start=first.state(), buckets=(2, 4))
+    again = data.TrainingBatches(numbered(10), batching, seed=2, start=first.state())
     for _ in range(9):
         for want, got in zip(next(first), next(again), strict=True):
             np.testing.assert_array_equal(got, want)
 
 
 def test_processes_with_shares_of_a_batch_take_the_same_bucket():
-    settings = {"buckets": (1, 2, 3, 4)}
-    shares = [data.training_batches(numbered(10), 2, 6, 0, 2, np.array([row]), **settings) for row in (0, 1)]
+    batchings = [data.Batching(2, 6, 0, np.array([row]), (1, 2, 3, 4)) for row in (0, 1)]
+    shares = [data.TrainingBatches(numbered(10), batching, seed=2) for batching in batchings]
     widths = [[next(share).tokens_BP.shape[1] for _ in range(40)] for share in shares]
     assert widths[0] == widths[1]
     assert len(set(widths[0])) > 2
@@ -358,7 +361,7 @@ def test_processes_with_shares_of_a_batch_take_the_same_bucket():
 
 @pytest.mark.parametrize("rows", [[None], [np.array([0, 1]), np.array([2, 3])]])
 def test_held_out_batches_cover_every_prompt_once_and_mark_the_filling(rows):
-    parts = [list(data.heldout_batches(numbered(10), 4, 6, 0, own)) for own in rows]
+    parts = [list(data.heldout_batches(numbered(10), data.Batching(4, 6, 0, own))) for own in rows]
     valid, index = (
         np.concatenate([np.concatenate([getattr(b, f) for b in row]) for row in zip(*parts)])
         for f in ("valid_B", "index_B")

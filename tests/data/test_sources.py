@@ -235,7 +235,9 @@ def test_a_mixture_takes_rows_by_weight_whatever_the_sizes(tokenizer, tmp_path):
     assert not {p.text for p in prompts.train} & {p.text for p in prompts.heldout}
 
     def rows(steps, start=None):
-        batches = data.training_batches(prompts.train, 8, 64, 0, seed=1, start=start, parts=prompts.parts)
+        batches = data.TrainingBatches(
+            prompts.train, data.Batching(8, 64, 0), seed=1, start=start, parts=prompts.parts
+        )
         taken = np.concatenate([next(batches).index_B for _ in range(steps)])
         return [prompts.train[i].text for i in taken], batches.state()
 
@@ -247,9 +249,8 @@ def test_a_mixture_takes_rows_by_weight_whatever_the_sizes(tokenizer, tmp_path):
     tail, _ = rows(25, json.loads(json.dumps(state)))
     assert head + tail == texts
     with pytest.raises(UserError, match="weights"):
-        data.training_batches(
-            prompts.train, 8, 64, 0, seed=1, start=state, parts=[(n, w + 1) for n, w in prompts.parts]
-        )
+        parts = [(n, w + 1) for n, w in prompts.parts]
+        data.TrainingBatches(prompts.train, data.Batching(8, 64, 0), seed=1, start=state, parts=parts)
 
 
 def test_earlier_turns_and_the_instruction_stand_where_they_belong(tokenizer, tmp_path):

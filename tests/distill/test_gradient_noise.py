@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.distill import train_step
+from opd_jax.distill import StepInputs, train_step
 from opd_jax.distill.gradient_noise import PARTS, cut, group_count, make_gradient_noise
 from opd_jax.errors import UserError
 from opd_jax.release.segments import segments
@@ -57,7 +57,7 @@ def compiled(samples):
 
 def run(case, rollouts, samples=1):
     student, teacher, _, table = case
-    return jax.device_get(compiled(samples)(student, jnp.int32(0), teacher, rollouts, table, KEY))
+    return jax.device_get(compiled(samples)(student, jnp.int32(0), StepInputs(teacher, rollouts, table, KEY)))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def row_gradients(case):
     student, teacher, rollouts, table = case
     supervise = functools.partial(train_step.supervise, tiny.STUDENT, tiny.TEACHER, settings())
     scored = jax.jit(supervise)
-    _, released, lesson = scored(student, jnp.int32(0), teacher, rollouts, table, KEY)
+    _, released, loss_inputs = scored(student, jnp.int32(0), StepInputs(teacher, rollouts, table, KEY))
     kept_BT = rollouts.mask_BT & (np.arange(WIDTH) < KEPT)
     np.testing.assert_array_equal(released.mask_BT, kept_BT)
     scale_B1 = rollouts.mask_BT.sum(axis=1, keepdims=True) / kept_BT.sum(axis=1, keepdims=True)
@@ -80,7 +80,7 @@ def row_gradients(case):
     gradient = jax.jit(naive)
     found = {}
     for part, weight_BT in weights.items():
-        weight_BT = np.asarray(weight_BT * lesson.advantage_BT, np.float32)
+        weight_BT = np.asarray(weight_BT * loss_inputs.advantage_BT, np.float32)
         rows = []
         for b in range(len(TEXTS)):
             row, weight_1T = jax.tree.map(lambda x, b=b: x[b : b + 1], (rollouts, weight_BT))
@@ -107,7 +107,7 @@ def test_taught_ends_are_part_of_what_is_trained_on_and_of_no_released_token(cas
     student, teacher, rollouts, table = case
     c = settings(objective__end_weight=1.0)
     noise = jax.jit(make_gradient_noise(tiny.STUDENT, tiny.TEACHER, c, GROUPS))
-    taught = noise(student, jnp.int32(0), teacher, rollouts, table, KEY)
+    taught = noise(student, jnp.int32(0), StepInputs(teacher, rollouts, table, KEY))
     ratio = {part: taught[f"gradient_norm_{part}"] / measured[f"gradient_norm_{part}"] for part in PARTS}
     assert ratio["released"] == pytest.approx(1, abs=1e-5)
     assert all(abs(ratio[part] - 1) > 1e-3 for part in ("kept", "all"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opd_jax.distill import loss, objectives, scoring
-from opd_jax.distill.rollout import Rollouts
+from opd_jax.distill.types import Ends, LossInputs, Rollouts, Targets, TeacherTop
 from opd_jax.models import transformer
 from tests import tiny
 
@@ -29,17 +29,9 @@ CLIP = 0.2
 
 def _value_and_grad(config, chunk, clip_ratio, remat, params, rollouts, advantage_BT, weight_BT):
     def total(params):
-        return loss.loss_sum(
-            "policy_gradient",
-            objectives.Options(clip_ratio=clip_ratio),
-            config,
-            params,
-            rollouts,
-            advantage_BT,
-            weight_BT,
-            chunk=chunk,
-            remat=remat,
-        )[0]
+        options = objectives.Options(clip_ratio=clip_ratio)
+        summed = loss.Loss("policy_gradient", options, config, None, chunk, remat)
+        return summed(params, LossInputs(rollouts, advantage_BT, weight_BT), {}, None, 1.0)[0]
 
     return jax.value_and_grad(total)(params)
 
@@ -137,17 +129,8 @@ def test_rematerialising_changes_no_gradient():
 
 
 def test_the_value_without_differentiation_is_the_same():
-    plain = jax.jit(
-        lambda params: loss.loss_sum(
-            "policy_gradient",
-            objectives.Options(),
-            TIED,
-            params,
-            *batch(),
-            chunk=4,
-            remat="none",
-        )[0]
-    )
+    summed = loss.Loss("policy_gradient", objectives.Options(), TIED, None, chunk=4)
+    plain = jax.jit(lambda params: summed(params, LossInputs(*batch()), {}, None, 1.0)[0])
     want, _ = value_and_grad(TIED, 4, None, "none", tiny.weights(TIED), *batch())
     np.testing.assert_allclose(plain(tiny.weights(TIED)), want, rtol=1e-6)
 
@@ -213,17 +196,24 @@ def test_tokens_past_the_clip_on_their_own_side_give_zero_gradient():
         assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
+def two_ids(logp_T, advantage_T):
+    """Tokens of one response in a vocabulary of two; the student gave each a probability of 1/4 before."""
+    logits_BTV = jnp.stack([logp_T, jnp.log1p(-jnp.exp(logp_T))], axis=-1)[None]
+    old_logp_BT = jnp.full((1, len(logp_T)), np.log(0.25), jnp.float32)
+    return objectives.Tokens(logits_BTV, jnp.zeros((1, len(logp_T)), int), old_logp_BT, advantage_T[None])
+
+
 def test_per_token_clipped_loss_matches_ppo_by_hand():
     ratio = np.array([0.5, 0.9, 1.0, 1.1, 2.0] * 2, np.float32)
     advantage = np.array([1.0] * 5 + [-1.0] * 5, np.float32)
     want = -np.array([0.5, 0.9, 1.0, 1.1, 1.2, -0.8, -0.9, -1.0, -1.1, -2.0])
-    got = objectives.surrogate(jnp.log(ratio), np.zeros(10, np.float32), advantage, CLIP)
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+    got = objectives.policy_gradient(two_ids(jnp.log(ratio / 4), advantage), objectives.Options(CLIP))
+    np.testing.assert_allclose(got[0], want, rtol=1e-6)
 
 
 def test_no_gradient_flows_through_the_advantage():
     def total(advantage_T):
-        return objectives.surrogate(-jnp.ones(3), jnp.zeros(3), advantage_T, None).sum()
+        return objectives.policy_gradient(two_ids(-jnp.ones(3), advantage_T), objectives.Options()).sum()
 
     assert not jax.grad(total)(jnp.arange(3.0)).any()
 
@@ -275,15 +265,15 @@ def targets_of(name, teacher):
     """What scoring keeps for the objective, from float64 log-probabilities."""
     kind = objectives.OBJECTIVES[name].teacher
     if kind == "logits":
-        return scoring.Targets(hidden_BTD=teacher[1])
+        return Targets(hidden_BTD=teacher[1])
     if kind is None:
-        return scoring.Targets()
+        return Targets()
     logp_BTV = whole(TEACHER, *teacher)
     order_BTV = np.argsort(-logp_BTV, axis=-1)
     ranked_BTV = np.take_along_axis(logp_BTV, order_BTV, axis=-1)
     rest_BT1 = np.logaddexp.reduce(ranked_BTV[..., TOP_K:], axis=-1, keepdims=True)
-    return scoring.Targets(
-        top=scoring.TeacherTop(
+    return Targets(
+        top=TeacherTop(
             top_BTK=order_BTV[..., :TOP_K].astype(np.int32),
             logp_BTK=np.concatenate([ranked_BTV[..., :TOP_K], rest_BT1], -1).astype(np.float32),
             entropy_BT=-(np.exp(logp_BTV) * logp_BTV).sum(-1).astype(np.float32),
@@ -296,19 +286,9 @@ def head_value_and_grad(
     name, options, chunk, student, teacher_head_VD, targets, rollouts, advantage_BT, weight_BT, ends=None
 ):
     def total(student):
-        return loss.head_loss_sum(
-            name,
-            options,
-            TIED.replace(eos_ids=ENDS),
-            *student,
-            rollouts,
-            advantage_BT,
-            weight_BT,
-            chunk=chunk,
-            targets=targets,
-            teacher=(TEACHER, teacher_head_VD),
-            ends=ends,
-        )
+        summed = loss.Loss(name, options, TIED.replace(eos_ids=ENDS), TEACHER, chunk)
+        inputs = LossInputs(rollouts, advantage_BT, weight_BT, targets, ends)
+        return loss.chunked_sum(summed.of_chunk, chunk, *student, inputs.per_token, teacher_head_VD)
 
     return jax.value_and_grad(total)(student)
 
@@ -382,7 +362,7 @@ def ends(weight=0.7):
     """Ends with `weight` at every position of `batch`, released ones too, and the teacher's probability."""
     stop_BT = np.exp(whole(TEACHER, *states()[1]))[..., list(ENDS)].sum(-1)
     mask_BT = batch()[0].mask_BT
-    return loss.Ends(
+    return Ends(
         weight_BT=np.where(mask_BT, weight, 0).astype(np.float32),
         stop_BT=np.where(mask_BT, stop_BT, 0).astype(np.float32),
     )
@@ -498,12 +478,12 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     kind = objectives.OBJECTIVES[name].teacher
-    top = scoring.TeacherTop(
+    top = TeacherTop(
         top_BTK=shaped(b, t, TOP_K, dtype=jnp.int32),
         logp_BTK=shaped(b, t, TOP_K + 1),
         entropy_BT=shaped(b, t),
     )
-    targets = scoring.Targets(
+    targets = Targets(
         hidden_BTD=shaped(b, t, d) if kind == "logits" else None, top=top if kind == "top" else None
     )
     r = Rollouts(
@@ -520,24 +500,15 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
 
     def step(student, teacher_head_VD, targets, r, advantage_BT, weight_BT, ends):
         def total(student):
-            return loss.head_loss_sum(
-                name,
-                objectives.Options(clip_ratio=CLIP),
-                config.replace(eos_ids=ENDS),
-                *student,
-                r,
-                advantage_BT,
-                weight_BT,
-                chunk=chunk,
-                targets=targets,
-                teacher=(config, teacher_head_VD),
-                ends=ends,
-            )
+            options = objectives.Options(clip_ratio=CLIP)
+            summed = loss.Loss(name, options, config.replace(eos_ids=ENDS), config, chunk)
+            inputs = LossInputs(r, advantage_BT, weight_BT, targets, ends)
+            return loss.chunked_sum(summed.of_chunk, chunk, *student, inputs.per_token, teacher_head_VD)
 
         return jax.value_and_grad(total)(student)
 
     student = shaped(v, d), shaped(b, t, d)
-    ends = loss.Ends(weight_BT=shaped(b, t), stop_BT=shaped(b, t)) if taught else None
+    ends = Ends(weight_BT=shaped(b, t), stop_BT=shaped(b, t)) if taught else None
     args = student, shaped(v, d), targets, r, shaped(b, t), shaped(b, t), ends
     compiled = jax.jit(step).lower(*args).compile()
     largest = max(

@@ -11,7 +11,7 @@ import pytest
 from scipy import special
 
 from opd_jax.distill import scoring
-from opd_jax.distill.rollout import Rollouts
+from opd_jax.distill.types import Rollouts
 from opd_jax.models import transformer
 from tests import tiny
 

@@ -11,15 +11,16 @@ import optax
 import pytest
 
 from opd_jax import release as releasing
-from opd_jax.distill import scoring
-from opd_jax.distill.train_step import (
+from opd_jax.distill import (
+    StepInputs,
     Supervision,
     TrainState,
     learning_rate,
     make_optimizer,
     make_train_step,
-    measure,
 )
+from opd_jax.distill.train_step import measure
+from opd_jax.distill.types import Scores
 from opd_jax.parallel import sharding
 from opd_jax.release.release import Release
 from opd_jax.release.segments import segments
@@ -102,12 +103,12 @@ def largest_difference(ours, theirs) -> float:
 @pytest.fixture(scope="module")
 def plain(student, teacher, rollouts, table):
     """(state, metrics, supervision) of one step with the paper's rule on one device."""
-    return compiled(ADAM)(start(student, ADAM), teacher, rollouts, table, KEY)
+    return compiled(ADAM)(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(student, rollouts, table):
     step = compiled(SGD, tiny.STUDENT, release__rule="none")
-    state, measured, _ = step(start(student, SGD), student, rollouts, table, KEY)
+    state, measured, _ = step(start(student, SGD), StepInputs(student, rollouts, table, KEY))
     assert abs(measured["loss"]) < 1e-5
     assert abs(measured["kl"]) < 1e-6
     assert measured["grad_norm"] < 1e-5
@@ -132,7 +133,7 @@ def test_the_gradient_is_that_of_the_loss_written_over_whole_logits(student, rol
 def test_without_a_rule_every_response_token_weighs_one(student, rollouts, table):
     step = compiled(SGD, tiny.STUDENT, release__rule="none")
     other = jax.tree.map(lambda p: 1.1 * p, student)
-    _, measured, supervision = step(start(student, SGD), other, rollouts, table, KEY)
+    _, measured, supervision = step(start(student, SGD), StepInputs(other, rollouts, table, KEY))
     assert abs(measured["loss"]) > 1e-3
     np.testing.assert_array_equal(supervision.release.weight_BT, rollouts.mask_BT)
     np.testing.assert_array_equal(supervision.release.mask_BT, rollouts.mask_BT)
@@ -154,7 +155,7 @@ def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(student,
     begin = start(student, SGD)
     states = begin, begin, begin.replace(step=jnp.int32(1)), begin
     keys = KEY, KEY, KEY, jax.random.key(1)
-    decided = [step(state, teacher, rollouts, table, key)[2] for state, key in zip(states, keys)]
+    decided = [step(state, StepInputs(teacher, rollouts, table, key))[2] for state, key in zip(states, keys)]
     first, again, next_step, other_run = (supervision.release.mask_BT for supervision in decided)
     np.testing.assert_array_equal(first, again)
     assert (first != next_step).any() and (first != other_run).any()
@@ -166,7 +167,7 @@ def test_a_rule_that_draws_draws_from_the_runs_key_and_the_steps_number(student,
 
 def test_micro_batches_do_not_change_the_step(student, teacher, rollouts, table, plain):
     step = compiled(ADAM, train__micro_batch=2)
-    state, measured, _ = step(start(student, ADAM), teacher, rollouts, table, KEY)
+    state, measured, _ = step(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
     np.testing.assert_allclose(measured["loss"], plain[1]["loss"], rtol=1e-6)
     assert_close(gradient(state), gradient(plain[0]), 1e-6)
 
@@ -195,7 +196,7 @@ def test_an_objective_in_micro_batches_is_its_weighted_sum_over_whole_logits(
     name, naive, student, teacher, rollouts, table
 ):
     step = compiled(ADAM, objective__name=name, train__micro_batch=2)
-    state, measured, supervision = step(start(student, ADAM), teacher, rollouts, table, KEY)
+    state, measured, supervision = step(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
     assert 0 < measured["accepted_share"] < 1
     assert supervision.scores.targets is None, "hidden states leave the step"
 
@@ -220,8 +221,8 @@ def test_ends_are_taught_by_weight_at_every_position_beside_what_the_rule_keeps(
     overrides = {"objective__name": name, "train__micro_batch": 2}
     plain, taught = (compiled(ADAM, objective__end_weight=w, **overrides) for w in (0.0, 0.5))
     begin = start(student, ADAM)
-    without, _, _ = plain(begin, teacher, rollouts, table, KEY)
-    state, measured, _ = taught(begin, teacher, rollouts, table, KEY)
+    without, _, _ = plain(begin, StepInputs(teacher, rollouts, table, KEY))
+    state, measured, _ = taught(begin, StepInputs(teacher, rollouts, table, KEY))
     assert 0 < measured["accepted_share"] < 1
 
     def mean(params):
@@ -241,16 +242,16 @@ def test_ends_are_taught_by_weight_at_every_position_beside_what_the_rule_keeps(
 def test_a_student_equal_to_its_teacher_has_no_end_to_learn_at_any_update(student, rollouts, table):
     overrides = {"objective__end_weight": 1.0, "train__updates_per_rollout": 2, "release__rule": "none"}
     step = compiled(ADAM, tiny.STUDENT, **overrides)
-    _, measured, _ = step(start(student, ADAM), student, rollouts, table, KEY)
+    _, measured, _ = step(start(student, ADAM), StepInputs(student, rollouts, table, KEY))
     assert abs(measured["loss"]) < 1e-5 and measured["grad_norm"] < 1e-5
     other = jax.tree.map(lambda p: 1.1 * p, student)
-    _, measured, _ = step(start(student, ADAM), other, rollouts, table, KEY)
+    _, measured, _ = step(start(student, ADAM), StepInputs(other, rollouts, table, KEY))
     assert measured["grad_norm"] > 1e-3
 
 
 def test_without_an_end_weight_the_compiled_step_is_the_one_of_old(student, teacher, rollouts, table):
     """Not one instruction asks for the end ids' share."""
-    args = start(student, ADAM), teacher, rollouts, table, KEY
+    args = start(student, ADAM), StepInputs(teacher, rollouts, table, KEY)
     texts = [
         compiled(ADAM, objective__end_weight=w).lower(*args).as_text(debug_info=True) for w in (0.0, 0.5)
     ]
@@ -260,7 +261,7 @@ def test_without_an_end_weight_the_compiled_step_is_the_one_of_old(student, teac
 def test_what_the_teacher_wrote_is_scored_with_the_students_own_probabilities(student, teacher, table):
     theirs = tiny.written(TEXTS, tiny.TEACHER, teacher, width=WIDTH)
     step = compiled(ADAM, objective__name="sft", release__rule="none")
-    state, measured, supervision = step(start(student, ADAM), teacher, theirs, table, KEY)
+    state, measured, supervision = step(start(student, ADAM), StepInputs(teacher, theirs, table, KEY))
     loss, grads = jax.jit(
         jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
     )(student, theirs, jnp.ones((len(TEXTS), WIDTH)))
@@ -277,7 +278,9 @@ def test_a_reward_raises_the_likelihood_of_right_answers_and_lowers_that_of_wron
     step = make_train_step(tiny.STUDENT, tiny.TEACHER, changed, ADAM)
     step = jax.jit(step, compiler_options=tiny.OPTIMISED)  # the loss is a small sum of large terms
     reward_B = np.array([1, 0, 0, 1, np.nan, 0, np.nan, 0], np.float32)
-    state, measured, supervision = step(start(student, ADAM), teacher, rollouts, table, KEY, reward_B)
+    state, measured, supervision = step(
+        start(student, ADAM), StepInputs(teacher, rollouts, table, KEY, reward_B)
+    )
     np.testing.assert_allclose(measured["reward"], 2 / 6, rtol=1e-6)
     np.testing.assert_allclose(measured["graded_share"], 6 / 8, rtol=1e-6)
     mixed_B = 2 * np.array([2, -1, -1, 2, 0, -1, 0, -1]) / 3
@@ -295,7 +298,7 @@ def test_a_second_update_on_the_same_rollouts_is_another_step_from_where_the_fir
     student, teacher, rollouts, table, plain
 ):
     step = compiled(ADAM, train__updates_per_rollout=2)
-    twice, measured, _ = step(start(student, ADAM), teacher, rollouts, table, KEY)
+    twice, measured, _ = step(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
     once, first, _ = plain
     assert int(twice.step) == 1
     assert int(moments(twice).count) == 2
@@ -311,7 +314,7 @@ def test_recomputing_the_students_side_gives_the_same_step(student, teacher, rol
         topk_logp_BTK=np.zeros_like(rollouts.topk_logp_BTK),
     )
     step = compiled(ADAM, scoring__student="recompute")
-    state, measured, supervision = step(start(student, ADAM), teacher, blank, table, KEY)
+    state, measured, supervision = step(start(student, ADAM), StepInputs(teacher, blank, table, KEY))
     np.testing.assert_allclose(supervision.scores.contrast_BT, plain[2].scores.contrast_BT, atol=1e-5)
     np.testing.assert_allclose(measured["loss"], plain[1]["loss"], rtol=1e-5)
     assert_close(gradient(state), gradient(plain[0]), 5e-6)
@@ -324,8 +327,8 @@ def test_frozen_parameters_stay_and_the_others_learn_what_they_would_have(
     frozen = overrides | {"train__frozen": ("embedding", "query")}
     optimizer = make_optimizer(settings(**frozen))
     step, whole = compiled(optimizer, **frozen), compiled(ADAM, **overrides)
-    state, measured, _ = step(start(student, optimizer), teacher, rollouts, table, KEY)
-    all_trained, _, _ = whole(start(student, ADAM), teacher, rollouts, table, KEY)
+    state, measured, _ = step(start(student, optimizer), StepInputs(teacher, rollouts, table, KEY))
+    all_trained, _, _ = whole(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
     np.testing.assert_array_equal(state.params["embedding"], student["embedding"])
     np.testing.assert_array_equal(state.params["blocks"]["query"], student["blocks"]["query"])
     assert (state.params["blocks"]["key"] != student["blocks"]["key"]).any()
@@ -362,7 +365,7 @@ def test_a_frozen_head_has_no_gradient_in_the_compiled_step(student, teacher, ro
     def products_of_the_heads_shape(**overrides):
         optimizer = make_optimizer(settings(**overrides))
         lowered = compiled(optimizer, **overrides).lower(
-            start(student, optimizer), teacher, rollouts, table, KEY
+            start(student, optimizer), StepInputs(teacher, rollouts, table, KEY)
         )
         shapes = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", lowered.compile().as_text())
         return sum(set(map(int, shape)) == size for shape in shapes)
@@ -376,14 +379,16 @@ def sharded(models, rollouts):
     """(job, its step compiled, state, teacher) on a mesh of 2 x 2 x 2 devices."""
     job = prepare(settings(models, mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
     state, teacher_params = job.start(), job.teacher_params()
-    lowered = job.train_step.lower(state, teacher_params, rollouts, job.table, KEY)
+    lowered = job.train_step.lower(state, StepInputs(teacher_params, rollouts, job.table, KEY))
     return job, lowered.compile(), state, teacher_params
 
 
 def test_a_mesh_of_eight_devices_computes_what_one_does(sharded, rollouts, plain):
     job, step, state, teacher_params = sharded
     placed = sharding.put_batch(job.mesh, rollouts)
-    eight, many, released = step(jax.tree.map(jnp.copy, state), teacher_params, placed, job.table, KEY)
+    eight, many, released = step(
+        jax.tree.map(jnp.copy, state), StepInputs(teacher_params, placed, job.table, KEY)
+    )
     one, alone, supervision = plain
     np.testing.assert_allclose(many["loss"], alone["loss"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(many["grad_norm"], alone["grad_norm"], rtol=1e-5)
@@ -405,7 +410,7 @@ def test_the_teachers_best_tokens_are_looked_for_only_by_a_rule_that_reads_their
     student, teacher, rollouts, table, rule, needed
 ):
     step = compiled(ADAM) if rule == "paper" else compiled(ADAM, release__rule=rule)
-    lowered = step.lower(start(student, ADAM), teacher, rollouts, table, KEY)
+    lowered = step.lower(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
     assert ("/overlap/" in lowered.compile().as_text()) == needed
 
 
@@ -437,7 +442,7 @@ def by_hand(accepted):
         accepted_B=np.array([accepted, False]),
         gain_B=np.array([3.0, -7.0], np.float32),
     )
-    scores = scoring.Scores(
+    scores = Scores(
         advantage_BT=advantage_BT,
         contrast_BT=2 * mask_BT.astype(np.float32),
         teacher_logp_BT=3 * advantage_BT,

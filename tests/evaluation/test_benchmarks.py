@@ -129,7 +129,10 @@ def scripted(job, replies):
         finished_B = np.array([not text.startswith("long") for text in texts])
         return answering.sharding.put_batch(job.mesh, rollouts.replace(finished_B=finished_B))
 
-    return dataclasses.replace(job.response_sampler(), sample=sample)
+    response_sampler = job.response_sampler()
+    return dataclasses.replace(
+        response_sampler, draw=dataclasses.replace(response_sampler.draw, sample=sample)
+    )
 
 
 def test_every_response_is_counted_once_with_its_own_problem(job):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax.distill import scoring
+from opd_jax.distill import StepInputs, scoring
 from opd_jax.models import int8, transformer
 from opd_jax.models.files import hf
 from opd_jax.parallel import sharding
@@ -189,7 +189,7 @@ def test_every_program_of_a_run_takes_an_int8_teacher_and_they_agree(models):
     step = jax.device_put(np.int32(0), sharding.replicated(job.mesh))
     rollouts = job.sample_teacher(teacher, *prompt, key, step)
     sums = job.divergence(state.params, teacher, rollouts)
-    _, metrics, supervision = job.train_step(state, teacher, rollouts, job.table, key)
+    _, metrics, supervision = job.train_step(state, StepInputs(teacher, rollouts, job.table, key))
     np.testing.assert_allclose(supervision.scores.teacher_logp_BT, rollouts.logp_BT, atol=2e-5)
     kl = sums["kl_B"].sum() / sums["tokens_B"].sum()
     np.testing.assert_allclose(metrics["loss"], kl, rtol=1e-4)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from opd_jax.config.validation import validate
-from opd_jax.distill import train_step as steps
+from opd_jax.distill import StepInputs, TrainState
 from opd_jax.parallel import sharding
 from opd_jax.parallel.layouts import DEFAULT, Layout
 from opd_jax.release.segments import segments
@@ -48,14 +48,14 @@ def run(pair: str, sizes: tuple[int, int, int], rollouts=None, tables=(DEFAULT, 
         rollouts = sampled
     table = segments.SegmentTable.from_tokenizer(tiny.tokenizer(), "fixed:2")
     start = jax.jit(p.optimizer.init, out_shardings=p.state_shardings.opt_state)
-    state = steps.TrainState(np.int32(0), params, start(params))
-    lesson = (
+    state = TrainState(np.int32(0), params, start(params))
+    inputs = StepInputs(
         teacher_params,
         sharding.put_batch(mesh, jax.device_get(rollouts)),
         jax.device_put(table, sharding.replicated(mesh)),
         key,
     )
-    state, measured, supervision = p.train_step.lower(state, *lesson).compile()(state, *lesson)
+    state, measured, supervision = p.train_step.lower(state, inputs).compile()(state, inputs)
     moment = optax.tree.get(state.opt_state, "ScaleByAdamState").mu
     return jax.device_get((sampled, measured, moment, supervision))
 

@@ -143,7 +143,7 @@ import os, signal, sys, time
 import jax, numpy
 from opd_jax.parallel import distributed, sharding
 from opd_jax.run.checkpoint import Checkpoints
-from opd_jax.distill.train_step import TrainState
+from opd_jax.distill import TrainState
 
 distributed.initialize()
 mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})

@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax.distill import loss, objectives
-from opd_jax.distill.rollout import Rollouts
+from opd_jax.distill import Loss, LossInputs, Rollouts, objectives
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
 from opd_jax.parallel import layouts, sharding
@@ -270,15 +269,8 @@ def test_the_policy_gradient_on_a_mesh_equals_that_on_one_device():
 
     def value_and_grad(params, batch):
         def total(params):
-            return loss.loss_sum(
-                "policy_gradient",
-                objectives.Options(),
-                MODEL,
-                params,
-                *batch,
-                chunk=4,
-                remat="none",
-            )[0]
+            summed = Loss("policy_gradient", objectives.Options(), MODEL, None, chunk=4)
+            return summed(params, LossInputs(*batch), {}, None, 1.0)[0]
 
         return jax.value_and_grad(total)(params)
 

@@ -384,7 +384,7 @@ def plant(plan, step):
 
 
 def test_a_planted_callback_fails(models):
-    def step(state, teacher_params, rollouts, table, key):
+    def step(state, inputs):
         jax.debug.print("step {}", state.step)
         return state.step
 
@@ -426,8 +426,8 @@ def test_what_slices_exchange_over_their_hosts_is_no_transfer_to_the_host():
 def test_planted_logits_of_all_positions_fail_in_any_layout(models, order):
     plan = planned(models, devices=1)
 
-    def step(state, teacher_params, rollouts, table, key):
-        student = plan.student
+    def step(state, inputs):
+        student, rollouts = plan.student, inputs.rollouts
         mask_BL = jnp.ones(rollouts.tokens_BL.shape, bool)
         hidden_BLD = transformer.forward(student, state.params, rollouts.tokens_BL, mask_BL)
         logits = transformer.logits(student, transformer.head(student, state.params), hidden_BLD)
@@ -445,9 +445,8 @@ def test_weights_as_large_as_logits_are_none():
 
 def test_a_device_computes_the_logits_of_its_own_rows_alone(models):
     plan = planned(models, devices=8)
-    arguments = plan.abstract_state(), plan.abstract_teacher(), plan.abstract_rollouts()
-    arguments += plan.abstract_table(), plan.abstract_key()
-    program = hlo.Program(plan.train_step.lower(*arguments).compile().as_text())
+    lowered = plan.train_step.lower(plan.abstract_state(), plan.abstract_inputs())
+    program = hlo.Program(lowered.compile().as_text())
     rows = 2 * plan.config.scoring.chunk  # of a micro-batch of 8 each device has one
     assert program.vocabulary_arrays(rows, [264, 272], [32, 4]) == []
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax import release as rel
 from opd_jax.config import default
-from opd_jax.distill.scoring import Scores
+from opd_jax.distill.types import Scores
 from opd_jax.errors import UserError
 from tests.release.test_change_point import collectives, host_calls, reference_bics
 

@@ -15,7 +15,7 @@ from scipy import special
 
 from opd_jax import release as rel
 from opd_jax.config import default
-from opd_jax.distill.scoring import Scores
+from opd_jax.distill.types import Scores
 from opd_jax.release import rules
 from tests.release.test_change_point import collectives, host_calls, reference_bics
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax.distill.train_step import TrainState
+from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
 from opd_jax.run.checkpoint import Checkpoints
 from opd_jax.run.job import prepare

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from opd_jax.distill.scoring import Scores
-from opd_jax.distill.train_step import Supervision
+from opd_jax.distill.types import Scores, Supervision
 from opd_jax.release.release import Release
 from opd_jax.run import transcripts
 from tests import tiny

@@ -1,0 +1,191 @@
+"""What flows through a step: rollouts, scores, what a rule decided, what a loss reads, and the state.
+
+Frozen dataclasses, which are pytrees. An array's name ends in its shape: B rollouts, P prompt positions,
+T response positions, L = P + T, D model width, K candidates.
+"""
+
+import jax
+import optax
+from flax import struct
+
+from opd_jax.models import moe
+from opd_jax.release import Release
+from opd_jax.release.segments import SegmentTable
+
+
+@struct.dataclass
+class Rollouts:
+    """A batch of sampled responses. Past a row's end every field is 0, False or pad.
+
+    Attributes:
+      tokens_BL: int32 ids; prompt left-padded to P, then the response right-padded to T.
+      prompt_mask_BP: real prompt tokens.
+      mask_BT: response tokens, the end-of-sequence token included.
+      logp_BT: the student's log-probability of each token in nats: temperature 1, no truncation, whatever
+        it was sampled with.
+      behaviour_logp_BT: the log-probability under the distribution that the token was drawn from.
+      topk_BTK: ids of the student's K most likely tokens at each position, most likely first.
+      topk_logp_BTK: the student's log-probabilities of them in nats, as logp_BT's.
+      stop_BT: the student's probability of an end token at each position.
+      finished_B: ended by an end token, not by the length limit.
+    """
+
+    tokens_BL: jax.Array
+    prompt_mask_BP: jax.Array
+    mask_BT: jax.Array
+    logp_BT: jax.Array
+    behaviour_logp_BT: jax.Array
+    topk_BTK: jax.Array
+    topk_logp_BTK: jax.Array
+    stop_BT: jax.Array
+    finished_B: jax.Array
+
+    @property
+    def response_BT(self):
+        """Ids of the response."""
+        return self.tokens_BL[:, self.prompt_mask_BP.shape[1] :]
+
+
+@struct.dataclass
+class TeacherTop:
+    """The teacher's own most likely tokens; finite and without meaning outside the response.
+
+    Attributes:
+      top_BTK: ids, most likely first.
+      logp_BTK: their log-probabilities and, last, that of all other ids together: [B, T, K + 1].
+      entropy_BT: the teacher's entropy over the whole vocabulary, nats.
+    """
+
+    top_BTK: jax.Array
+    logp_BTK: jax.Array
+    entropy_BT: jax.Array
+
+
+@struct.dataclass
+class Targets:
+    """What some objectives need of the teacher beside Scores; all of it from the same forward pass.
+
+    Attributes:
+      hidden_BTD: final hidden states, from which the loss makes the teacher's logits chunk by chunk.
+      top: TeacherTop.
+    """
+
+    hidden_BTD: jax.Array | None = None
+    top: TeacherTop | None = None
+
+
+@struct.dataclass
+class Scores:
+    """What the teacher says of a batch of rollouts; float32, nats, 0 outside the response.
+
+    Attributes:
+      advantage_BT: A_t = log p_T(y_t) - log p_S(y_t).
+      contrast_BT: M_t >= 0, the teacher's margin between its best two of the student's K candidates.
+      teacher_logp_BT, student_logp_BT: log-probabilities of the response tokens at temperature 1.
+      teacher_topk_logp_BTK, student_topk_logp_BTK: those of the student's K candidates, in its order.
+      overlap_BT: no unit, the share of the student's K candidates that are among the teacher's K best.
+      teacher_stop_BT: the teacher's probability of an end token at each position.
+      targets: what `score` was asked to keep for the objective.
+      teacher_load: how the teacher's routers spread the batch's tokens; None without experts.
+    """
+
+    advantage_BT: jax.Array
+    contrast_BT: jax.Array
+    teacher_logp_BT: jax.Array
+    student_logp_BT: jax.Array
+    teacher_topk_logp_BTK: jax.Array | None
+    student_topk_logp_BTK: jax.Array | None
+    overlap_BT: jax.Array | None
+    teacher_stop_BT: jax.Array
+    targets: Targets | None = None
+    teacher_load: moe.Load | None = None
+
+    def per_token(self) -> "Scores":
+        """The scores without what only rules and objectives read: nothing of it need leave a program."""
+        return self.replace(
+            teacher_topk_logp_BTK=None,
+            student_topk_logp_BTK=None,
+            overlap_BT=None,
+            targets=None,
+            teacher_load=None,
+        )
+
+
+@struct.dataclass
+class Ends:
+    """How the end of a response is taught beside the objective.
+
+    Attributes:
+      weight_BT: what each position counts; 0 outside the response.
+      stop_BT: the teacher's probability of an end token.
+    """
+
+    weight_BT: jax.Array
+    stop_BT: jax.Array
+
+
+@struct.dataclass
+class LossInputs:
+    """The rollouts that a gradient is taken of, and how much each of their tokens counts.
+
+    Attributes:
+      rollouts: with the student's log-probabilities from which the advantage was made.
+      advantage_BT: nats, as the loss sees it: clipped, and with the task reward mixed in.
+      weight_BT: the release rule's weight times the rescale; 0 outside the response.
+      targets: what the objective needs of the teacher besides the advantage.
+      ends: how the end of a response is taught; None without objective.end_weight.
+    """
+
+    rollouts: Rollouts
+    advantage_BT: jax.Array
+    weight_BT: jax.Array
+    targets: Targets = Targets()
+    ends: Ends | None = None
+
+    @property
+    def per_token(self) -> tuple:
+        """What a loss reads of each response position besides hidden states; arrays of [B, T, ...]."""
+        r = self.rollouts
+        return r.response_BT, r.logp_BT, self.advantage_BT, self.weight_BT, self.targets, self.ends
+
+
+@struct.dataclass
+class StepInputs:
+    """What a training step reads besides its state.
+
+    Attributes:
+      teacher_params: the teacher's parameters.
+      rollouts: what was sampled.
+      table: the SegmentTable.
+      key: a PRNG key of the run. Release rules that draw do so from it and the step's number.
+      reward_B: the reward of each response, NaN where there is none; needed only with a reward.weight.
+    """
+
+    teacher_params: dict
+    rollouts: Rollouts
+    table: SegmentTable
+    key: jax.Array
+    reward_B: jax.Array | None = None
+
+
+@struct.dataclass
+class Supervision:
+    """What a step decided for each rollout; only the report reads it."""
+
+    scores: Scores
+    release: Release
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes.
+
+    Attributes:
+      step: int32 scalar, updates of the policy's rollouts done; the next rollout's number.
+      params: the student's parameters, float32 masters.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState

@@ -1,0 +1,149 @@
+"""A run while it goes on in its workdir: its state, its records, and a request to stop."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Self
+
+import jax
+
+from opd_jax.distill import TrainState
+from opd_jax.parallel import distributed
+from opd_jax.progress import Progress
+from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.metrics import MetricWriter
+
+
+def due(config: Any, every: int, step: int) -> bool:
+    """Whether what happens every so many steps happens after this one; the last step always counts."""
+    return every > 0 and (step % every == 0 or step == config.train.steps)
+
+
+class Session:
+    """Continues or starts a run; a context manager.
+
+    Args:
+      config: the whole config.
+      workdir: folder of the run.
+      progress: shows what goes on.
+
+    Attributes:
+      done: steps of the checkpoint that the run continues from; None for a new run.
+      writer: its MetricWriter, after `record`.
+    """
+
+    writer: MetricWriter
+
+    def __init__(self, config: Any, workdir: Any, progress: Progress):
+        self._config, self._workdir, self._progress = config, workdir, progress
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._checkpoints = Checkpoints(self._workdir, self._config.checkpoint.keep)
+        self._stack.callback(self._close)
+        self.done = self._checkpoints.latest
+        return self
+
+    def __exit__(self, *exc_info: Any) -> bool | None:
+        return self._stack.__exit__(*exc_info)
+
+    def _close(self) -> None:
+        with self._progress.phase("writing what is left of the checkpoint"):
+            self._checkpoints.close()
+
+    @property
+    def first(self) -> int:
+        """Steps done when the session began."""
+        return self.done or 0
+
+    def state(
+        self, start: Callable[[], TrainState], abstract: Callable[[], TrainState]
+    ) -> tuple[TrainState, dict | None]:
+        """(the newest checkpoint's state, or the start's; the position in the prompts, None at the start).
+
+        Args:
+          start: reads the state before the first step.
+          abstract: shapes, dtypes and shardings of a state.
+        """
+        if self.done is None:
+            with self._progress.phase("reading the student's weights"):
+                return start(), None
+        with self._progress.phase(f"reading the checkpoint of step {self.done}"):
+            return self._checkpoints.restore(self.done, abstract())
+
+    def record(self, **options: Any) -> MetricWriter:
+        """Opens the run's records, dropping those after the checkpoint; from here on SIGTERM stops the loop.
+
+        Args:
+          options: of the MetricWriter.
+        """
+        self._preemption = self._stack.enter_context(distributed.Preemption())
+        writer = MetricWriter.of(self._config, self._workdir, self.done, progress=self._progress, **options)
+        self.writer = self._stack.enter_context(writer)
+        return writer
+
+    def recorded(self, kinds: Iterable[tuple[str, str | None]]) -> set[tuple[str, str | None]]:
+        """Which of these (kind, benchmark or None) process 0 found recorded of the step `done`."""
+        kinds = list(kinds)
+        found = distributed.gathered([kind in self.writer.recorded for kind in kinds])[0]
+        return {kind for kind, there in zip(kinds, found, strict=True) if there}
+
+    def stopping(self) -> bool:
+        """Whether the run was told to stop after this step. Call it at every step, in every process."""
+        return self._preemption.reached()
+
+    def saves(self, step: int, stopping: bool) -> bool:
+        """Whether this step is saved."""
+        every = self._config.checkpoint.every
+        return due(self._config, every, step) or (stopping and every > 0)
+
+    def save(self, step: int, state: TrainState, position: dict, kl: float | None = None) -> None:
+        """Saves a step in the background, after its records are on the disk."""
+        self.writer.sync()
+        with self._progress.phase(f"saving step {step}", kind="saving"):
+            self._checkpoints.save(step, state, position, kl)
+
+    def stop(self, step: int) -> NoReturn:
+        """Ends the run after a step, with its exit status.
+
+        Raises:
+          distributed.Preempted: always.
+        """
+        self.writer.say(f"told to stop after step {step}; start again with the same --workdir to continue")
+        raise distributed.Preempted
+
+
+class StepReader:
+    """Writes the metrics of a step after the next one is on its way, so that the device never waits.
+
+    Args:
+      writer: where they go.
+    """
+
+    def __init__(self, writer: MetricWriter):
+        self._writer = writer
+        self._pending = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock of the next step now: what came before was no training."""
+        self._last = time.perf_counter()
+
+    def begin(self, step: int, measured: dict, more: Callable[[], dict] = dict) -> None:
+        """Keeps a step's metrics on the devices; once they are there, `more` returns what else to record."""
+        self._pending = step, measured, more
+
+    def finish(self) -> None:
+        """Fetches and writes what is pending; waits for the devices only if they are not done yet."""
+        if self._pending is None:
+            return
+        step, measured, more = self._pending
+        self._pending = None
+        record = jax.device_get(measured)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        speed = {
+            "tokens_per_second": float(record["response_tokens"]) / seconds,
+            "seconds_step": seconds,
+        }
+        self._writer.write({"kind": "train", "step": step} | record | speed | more())
