@@ -62,7 +62,7 @@ def scored(job, dtype: str, kept: str, rollouts):
     @jax.jit
     def score(params, rollouts, table):
         scores = scoring.score(
-            model, params, rollouts, chunk=config.scoring.chunk, micro_batches=MICRO_BATCHES, keep="logits"
+            model, params, rollouts, scoring.Scoring(config.scoring.chunk, MICRO_BATCHES, keep="logits")
         )
         segment_BT = segment(table, rollouts.response_BT, rollouts.mask_BT)
         released = release.release(scores, segment_BT, rollouts.mask_BT, config.release)

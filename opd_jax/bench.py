@@ -33,6 +33,7 @@ from opd_jax.distill import (
     TrainState,
     make_optimizer,
     make_train_step,
+    rollout,
     scoring,
 )
 from opd_jax.errors import UserError
@@ -178,8 +179,8 @@ def _measure(
     flops = costs.phase_flops(student, teacher, b, p, t)
     seconds, predicted = {}, {}
 
-    def measured(name: str, value: float, products: float = 0.0, moved: float = 0.0):
-        seconds[name], predicted[name] = value, max(products / rate, moved / copied)
+    def measured(name: str, value: float, products: float = 0.0, hbm_bytes: float = 0.0):
+        seconds[name], predicted[name] = value, max(products / rate, hbm_bytes / copied)
         line = f"{name:<12}{value:>10.4f}{b * t / value:>10.0f}"
         if name in flops:
             speed = flops[name] / value
@@ -196,14 +197,15 @@ def _measure(
         cache_stages=flags.FLAGS.cache_stages,
     )
     sample = jax.jit(
-        lambda params, tokens_BP, mask_BP: sample(
+        lambda params, tokens_BP, mask_BP: rollout.sample(
             student, params, tokens_BP, mask_BP, jax.random.key(3), sampling
         )
     )
     sampled = best_seconds(sample, params, *prompts, progress=progress, name="the sampler")
     rounds = t // flags.FLAGS.cache_stages
     products = hlo.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds)
-    measured("sample", sampled, products, costs.sample_bytes(student, b, p, t, 1, flags.FLAGS.cache_stages))
+    batch = costs.MicroBatch(b, p, t, ONE)
+    measured("sample", sampled, products, costs.sample_bytes(student, batch, flags.FLAGS.cache_stages))
     if flags.FLAGS.sample_only:
         return
     with progress.phase("sampling what is scored"):
@@ -244,20 +246,19 @@ def _train_seconds(
         teacher_params = jax.block_until_ready(transformer.init(teacher, jax.random.key(1), teacher.dtype))
     table = SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
-    score = jax.jit(
-        lambda w, r: scoring.score(teacher, w, r, chunk=config.scoring.chunk, micro_batches=micro_batches)
-    )
+    how = scoring.Scoring(chunk=config.scoring.chunk, micro_batches=micro_batches)
+    score = jax.jit(lambda weights, rollouts: scoring.score(teacher, weights, rollouts, how))
 
     def products(fn, *args):
         return hlo.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
     b, length = rollouts.tokens_BL.shape
     t = rollouts.mask_BT.shape[1]
-    sizes = student, teacher, b // micro_batches
+    batch = costs.MicroBatch(b // micro_batches, length - t, t, ONE, micro_batches)
     scored = best_seconds(score, teacher_params, rollouts, progress=progress, name="scoring")
     scoring_products = products(score, teacher_params, rollouts)
-    moved = micro_batches * costs.score_bytes(*sizes, length - t, t, 1)
-    measured("score", scored, scoring_products, moved)
+    scoring_bytes = micro_batches * costs.score_bytes(student, teacher, batch)
+    measured("score", scored, scoring_products, scoring_bytes)
     scores = score(teacher_params, rollouts)
 
     @jax.jit
@@ -273,9 +274,9 @@ def _train_seconds(
     with_rule, without = _step_seconds(config, models, params, inputs, progress)
     state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
     step_products = products(train_step, state, inputs)
-    step_moved = costs.train_bytes(*sizes, micro_batches, length - t, t, ONE, 4)
+    step_bytes = costs.train_bytes(student, teacher, batch, mu_bytes=4)
     step = min(with_rule)
-    measured("update", step - scored - released, step_products - scoring_products, step_moved - moved)
+    measured("update", step - scored - released, step_products - scoring_products, step_bytes - scoring_bytes)
     return step, np.subtract(with_rule, without)
 
 

@@ -36,7 +36,7 @@ from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, tokenizers, transformer
 from opd_jax.parallel import compile_cache, distributed, sharding
 from opd_jax.progress import Progress, own
-from opd_jax.run import Session, StepReader, batching_of, due, job, metrics, programs, sizes
+from opd_jax.run import Session, StepReader, batching_of, due, job, metrics, programs, resolve, sizes
 
 
 class Exchange(NamedTuple):
@@ -191,10 +191,10 @@ def _train(config, workdir, shown: Progress) -> TrainState:
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
     mesh = sharding.make_mesh(c.mesh)
-    probe = programs.settle_products(c, mesh, workdir)
+    probe = resolve.settle_products(c, mesh, workdir)
     sizes.fill_micro_batch(c, mesh)
     tokenizer = tokenizers.load(c.student.path, "student.path")
-    model = programs.student_model(c, mesh)
+    model = resolve.student_model(c, mesh)
     sizes.check_length(c, "student.path", model)
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
     with shown.phase("reading the written responses"):

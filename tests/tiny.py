@@ -1,6 +1,8 @@
 """A pair of models small enough for any test, with a real tokenizer: one token a byte."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import subprocess
@@ -18,6 +20,8 @@ from opd_jax.distill import Rollouts
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import hf
+from opd_jax.progress import Progress
+from opd_jax.run import metrics
 
 PAD, START, END = 256, 257, 258
 # For jax.jit(compiler_options=...): as a user's program; tests/conftest.py's flags round a little otherwise.
@@ -190,3 +194,14 @@ def naive_loss(model: ModelConfig, tree: dict, rollouts: Rollouts, weight_BT):
     logp_BTV = whole_logp(model, tree, rollouts)
     logp_BT = jnp.take_along_axis(logp_BTV, rollouts.response_BT[..., None], axis=-1)[..., 0]
     return -jnp.where(rollouts.mask_BT, weight_BT * logp_BT, 0).sum() / rollouts.mask_BT.sum()
+
+
+@contextlib.contextmanager
+def writer(workdir, *, resume_step=None, stream=None, total_steps=100, tensorboard=False, wandb=""):
+    """A MetricWriter whose progress goes to a stream."""
+    config = default()
+    config.train.steps, config.metrics.tensorboard, config.metrics.wandb = total_steps, tensorboard, wandb
+    with Progress(stream or io.StringIO()) as progress:
+        progress.expect("step", total_steps - (resume_step or 0))
+        with metrics.MetricWriter(config, workdir, resume_step, progress, plain_every=10) as out:
+            yield out

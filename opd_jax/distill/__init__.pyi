@@ -11,6 +11,7 @@ from .optimizer import learning_rate as learning_rate
 from .optimizer import make_optimizer as make_optimizer
 from .rollout import Sampling as Sampling
 from .rollout import sample as sample
+from .scoring import Scoring as Scoring
 from .scoring import score as score
 from .train_step import make_train_step as make_train_step
 from .types import LossInputs as LossInputs

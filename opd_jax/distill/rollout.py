@@ -40,26 +40,22 @@ class Sampling:
     int8_cache: bool = False
 
 
-def sample(
-    config: ModelConfig, params: dict, tokens_QP, mask_QP, key, sampling: Sampling, row_B=None
-) -> Rollouts:
+def sample(config: ModelConfig, params: dict, tokens_QP, mask_QP, key, sampling: Sampling) -> Rollouts:
     """Samples n responses a prompt; stops as soon as every row has ended.
 
     Args:
       config, params: the student.
       tokens_QP, mask_QP: Q left-padded prompts; the last column is real in every row.
-      key: a PRNG key. Row b at step t draws from (key, row_B[b], t) alone, so the same seed gives the
-        same tokens on any mesh and however the batch is cut.
+      key: a PRNG key, or one for each row, as `row_keys` makes them. Row b at step t draws from (key, b, t)
+        alone, so the same seed gives the same tokens on any mesh and however the batch is cut.
       sampling: settings.
-      row_B: the rollouts' numbers in the global batch; 0..B-1 if not given.
 
     Returns:
       Rollouts with B = Q n and T = sampling.max_tokens; row b answers prompt b // n.
     """
     b, p = tokens_QP.shape[0] * sampling.samples, tokens_QP.shape[1]
     t_max = sampling.max_tokens
-    row_B = jnp.arange(b) if row_B is None else row_B
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+    key_B = key if key.ndim else row_keys(key, jnp.arange(b))
     end_ids = jnp.array(config.eos_ids or (-1,), jnp.int32)
     head_VD = transformer.head(config, params)
 
@@ -70,7 +66,7 @@ def sample(
         )
         cache = kv.repeat(cache, sampling.samples)
         length_B = mask_BP.sum(axis=1, dtype=jnp.int32)
-        layers = kv.unstack(config, params, b)
+        unstacked = kv.unstack(config, params, b)
         rope_1LC = attention.rope_tables(config, jnp.arange(p + t_max)[None])
 
     def emit(out, hidden_BD, done_B, t):
@@ -94,7 +90,7 @@ def sample(
         t, out, token_B, done_B, cache = state
         with jax.named_scope("decode"):
             rope_B1C = [table[0, length_B + t - 1][:, None] for table in rope_1LC]
-            hidden_BD, cache = kv.decode(config, params, layers, token_B, rope_B1C, cache, p + t - 1)
+            hidden_BD, cache = kv.decode(config, unstacked, token_B, rope_B1C, cache, p + t - 1)
         return t + 1, *emit(out, hidden_BD, done_B, t), cache
 
     out = {
@@ -125,6 +121,11 @@ def sample(
         stop_BT=out["stop"],
         finished_B=done_B,
     )
+
+
+def row_keys(key, row_B):
+    """The PRNG keys of rollouts by their numbers in the batch of all processes."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
 
 
 def _draw(sampling: Sampling, logits_BV, u_B2, end_ids) -> dict:

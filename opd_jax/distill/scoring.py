@@ -3,6 +3,7 @@
 Whatever needs the vocabulary runs over chunks of positions, so [B, T, V] never exists.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -14,28 +15,39 @@ from opd_jax.distill.types import Rollouts, Scores, Targets, TeacherTop
 from opd_jax.models import ModelConfig, moe, transformer
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How to score; static, so each value compiles its own program.
+
+    Attributes:
+      chunk: response positions whose logits exist at a time: B/micro_batches x chunk x V floats.
+      micro_batches: pieces that the batch is cut into, one after another.
+      keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
+        `top_k` most likely tokens and its entropy.
+      top_k: how many tokens `keep="top"` keeps.
+    """
+
+    chunk: int
+    micro_batches: int = 1
+    keep: Literal["logits", "top"] | None = None
+    top_k: int = 0
+
+
 def score(
     teacher: ModelConfig,
     teacher_params: dict,
     rollouts: Rollouts,
-    *,
-    chunk: int,
-    micro_batches: int = 1,
+    scoring: Scoring,
     student: tuple[ModelConfig, dict] | None = None,
-    keep: Literal["logits", "top"] | None = None,
-    top_k: int = 0,
 ) -> Scores:
     """Scores rollouts with one teacher forward pass.
 
     Args:
       teacher, teacher_params: the teacher; no gradient flows into it.
       rollouts: their topk_BTK are the candidates unless `student` is given.
-      chunk: response positions whose logits exist at a time: B/micro_batches x chunk x V floats.
-      micro_batches: pieces that the batch is cut into, one after another.
+      scoring: settings.
       student: (config, params) to recompute the student's log-probabilities and candidates with, at the
         price of another forward pass; None takes the sampler's, which are the same in exact arithmetic.
-      keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
-        `top_k` most likely tokens and its entropy.
 
     Returns:
       Scores.
@@ -51,7 +63,7 @@ def score(
                 hidden_BTD = response_hidden(config, params, r)
                 own = over_chunks(
                     functools.partial(_student_chunk, config, r.topk_BTK.shape[-1]),
-                    chunk,
+                    scoring.chunk,
                     transformer.head(config, params),
                     (hidden_BTD, r.response_BT),
                 )
@@ -59,8 +71,8 @@ def score(
         with jax.named_scope("teacher"):
             hidden_BTD, load = response_hidden_and_load(teacher, teacher_params, r)
             teacher_topk_logp_BTK, teacher_logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
-                functools.partial(_teacher_chunk, teacher, top_k if keep == "top" else 0),
-                chunk,
+                functools.partial(_teacher_chunk, teacher, scoring.top_k if scoring.keep == "top" else 0),
+                scoring.chunk,
                 transformer.head(teacher, teacher_params),
                 (hidden_BTD, r.response_BT, candidate_BTK),
             )
@@ -77,13 +89,13 @@ def score(
         scores = jax.tree.map(
             lambda x: jnp.where(r.mask_BT.reshape(r.mask_BT.shape + (1,) * (x.ndim - 2)), x, 0), scores
         )
-        targets = Targets(hidden_BTD=hidden_BTD if keep == "logits" else None, top=top)
+        targets = Targets(hidden_BTD=hidden_BTD if scoring.keep == "logits" else None, top=top)
         return scores.replace(targets=targets), load
 
-    if micro_batches == 1:
+    if scoring.micro_batches == 1:
         scores, load = one(rollouts)
     else:
-        scores, loads = jax.lax.map(one, split(rollouts, micro_batches))
+        scores, loads = jax.lax.map(one, split(rollouts, scoring.micro_batches))
         scores, load = join(scores), jax.tree.map(lambda x: x.sum(axis=0), loads)
     return scores.replace(teacher_load=load)
 
@@ -222,14 +234,12 @@ def distance(
     teacher: ModelConfig,
     teacher_params: dict,
     rollouts: Rollouts,
-    *,
-    chunk: int,
-    micro_batches: int = 1,
+    scoring: Scoring,
 ):
     """How far the student is from the teacher at each position of its responses, in nats, 0 outside them.
 
     Both models must share ids; ids that either tokenizer lacks carry no mass in the student. The models
-    may have different numbers of vocabulary rows. For chunk and micro_batches see `score`.
+    may have different numbers of vocabulary rows. Of `scoring` only chunk and micro_batches are read.
 
     Returns:
       (KL(student || teacher) over the whole vocabulary [B, T], the teacher's log-probability of the token
@@ -251,8 +261,8 @@ def distance(
             response_hidden(teacher, teacher_params, r),
             r.response_BT,
         )
-        return tuple(jnp.where(r.mask_BT, x_BT, 0) for x_BT in over_chunks(one, chunk, heads, arrays))
+        return tuple(jnp.where(r.mask_BT, x_BT, 0) for x_BT in over_chunks(one, scoring.chunk, heads, arrays))
 
-    if micro_batches == 1:
+    if scoring.micro_batches == 1:
         return piece(rollouts)
-    return join(jax.lax.map(piece, split(rollouts, micro_batches)))
+    return join(jax.lax.map(piece, split(rollouts, scoring.micro_batches)))

@@ -83,11 +83,13 @@ def supervise(
             teacher,
             inputs.teacher_params,
             rollouts,
-            chunk=config.scoring.chunk,
-            micro_batches=config.rollout.batch // config.train.micro_batch,
+            scoring.Scoring(
+                chunk=config.scoring.chunk,
+                micro_batches=config.rollout.batch // config.train.micro_batch,
+                keep=objective.teacher,
+                top_k=config.objective.top_k,
+            ),
             student=(student, params) if recomputes(config) else None,
-            keep=objective.teacher,
-            top_k=config.objective.top_k,
         )
     with jax.named_scope("release"):
         segment_BT = segment(inputs.table, rollouts.response_BT, rollouts.mask_BT)

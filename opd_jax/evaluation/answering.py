@@ -35,7 +35,7 @@ class ResponseSampler:
     """What writes responses and what reads them.
 
     Attributes:
-      draw: draw(params, PromptBatch, number, Progress) -> (PromptBatch, Rollouts), such as a `run.draw.Draw`. Two
+      draw: draw(params, PromptBatch, number, Progress) -> (PromptBatch, Rollouts), a `run.draw.Draw`. Two
         models that draw with the same key differ by their parameters alone.
       batching: the shape of its batches.
       mesh, tokenizer, grader: the devices, the transformers tokenizer, and what grades.

@@ -30,8 +30,10 @@ class KVCache:
     filled_BS: jax.Array
 
 
-def unstack(config: ModelConfig, params: dict, rows: int) -> tuple[dict, ...]:
-    """The blocks' weights, layer by layer, for `decode`; gathered once for all steps.
+def unstack(config: ModelConfig, params: dict, rows: int) -> dict:
+    """The parameters as `decode` takes them: with "layers", the blocks' weights one by one, for "blocks".
+
+    They are gathered once for all steps.
 
     They have the dtype and layout that products of `rows` rows use. Experts, which are most of a sparse
     model, are spread over the slice if possible.
@@ -42,7 +44,7 @@ def unstack(config: ModelConfig, params: dict, rows: int) -> tuple[dict, ...]:
         p = jax.tree.map(lambda w: w[i], params["blocks"])
         return transformer.decode_block(config, transformer.gather_block(config, p, spread=spread), rows)
 
-    return tuple(map(layer, range(config.layers)))
+    return params | {"layers": tuple(map(layer, range(config.layers))), "blocks": {}}
 
 
 def _stored(k_BKCL, v_BKLC, int8: bool) -> tuple[jax.Array, ...]:
@@ -73,7 +75,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
 
     def step(x_BPD, p):
         p = transformer.gather_block(config, p)
-        return transformer.block(config, p, x_BPD, rope, attend, narrow=config.narrow)[:2]
+        return transformer.block(config, p, x_BPD, rope, attend)[:2]
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, stacked = jax.lax.scan(step, x_BPD, params["blocks"])
@@ -104,11 +106,11 @@ def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
     )
 
 
-def decode(config: ModelConfig, params: dict, layers, token_B, rope, cache: KVCache, slot):
+def decode(config: ModelConfig, params: dict, token_B, rope, cache: KVCache, slot):
     """Runs one token of each row through the model.
 
     Args:
-      layers: what `unstack` returned.
+      params: what `unstack` returned.
       token_B: ids.
       rope: attention.rope_tables of their positions, [B, 1, head_size / 2] each. The caller looks them up: a
         compiler would recompute cosines inside the loop for every head of every layer.
@@ -123,7 +125,7 @@ def decode(config: ModelConfig, params: dict, layers, token_B, rope, cache: KVCa
     )
     x_B1D = transformer.embed(config, params, token_B)[:, None]
     kept = []
-    for p, layer in zip(layers, cache.layers, strict=True):
+    for p, layer in zip(params["layers"], cache.layers, strict=True):
 
         def attend(q, k, v, layer=layer):
             new = _stored(*attention.cached(k, v), int8=layer[0].dtype == jnp.int8)
@@ -134,9 +136,7 @@ def decode(config: ModelConfig, params: dict, layers, token_B, rope, cache: KVCa
             keys, values, *scales = layer
             return attention.attend(q, keys, values, filled_BS[:, None], scales), layer
 
-        x_B1D, layer, _ = transformer.block(
-            config, p, x_B1D, rope, attend, spread=spread, narrow=config.narrow
-        )
+        x_B1D, layer, _ = transformer.block(config, p, x_B1D, rope, attend, spread=spread)
         kept.append(layer)
     hidden_BD = transformer.rms_norm(x_B1D[:, 0], params["final_norm"], config.norm_eps)
     return hidden_BD, KVCache(layers=tuple(kept), filled_BS=filled_BS)

@@ -105,7 +105,7 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
     arrays = x_BLD, routing.expert_BLX, routing.weight_BLX, p["gate"], p["up"], p["down"]
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _held_experts(*arrays)
+        return _held_experts(*arrays[:3], arrays[3:])
     rules = config.layout.rules
     weights = (_SPREAD,) * 3 if spread else (_IN, _IN, _OUT)
     axes = (*(("batch", None, None),) * 3, *weights)
@@ -116,14 +116,14 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
     specs = tuple(map(cut, arrays, axes))
     experts_cut_by, width_cut_by, _ = sharding.spec(p["down"].shape, weights[-1], mesh, rules)
 
-    def part(x_BLD, *others):
+    def part(x_BLD, expert_BLX, weight_BLX, *weights):
         cut_by = experts_cut_by or width_cut_by
         if cut_by is None:
-            return _held_experts(x_BLD, *others)
-        first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * others[-1].shape[0]
+            return _held_experts(x_BLD, expert_BLX, weight_BLX, weights)
+        first = 0 if experts_cut_by is None else jax.lax.axis_index(experts_cut_by) * weights[-1].shape[0]
         # JAX 0.10 does not sum the gradient of a gather over an axis that cuts only its indices.
         x_BLD = jax.lax.pcast(x_BLD, cut_by, to="varying")
-        return jax.lax.psum(_held_experts(x_BLD, *others, first=first), cut_by)
+        return jax.lax.psum(_held_experts(x_BLD, expert_BLX, weight_BLX, weights, first), cut_by)
 
     def spread_part(*arrays):
         rows, weights = arrays[:3], arrays[3:]
@@ -131,15 +131,16 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
         x_BLD, *chosen = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in rows)
         x_BLD = jax.lax.pcast(x_BLD, "tensor", to="varying")
         first = jax.lax.axis_index(experts_cut_by) * weights[-1].shape[0]
-        out_BLD = _held_experts(x_BLD, *chosen, *weights, first=first)
+        out_BLD = _held_experts(x_BLD, *chosen, weights, first)
         return jax.lax.psum(jax.lax.psum_scatter(out_BLD, "fsdp", tiled=True), "tensor")
 
     cut_part = spread_part if spread else part
     return jax.shard_map(cut_part, in_specs=specs, out_specs=specs[0])(*arrays)
 
 
-def _held_experts(x_BLD, expert_BLX, weight_BLX, gate_EDF, up_EDF, down_EFD, first=0):
+def _held_experts(x_BLD, expert_BLX, weight_BLX, weights, first=0):
     """What the experts held here, numbers `first` to `first` + E - 1, add to each token: [B, L, D]."""
+    gate_EDF, up_EDF, down_EFD = weights
     held, chosen = gate_EDF.shape[0], expert_BLX.shape[-1]
     x_MD = x_BLD.reshape(-1, x_BLD.shape[-1])
     place_R, size_E = _places(expert_BLX.reshape(-1, chosen) - first, held)  # R = tokens x experts a token

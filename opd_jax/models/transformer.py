@@ -124,19 +124,20 @@ def rms_norm(x, scale, eps: float):
     return (x32 * inverse).astype(x.dtype) * scale
 
 
-def block(config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False, narrow: bool = False):
+def block(config: ModelConfig, p: dict, x_BLD, rope, attend, *, spread: bool = False):
     """Applies one block to x_BLD. `attend(q_BLHC, k_BLKC, v_BLKC)` computes the attention and owns any cache.
+
+    With config.narrow, products round their operands to bfloat16 (bf16_products.py), except those of experts.
 
     Args:
       p: what `gather_block` or `decode_block` returned.
       spread: as in `gather_block`.
-      narrow: products round their operands to bfloat16 (bf16_products.py), except those of experts.
 
     Returns:
       (x_BLD, the second value that `attend` returned, the experts' moe.Routing or None).
     """
     x_BLD = sharding.constrain(x_BLD, "batch", "positions", layout=config.layout)
-    times = functools.partial(project, narrow=narrow)
+    times = functools.partial(project, narrow=config.narrow)
     with jax.named_scope("attention"):
         h_BLD = rms_norm(x_BLD, p["attention_norm"], config.norm_eps)
         q, k, v = (times(h_BLD, p[name]) for name in ("query", "key", "value"))
@@ -307,7 +308,7 @@ def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, r
 
     def step(x_BLD, p):
         p = gather_block(config, p)
-        x_BLD, _, routing = block(config, p, x_BLD, rope, attend, narrow=config.narrow)
+        x_BLD, _, routing = block(config, p, x_BLD, rope, attend)
         return x_BLD, None if routing is None else moe.block_load(config, routing, mask_BL)
 
     if REMAT_POLICIES[remat] is not None:

@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from opd_jax.distill import gradient_noise as noise_program
 from opd_jax.distill import train_step as training
-from opd_jax.models import moe
+from opd_jax.models import ModelConfig, moe
 from opd_jax.parallel import sharding
 from opd_jax.preflight import costs, hlo, topology
 from opd_jax.preflight.build import built
@@ -137,10 +139,8 @@ def check(
     """
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    rows = b // sharding.pieces(mesh)
-    pieces = b // c.train.micro_batch
     flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
-    held = held_bytes(plan)
+    batch = _micro_batch(plan)
     sample, *others = samplers(plan, chip, build) if sampled is None else sampled
     evaluated = plan.abstract_state().params, plan.abstract_teacher(), plan.abstract_rollouts()
     reports = [
@@ -149,16 +149,16 @@ def check(
         _compile(
             plan,
             chip,
-            "evaluation",
-            plan.divergence,
-            evaluated,
-            rows=rows // pieces,
-            flops=flops["update"] / 3 + flops["score"],
-            moved=costs.divergence_bytes(
-                plan.student, plan.teacher, rows // pieces, pieces, p, t, mesh.shape["tensor"]
+            Work(
+                "evaluation",
+                plan.divergence,
+                evaluated,
+                rows=batch.rows,
+                flops=flops["update"] / 3 + flops["score"],
+                hbm_bytes=costs.divergence_bytes(plan.student, plan.teacher, batch),
+                resident_bytes=held_bytes(plan)["optimizer state"],
             ),
-            beside=held["optimizer state"],
-            build=build,
+            build,
         ),
         *others,
     ]
@@ -169,7 +169,7 @@ def check(
         programs=reports,
         seconds=seconds,
         tokens_a_second=b * t / seconds / mesh.devices.size if seconds else 0.0,
-        held=held,
+        held=held_bytes(plan),
         micro_batch=c.train.micro_batch,
     )
     if largest:
@@ -196,73 +196,84 @@ def _sample(
     """The report of a sampler: of rollout.batch responses, `samples` to a prompt."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    rows, tensor = b // sharding.pieces(mesh), mesh.shape["tensor"]
+    rows = b // sharding.pieces(mesh)
     writer = plan.teacher if by_teacher else plan.student
     params = plan.abstract_teacher() if by_teacher else plan.abstract_state().params
     held = held_bytes(plan)
     int8, stages = c.rollout.cache_dtype == "int8", c.rollout.cache_stages
     spread = mesh.shape["fsdp"] if moe.can_spread(writer, mesh) else 1
+    batch = costs.MicroBatch(rows, p, t, mesh.shape)
     return _compile(
         plan,
         chip,
-        name,
-        programs.sample_program(mesh, writer, programs.sampling(c, samples)),
-        (params, *plan.abstract_draw(b // samples)),
-        rows=rows,
-        flops=costs.phase_flops(writer, plan.teacher, b, p, t, samples)["sample"],
-        moved=costs.sample_bytes(writer, rows, p, t, tensor, stages, samples, int8, spread),
-        beside=held["optimizer state"] + held[f"{'student' if by_teacher else 'teacher'} parameters"],
-        loop=t // stages,
-        models=(writer,),
-        build=build,
+        Work(
+            name,
+            programs.sample_program(mesh, writer, programs.sampling(c, samples)),
+            (params, *plan.abstract_draw(b // samples)),
+            rows=rows,
+            flops=costs.phase_flops(writer, plan.teacher, b, p, t, samples)["sample"],
+            hbm_bytes=costs.sample_bytes(writer, batch, stages, samples, int8, spread),
+            resident_bytes=held["optimizer state"]
+            + held[f"{'student' if by_teacher else 'teacher'} parameters"],
+            loop=t // stages,
+            models=(writer,),
+        ),
+        build,
     )
 
 
 def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> ProgramReport:
     """The training step's report alone."""
-    c, mesh = plan.config, plan.mesh
-    b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    pieces = b // c.train.micro_batch
-    rows = c.train.micro_batch // sharding.pieces(mesh)
-    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
+    c, batch = plan.config, _micro_batch(plan)
+    flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, batch.prompt, batch.response)
     mu_bytes = {"float32": 4, "bfloat16": 2}[c.optimizer.mu_dtype] if c.optimizer.b1 else 0
-    recomputed = training.recomputes(c)
-    moved = costs.train_bytes(
-        *(plan.student, plan.teacher, rows, pieces, p, t, mesh.shape, mu_bytes, recomputed),
-        updates=c.train.updates_per_rollout,
-    )
-    flops = flops["score"] + flops["update"] * (3 * c.train.updates_per_rollout + recomputed) / 3
+    recomputed, updates = training.recomputes(c), c.train.updates_per_rollout
     return _compile(
-        *(plan, chip, "train_step", plan.train_step, (plan.abstract_state(), plan.abstract_inputs())),
-        rows=rows,
-        flops=flops,
-        moved=moved,
-        build=build,
+        plan,
+        chip,
+        Work(
+            "train_step",
+            plan.train_step,
+            (plan.abstract_state(), plan.abstract_inputs()),
+            rows=batch.rows,
+            flops=flops["score"] + flops["update"] * (3 * updates + recomputed) / 3,
+            hbm_bytes=costs.train_bytes(plan.student, plan.teacher, batch, mu_bytes, recomputed, updates),
+        ),
+        build,
     )
 
 
 def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) -> ProgramReport:
     """The report of the program that metrics.gradient_noise_every runs beside some training steps."""
-    c, mesh = plan.config, plan.mesh
-    b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
-    pieces, groups = b // c.train.micro_batch, noise_program.group_count(c, mesh)
-    rows = c.train.micro_batch // sharding.pieces(mesh)
-    recomputed = training.recomputes(c)
-    flops = costs.phase_flops(plan.student, plan.teacher, b, p, t)
+    c, batch = plan.config, _micro_batch(plan)
+    groups, recomputed = noise_program.group_count(c, plan.mesh), training.recomputes(c)
+    flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, batch.prompt, batch.response)
     state = plan.abstract_state()
     return _compile(
         plan,
         chip,
-        "gradient_noise",
-        plan.gradient_noise,
-        (state.params, state.step, plan.abstract_inputs()),
-        rows=rows,
-        flops=flops["score"] + flops["update"] * (3 + recomputed / 3),
-        moved=costs.gradient_noise_bytes(
-            plan.student, plan.teacher, rows, pieces, groups, p, t, mesh.shape, recomputed
+        Work(
+            "gradient_noise",
+            plan.gradient_noise,
+            (state.params, state.step, plan.abstract_inputs()),
+            rows=batch.rows,
+            flops=flops["score"] + flops["update"] * (3 + recomputed / 3),
+            hbm_bytes=costs.gradient_noise_bytes(plan.student, plan.teacher, batch, groups, recomputed),
+            resident_bytes=held_bytes(plan)["optimizer state"],
         ),
-        beside=held_bytes(plan)["optimizer state"],
-        build=build,
+        build,
+    )
+
+
+def _micro_batch(plan: programs.Programs) -> costs.MicroBatch:
+    """What one device scores and trains on at a time."""
+    c, mesh = plan.config, plan.mesh
+    return costs.MicroBatch(
+        rows=c.train.micro_batch // sharding.pieces(mesh),
+        prompt=c.data.prompt_tokens,
+        response=c.rollout.max_tokens,
+        mesh=mesh.shape,
+        pieces=c.rollout.batch // c.train.micro_batch,
     )
 
 
@@ -282,53 +293,67 @@ def device_bytes(tree) -> int:
     return sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in own)
 
 
-def _compile(
-    plan, chip, name, fn, arguments, *, rows, flops, moved, beside: int = 0, loop: int = 1, models=(), build
-) -> ProgramReport:
-    """Compiles fn(*arguments).
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A program to compile, and what is known of it from shapes.
 
-    Args:
+    Attributes:
+      name, fn, arguments: fn(*arguments) is what a run calls; fn is jitted.
       rows: rollouts of one device whose activations are alive at a time.
-      beside: bytes of one device that the run holds and that are no arguments.
-      flops: over all devices; moved: bytes of one device.
+      flops: of the models, over all devices.
+      hbm_bytes: traffic of one device.
+      resident_bytes: what the run holds on one device besides the arguments.
       loop: how often a loop without a fixed number of rounds runs.
-      models: those that the program runs; none named: student and teacher.
-      build: as `built`.
+      models: those that the program runs; by default student and teacher.
     """
+
+    name: str
+    fn: Any
+    arguments: Sequence[Any]
+    rows: int
+    flops: float
+    hbm_bytes: int
+    resident_bytes: int = 0
+    loop: int = 1
+    models: tuple[ModelConfig, ...] = ()
+
+
+def _compile(plan: programs.Programs, chip: topology.Chip, work: Work, build) -> ProgramReport:
+    """Compiles a program with `build`, as `built`, and reports what came out."""
     c, mesh = plan.config, plan.mesh
     started = time.perf_counter()
-    traced = fn.trace(*arguments)
+    traced = work.fn.trace(*work.arguments)
     count = mesh.devices.size
-    experts = [(m.width, m.ffn, m.experts) for m in models or (plan.student, plan.teacher) if m.experts]
+    experts = [(m.width, m.ffn, m.experts) for m in work.models or (plan.student, plan.teacher) if m.experts]
     report = ProgramReport(
-        name=name,
+        name=work.name,
         capacity=chip.hbm_bytes,
-        flops=flops / count,
-        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, loop, experts, mesh.shape["tensor"]) / count,
-        bytes=moved,
-        memory_seconds=moved / chip.hbm_bandwidth,
+        flops=work.flops / count,
+        program_flops=hlo.matmul_flops(traced.jaxpr.jaxpr, work.loop, experts, mesh.shape["tensor"]) / count,
+        bytes=work.hbm_bytes,
+        memory_seconds=work.hbm_bytes / chip.hbm_bandwidth,
         faults=[f"calls the host: {call}" for call in hlo.jaxpr_host_calls(traced.jaxpr.jaxpr)],
     )
     report.compute_seconds = report.program_flops / chip.flops
     if report.faults:
         return report
-    made = build(traced, name)
+    made = build(traced, work.name)
     report.compile_seconds = time.perf_counter() - started
     report.shortage = made.shortage
     if made.shortage:
         return report
     report.arguments, report.temporaries, report.peak = made.arguments, made.temporaries, made.peak
     report.host = made.host
-    report.resident = beside
-    program = hlo.Program(made.text, loop)
+    report.resident = work.resident_bytes
+    program = hlo.Program(made.text, work.loop)
     slices = sharding.slice_count(mesh.devices.flat)
-    exchanged = [("between slices", c) for c in program.between_slices(slices)]
-    for kind, collective in [*((c.kind, c) for c in program.collectives()), *exchanged]:
+    between = [("between slices", c) for c in program.between_slices(slices)]
+    for kind, collective in [*((c.kind, c) for c in program.collectives()), *between]:
         total = report.collectives.setdefault(kind, [0, 0, 0.0])
         total[0] += collective.times
         total[1] += collective.bytes * collective.times
         total[2] += collective.wire_bytes
-    outside = sum(c.wire_bytes for _, c in exchanged)
+    outside = sum(c.wire_bytes for _, c in between)
     inside = sum(total[2] for total in report.collectives.values()) - outside
     report.link_seconds = inside / (2 * chip.link_bandwidth)  # both directions of one axis of the torus
     report.network_seconds = outside / chip.network_bandwidth
@@ -344,7 +369,7 @@ def _compile(
     report.faults += [
         f"holds logits of all positions: {line}"
         for line in program.vocabulary_arrays(
-            rows * c.rollout.max_tokens, *_vocabularies((plan.student, plan.teacher), mesh)
+            work.rows * c.rollout.max_tokens, *_vocabularies((plan.student, plan.teacher), mesh)
         )
     ]
     return report

@@ -4,11 +4,40 @@ FLOPs are the multiplications and additions of matrix products and causal attent
 arrays that are too large to stay on the chip; docs/preflight.md lists the terms.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from opd_jax.models import ModelConfig
 
 LOGIT_BYTES = 12  # per logit: written once and read twice in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """The rollouts that one device works on at a time.
+
+    Attributes:
+      rows: of one device.
+      prompt, response: P and T, positions.
+      mesh: size of each axis.
+      pieces: micro-batches of a step.
+    """
+
+    rows: int
+    prompt: int
+    response: int
+    mesh: Mapping[str, int]
+    pieces: int = 1
+
+    @property
+    def length(self) -> int:
+        """L = P + T."""
+        return self.prompt + self.response
+
+    @property
+    def tensor(self) -> int:
+        """Devices along tensor."""
+        return self.mesh["tensor"]
 
 
 def value_bytes(model: ModelConfig) -> int:
@@ -86,42 +115,35 @@ def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> in
 
 def sample_bytes(
     model: ModelConfig,
-    rows: int,
-    p: int,
-    t: int,
-    tensor: int,
+    batch: MicroBatch,
     stages: int,
     samples: int = 1,
     int8_cache: bool = False,
     spread: int = 1,
 ) -> int:
-    """HBM traffic of one device to sample t tokens for each of its rows.
+    """HBM traffic of one device to sample the responses of all its rows.
 
     Args:
-      rows: of one device.
       stages: rollout.cache_stages.
       samples: rollouts that share one prefill.
       int8_cache: the cache holds one byte per value, and one float32 per token and head.
       spread: number of devices along fsdp over which the experts are spread while decoding.
     """
-    slots = p + t * (stages + 1) / (2 * stages)
+    rows, t, tensor = batch.rows, batch.response, batch.tensor
+    slots = batch.prompt + t * (stages + 1) / (2 * stages)
     kv_heads = -(-model.kv_heads // tensor)
     head_bytes = model.head_size + 4 if int8_cache else value_bytes(model) * model.head_size
     cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = read_bytes(model, rows, tensor, spread) + cache + logits
-    prefill = forward_bytes(model.replace(attention="plain"), rows // samples, p, tensor)
+    prefill = forward_bytes(model.replace(attention="plain"), rows // samples, batch.prompt, tensor)
     return int(prefill + t * step)
 
 
 def train_bytes(
     student: ModelConfig,
     teacher: ModelConfig,
-    rows: int,
-    pieces: int,
-    p: int,
-    t: int,
-    mesh_shape: Mapping[str, int],
+    batch: MicroBatch,
     mu_bytes: int,
     recomputed: bool = False,
     updates: int = 1,
@@ -129,43 +151,32 @@ def train_bytes(
     """HBM traffic of one device in score, gradient and update.
 
     Args:
-      rows: of one device in one micro-batch.
-      pieces: micro-batches.
+      mu_bytes: of one value of the first moment; 0 where it is not kept.
       recomputed: scoring also runs the student.
       updates: updates on the same rollouts, which are scored once.
     """
-    tensor = mesh_shape["tensor"]
-    scored = score_bytes(student, teacher, rows, p, t, tensor, recomputed)
-    learnt = _gradient_bytes(student, rows, p, t, tensor)
-    own = _own(student, mesh_shape)
+    scored = score_bytes(student, teacher, batch, recomputed)
+    own = _own(student, batch.mesh)
     accumulated = 8 * own  # float32 gradients, read and written
     update = own * (4 + 2 * 4 + 2 * mu_bytes + 2 * 4)  # gradient, parameters, both moments
-    return pieces * scored + updates * (pieces * (learnt + accumulated) + update)
+    learnt = _gradient_bytes(student, batch) + accumulated
+    return batch.pieces * scored + updates * (batch.pieces * learnt + update)
 
 
 def gradient_noise_bytes(
-    student: ModelConfig,
-    teacher: ModelConfig,
-    rows: int,
-    pieces: int,
-    groups: int,
-    p: int,
-    t: int,
-    mesh_shape: Mapping[str, int],
-    recomputed: bool = False,
+    student: ModelConfig, teacher: ModelConfig, batch: MicroBatch, groups: int, recomputed: bool = False
 ) -> int:
     """HBM traffic of one device for scoring and three gradients of each group.
 
     Args:
-      rows, pieces, recomputed: as in `train_bytes`, for scoring.
-      groups: number of groups of the batch, which replace `pieces` for the gradients.
+      recomputed: as in `train_bytes`.
+      groups: number of groups of the batch, which replace the micro-batches for the gradients.
     """
-    tensor = mesh_shape["tensor"]
-    own = _own(student, mesh_shape)
+    own = _own(student, batch.mesh)
     moments = 6 * 4 * own  # float32: the group's gradient, the old mean and the new one, written and read
-    learnt = _gradient_bytes(student, rows * pieces // groups, p, t, tensor)
-    scored = score_bytes(student, teacher, rows, p, t, tensor, recomputed)
-    return pieces * scored + 3 * groups * (learnt + moments)
+    group = dataclasses.replace(batch, rows=batch.rows * batch.pieces // groups)
+    scored = score_bytes(student, teacher, batch, recomputed)
+    return batch.pieces * scored + 3 * groups * (_gradient_bytes(student, group) + moments)
 
 
 def _cut(model: ModelConfig, tensor: int) -> int:
@@ -180,30 +191,29 @@ def _own(model: ModelConfig, mesh_shape: Mapping[str, int]) -> int:
 
 
 def score_bytes(
-    student: ModelConfig,
-    teacher: ModelConfig,
-    rows: int,
-    p: int,
-    t: int,
-    tensor: int,
-    recomputed: bool = False,
+    student: ModelConfig, teacher: ModelConfig, batch: MicroBatch, recomputed: bool = False
 ) -> int:
     """HBM traffic of scoring one micro-batch."""
-    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + recomputed * student.vocab_size) // tensor
-    again = recomputed * forward_bytes(student, rows, p + t, tensor)
-    return forward_bytes(teacher, rows, p + t, tensor) + again + logits
+    vocabulary = teacher.vocab_size + recomputed * student.vocab_size
+    logits = LOGIT_BYTES * batch.rows * batch.response * vocabulary // batch.tensor
+    again = recomputed * _forward_bytes(student, batch)
+    return _forward_bytes(teacher, batch) + again + logits
 
 
-def _gradient_bytes(student: ModelConfig, rows: int, p: int, t: int, tensor: int) -> int:
+def _gradient_bytes(student: ModelConfig, batch: MicroBatch) -> int:
     """HBM traffic of a micro-batch's gradient: two forward passes, and a backward pass that counts as two."""
-    logits = LOGIT_BYTES * rows * t * 3 * student.vocab_size // tensor
-    return 4 * forward_bytes(student, rows, p + t, tensor) + logits
+    logits = LOGIT_BYTES * batch.rows * batch.response * 3 * student.vocab_size // batch.tensor
+    return 4 * _forward_bytes(student, batch) + logits
 
 
-def divergence_bytes(
-    student: ModelConfig, teacher: ModelConfig, rows: int, pieces: int, p: int, t: int, tensor: int
-) -> int:
+def divergence_bytes(student: ModelConfig, teacher: ModelConfig, batch: MicroBatch) -> int:
     """HBM traffic of one device for the KL of an evaluation."""
-    logits = LOGIT_BYTES * rows * t * (teacher.vocab_size + student.vocab_size) // tensor
-    models = sum(forward_bytes(model, rows, p + t, tensor) for model in (student, teacher))
-    return pieces * (models + logits)
+    vocabulary = teacher.vocab_size + student.vocab_size
+    logits = LOGIT_BYTES * batch.rows * batch.response * vocabulary // batch.tensor
+    models = sum(_forward_bytes(model, batch) for model in (student, teacher))
+    return batch.pieces * (models + logits)
+
+
+def _forward_bytes(model: ModelConfig, batch: MicroBatch) -> int:
+    """`forward_bytes` of a micro-batch's prompts and responses."""
+    return forward_bytes(model, batch.rows, batch.length, batch.tensor)

@@ -2,7 +2,7 @@
 
 from opd_jax.config import validate
 from opd_jax.parallel import sharding
-from opd_jax.run import programs, sizes
+from opd_jax.run import programs, resolve, sizes
 
 
 def plan(config, devices) -> programs.Programs:
@@ -13,8 +13,8 @@ def plan(config, devices) -> programs.Programs:
     """
     validate(config)
     mesh = sharding.make_mesh(config.mesh, devices)
-    programs.settle_products(config, mesh)
-    student, teacher = programs.models(config, mesh)
+    resolve.settle_products(config, mesh)
+    student, teacher = resolve.models(config, mesh)
     valid = min(student.valid_vocab, teacher.valid_vocab)
     student, teacher = (m.replace(eos_ids=student.eos_ids, valid_vocab=valid) for m in (student, teacher))
     if config.teacher.end_id >= 0:  # costs a copy of the teacher's output matrix, whichever ids they are

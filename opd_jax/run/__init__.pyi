@@ -2,6 +2,7 @@ from . import alarms as alarms
 from . import job as job
 from . import metrics as metrics
 from . import programs as programs
+from . import resolve as resolve
 from . import sizes as sizes
 from . import transcripts as transcripts
 from .checkpoint import Checkpoints as Checkpoints

@@ -22,7 +22,7 @@ from opd_jax.models.files import source
 from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.release.segments import SegmentTable, nltk_segments, punkt
-from opd_jax.run import metrics, programs, sizes
+from opd_jax.run import metrics, programs, resolve, sizes
 from opd_jax.run.draw import Draw, batching_of
 from opd_jax.run.keys import Key
 
@@ -171,8 +171,8 @@ def _prepare(config, workdir, shown: Progress) -> Job:
         check_workdir(workdir, config)
     compile_cache.enable(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
-    probe = programs.settle_products(config, mesh, workdir)
-    student, teacher = programs.models(config, mesh)
+    probe = resolve.settle_products(config, mesh, workdir)
+    student, teacher = resolve.models(config, mesh)
     with shown.phase("reading the tokenizers"):
         tokenizer = tokenizers.load(config.student.path, "student.path")
         teachers = tokenizers.load(config.teacher.path, "teacher.path")
@@ -228,7 +228,7 @@ def start_state(config, mesh, optimizer, shardings: TrainState) -> TrainState:
         key="student.path",
         mesh=mesh,
         shardings=programs.param_shardings(
-            mesh, source.config(path, "student.path").replace(layout=programs.layout(config, "student"))
+            mesh, source.config(path, "student.path").replace(layout=resolve.layout(config, "student"))
         ),
         dtype=jnp.float32,
     )

@@ -49,15 +49,13 @@ class MetricWriter:
     """Writes the records of one run; a context manager.
 
     Args:
+      config: the whole config; reads train.steps, metrics.tensorboard (scalars; lists stay in the JSONL) and
+        metrics.wandb.
       workdir: folder of the run; made where missing.
-      total_steps: training steps of the whole run, for the progress.
-      tensorboard: also write `tensorboard/` (scalars; lists stay in the JSONL alone).
-      wandb: also log to Weights & Biases: arguments of `wandb.init`, such as {"project": "opd"}.
       resume_step: the step of the restored checkpoint: later records are dropped, so that no step
         is there twice. None is a new run, and drops whatever an earlier attempt left.
-      plain_every: where `stream` is no terminal, a progress line every so many steps.
-      stream: where progress goes; standard error by default.
-      progress: what shows the records, with a plan of its own; one that expects the steps if not given.
+      progress: what shows the records.
+      plain_every: where progress is not shown in a terminal, a line every so many steps.
 
     Attributes:
       active: whether this process is the one that writes, number 0.
@@ -69,15 +67,11 @@ class MetricWriter:
 
     def __init__(
         self,
+        config: Any,
         workdir: str | os.PathLike,
-        *,
-        total_steps: int,
-        tensorboard: bool = True,
-        wandb: Mapping[str, Any] | None = None,
-        resume_step: int | None = None,
+        resume_step: int | None,
+        progress: Progress,
         plain_every: int = 10,
-        stream: TextIO | None = None,
-        progress: Progress | None = None,
     ):
         self.active = jax.process_index() == 0
         self._closing = contextlib.ExitStack()
@@ -87,8 +81,8 @@ class MetricWriter:
         if not self.active:
             return
         workdir = Path(workdir)
-        if wandb is not None:
-            self._wandb = _start_wandb(workdir, wandb, resume_step)
+        if config.metrics.wandb:
+            self._wandb = _start_wandb(workdir, {"project": config.metrics.wandb}, resume_step)
             self._closing.callback(self._wandb.finish)
         workdir.mkdir(parents=True, exist_ok=True)
         last = -1 if resume_step is None else resume_step
@@ -101,7 +95,7 @@ class MetricWriter:
         for name in (METRICS_FILE, ROLLOUTS_FILE, EVALUATIONS_FILE):
             file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
             self._files[name] = self._closing.enter_context(file)
-        if tensorboard:
+        if config.metrics.tensorboard:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(
@@ -109,23 +103,8 @@ class MetricWriter:
                 purge_step=0 if resume_step is None else resume_step + 1,
             )
             self._closing.callback(self._tensorboard.close)
-        self._total_steps, self._plain_every, self._first = total_steps, plain_every, True
-        if progress is None:
-            progress = self._closing.enter_context(Progress(stream))
-            progress.expect("step", total_steps - (resume_step or 0))
+        self._total_steps, self._plain_every, self._first = config.train.steps, plain_every, True
         self._progress = progress
-
-    @classmethod
-    def of(cls, config: Any, workdir: str | os.PathLike, resume_step: int | None, **options: Any) -> Self:
-        """The writer that a config asks for: its steps, TensorBoard and Weights & Biases."""
-        return cls(
-            workdir,
-            total_steps=config.train.steps,
-            tensorboard=config.metrics.tensorboard,
-            wandb={"project": config.metrics.wandb} if config.metrics.wandb else None,
-            resume_step=resume_step,
-            **options,
-        )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one record, a mapping with "kind" ("train", "eval" or "benchmark") and "step".

@@ -9,7 +9,7 @@ from opd_jax.models import tokenizers
 from opd_jax.models.files import source
 from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress
-from opd_jax.run import programs, sizes
+from opd_jax.run import programs, resolve, sizes
 from opd_jax.run.checkpoint import Checkpoints
 from opd_jax.run.draw import Draw, batching_of
 from opd_jax.run.keys import Key
@@ -52,7 +52,7 @@ def of_model(config) -> tuple[ResponseSampler, dict]:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, "rollout.batch", config.rollout.batch)
     path = config.student.path
-    model = programs.model(path, "--model", mesh, config.student.compute_dtype)
+    model = resolve.model(path, "--model", mesh, config.student.compute_dtype)
     sizes.check_length(config, "--model", model)
     tokenizer = tokenizers.load(path, "--model")
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, config.rollout.end_ids))

@@ -71,14 +71,14 @@ class Session:
         with self._progress.phase(f"reading the checkpoint of step {self.done}"):
             return self._checkpoints.restore(self.done, abstract())
 
-    def record(self, **options: Any) -> MetricWriter:
+    def record(self, plain_every: int = 10) -> MetricWriter:
         """Opens the run's records, dropping those after the checkpoint; from here on SIGTERM stops the loop.
 
         Args:
-          options: of the MetricWriter.
+          plain_every: as the MetricWriter's.
         """
         self._preemption = self._stack.enter_context(distributed.Preemption())
-        writer = MetricWriter.of(self._config, self._workdir, self.done, progress=self._progress, **options)
+        writer = MetricWriter(self._config, self._workdir, self.done, self._progress, plain_every)
         self.writer = self._stack.enter_context(writer)
         return writer
 

@@ -95,7 +95,7 @@ def batch():
 def student_logp():
     """The student's own logp_BT, 0 outside the response: p_old of the clipped form at ratio 1."""
     r = batch()[0]
-    score = jax.jit(lambda params, r: scoring.score(TIED, params, r, chunk=T).teacher_logp_BT)
+    score = jax.jit(lambda params, r: scoring.score(TIED, params, r, scoring.Scoring(T)).teacher_logp_BT)
     return np.asarray(score(tiny.weights(TIED), r))
 
 

@@ -27,27 +27,21 @@ TEACHER = STUDENT.replace(vocab_size=V + 16, width=48, layers=1, tie_embeddings=
 
 score = jax.jit(
     lambda teacher, teacher_params, rollouts, chunk, micro_batches=1: scoring.score(
-        teacher, teacher_params, rollouts, chunk=chunk, micro_batches=micro_batches
+        teacher, teacher_params, rollouts, scoring.Scoring(chunk, micro_batches)
     ),
     static_argnums=(0, 3, 4),
     compiler_options=tiny.OPTIMISED,
 )
 kept = jax.jit(
     lambda teacher, teacher_params, rollouts, keep, micro_batches: scoring.score(
-        teacher,
-        teacher_params,
-        rollouts,
-        chunk=4,
-        micro_batches=micro_batches,
-        keep=keep,
-        top_k=TOP_K,
+        teacher, teacher_params, rollouts, scoring.Scoring(4, micro_batches, keep, TOP_K)
     ),
     static_argnums=(0, 3, 4),
     compiler_options=tiny.OPTIMISED,
 )
 distance = jax.jit(
     lambda student, student_params, teacher, teacher_params, rollouts, chunk: scoring.distance(
-        student, student_params, teacher, teacher_params, rollouts, chunk=chunk
+        student, student_params, teacher, teacher_params, rollouts, scoring.Scoring(chunk)
     ),
     static_argnums=(0, 2, 5),
 )
@@ -221,7 +215,7 @@ def test_recomputing_the_student_gives_the_samplers_scores():
     )
     recompute = jax.jit(
         lambda teacher_params, student_params, rollouts: scoring.score(
-            TEACHER, teacher_params, rollouts, chunk=4, student=(STUDENT, student_params)
+            TEACHER, teacher_params, rollouts, scoring.Scoring(4), (STUDENT, student_params)
         )
     )
     got = recompute(tiny.weights(TEACHER, 1), tiny.weights(STUDENT), blank)

@@ -4,7 +4,7 @@ import pytest
 
 from opd_jax.models import cpu
 from opd_jax.parallel import sharding
-from opd_jax.run import metrics, programs
+from opd_jax.run import metrics, resolve
 from tests import tiny
 
 
@@ -56,18 +56,18 @@ def test_auto_is_settled_once_and_a_run_keeps_what_it_began_with(tmp_path, monke
     mesh = sharding.make_mesh(tiny.default().mesh)
     monkeypatch.setattr(cpu, "probe", lambda: cpu.Probe(1e9, 3e9, True))
     config = tiny.default()
-    programs.settle_products(config, mesh, tmp_path)
+    resolve.settle_products(config, mesh, tmp_path)
     assert (config.student.products, config.teacher.products) == ("bfloat16", "bfloat16")
     metrics.write_run_files(tmp_path, config)
 
     monkeypatch.setattr(cpu, "probe", lambda: cpu.Probe(3e9, 1e9, False))
     again = tiny.default()
     assert metrics.config_conflict(tmp_path, again) is None
-    programs.settle_products(again, mesh, tmp_path)
+    resolve.settle_products(again, mesh, tmp_path)
     assert (again.student.products, again.teacher.products) == ("bfloat16", "bfloat16")
     elsewhere = tiny.default()
     elsewhere.teacher.products = "bfloat16"  # what is asked for is not probed
-    programs.settle_products(elsewhere, mesh, tmp_path / "new")
+    resolve.settle_products(elsewhere, mesh, tmp_path / "new")
     assert (elsewhere.student.products, elsewhere.teacher.products) == ("compute", "bfloat16")
     assert "student.products" in str(metrics.config_conflict(tmp_path, elsewhere))
 

@@ -12,7 +12,7 @@ from opd_jax.distill import rollout
 from opd_jax.models import cache, few_rows, int8, transformer
 from opd_jax.parallel import sharding
 from opd_jax.preflight import topology
-from opd_jax.run import programs
+from opd_jax.run import programs, resolve
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(width=32, ffn=40, layers=2, qk_norm=True, attention_bias=True)
@@ -105,5 +105,5 @@ def test_only_cpus_decode_by_columns(models, tpu_compiler):
     one = {"data": 1, "fsdp": 1, "tensor": 1}
     cpu = sharding.make_mesh(one, devices=jax.devices()[:1])
     tpu = sharding.make_mesh(one, devices=topology.describe("v5e:2x2")[1][:1])
-    assert programs.student_model(config, cpu).decoding == "columns"
-    assert {m.decoding for m in programs.models(config, tpu)} == {"rows"}
+    assert resolve.student_model(config, cpu).decoding == "columns"
+    assert {m.decoding for m in resolve.models(config, tpu)} == {"rows"}

@@ -107,9 +107,10 @@ def test_transformers_reads_the_saved_config_as_the_original(name, tmp_path):
     assert tuple(generation.eos_token_id) == hf.read_config(GOLDEN / name).eos_ids
 
 
-def test_a_model_past_the_shard_size_is_saved_in_files_with_an_index(tmp_path):
+def test_a_model_past_the_shard_size_is_saved_in_files_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD_BYTES", 30_000)
     config, params = hf.load(GOLDEN / "tiny_llama")
-    hf.save(tmp_path / "out", config, params, shard_bytes=30_000)
+    hf.save(tmp_path / "out", config, params)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 30_000 + 4096 for file in files)

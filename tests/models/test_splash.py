@@ -12,7 +12,7 @@ from opd_jax.errors import UserError
 from opd_jax.models import attention, splash, transformer
 from opd_jax.parallel import sharding
 from opd_jax.preflight import hlo
-from opd_jax.run import programs
+from opd_jax.run import resolve
 from tests import tiny
 
 B, L, C = 4, 384, 128  # three blocks of 128
@@ -88,7 +88,7 @@ def chosen(kernel, *, platform="tpu", tensor=2, response=256, head_size=C):
         devices=np.array([types.SimpleNamespace(platform=platform)]), shape={"tensor": tensor}
     )
     model = tiny.TEACHER.replace(head_size=head_size)
-    return programs.attention_kernel(config, mesh, "teacher.path", model)
+    return resolve.attention_kernel(config, mesh, "teacher.path", model)
 
 
 def test_auto_takes_the_kernel_where_devices_and_sizes_allow_it():

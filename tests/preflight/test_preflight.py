@@ -29,6 +29,8 @@ from tests import tiny
 
 CHIP = topology.CHIPS["v5e"]
 
+ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
 
 def compiled(fn, *arguments, **options):
     """hlo.Program of a function."""
@@ -223,8 +225,9 @@ def test_the_steps_flops_are_three_student_passes_and_a_teacher_pass():
 
 
 def test_growing_the_cache_in_stages_saves_sampling_traffic_and_rows_add_to_it():
-    one, four = (costs.sample_bytes(tiny.STUDENT, 8, 16, 512, 1, stages) for stages in (1, 4))
-    assert four < one < costs.sample_bytes(tiny.STUDENT, 16, 16, 512, 1, 1)
+    batch, twice = (costs.MicroBatch(rows, 16, 512, ALONE) for rows in (8, 16))
+    one, four = (costs.sample_bytes(tiny.STUDENT, batch, stages) for stages in (1, 4))
+    assert four < one < costs.sample_bytes(tiny.STUDENT, twice, 1)
     slots = 512 * (1 - 5 / 8)
     assert one - four == 512 * 8 * 8 * tiny.STUDENT.layers * 2 * tiny.STUDENT.head_size * slots
 
@@ -235,14 +238,16 @@ def test_samples_that_share_a_prefill_need_it_once():
     one = 16 * tiny.STUDENT.matmul_flops_per_token(head=False) + costs.attention_flops(tiny.STUDENT, 0, 16)
     assert alone["sample"] - shared["sample"] == 6 * one
     assert alone["update"] == shared["update"]
-    moved = [costs.sample_bytes(tiny.STUDENT, 8, 16, 32, 1, 1, samples) for samples in (1, 4)]
+    batch = costs.MicroBatch(8, 16, 32, ALONE)
+    moved = [costs.sample_bytes(tiny.STUDENT, batch, 1, samples) for samples in (1, 4)]
     forward = [costs.forward_bytes(tiny.STUDENT, rows, 16, 1) for rows in (8, 2)]
     assert moved[0] - moved[1] == forward[0] - forward[1]
 
 
 def test_an_int8_cache_moves_a_byte_a_value_and_a_float32_a_token_and_head():
     wide = tiny.STUDENT.replace(head_size=128)
-    floats, bytes_ = (costs.sample_bytes(wide, 8, 16, 32, 1, 1, int8_cache=int8) for int8 in (False, True))
+    batch = costs.MicroBatch(8, 16, 32, ALONE)
+    floats, bytes_ = (costs.sample_bytes(wide, batch, 1, int8_cache=int8) for int8 in (False, True))
     assert floats - bytes_ == 32 * (16 + 32) * 2 * 8 * wide.layers * wide.kv_heads * (4 * 128 - 132)
 
 
@@ -313,7 +318,8 @@ def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_
     assert found["evaluation_sample"].flops == of_student["sample"]
     one_pass = of_student["update"] / 3
     assert found["train_step"].flops == pytest.approx(of_student["score"] + 4 * one_pass)
-    own = costs.train_bytes(tiny.STUDENT, tiny.TEACHER, 8, 2, 48, 12, plan.mesh.shape, 4)
+    batch = costs.MicroBatch(8, 48, 12, plan.mesh.shape, pieces=2)
+    own = costs.train_bytes(tiny.STUDENT, tiny.TEACHER, batch, mu_bytes=4)
     pass_bytes = costs.forward_bytes(tiny.STUDENT, 8, 60, 1) + 12 * 8 * 12 * tiny.STUDENT.vocab_size
     assert found["train_step"].bytes - own == 2 * pass_bytes
 
@@ -325,8 +331,8 @@ def test_the_program_that_measures_the_gradients_noise_scores_once_and_takes_thr
     flops = costs.phase_flops(tiny.STUDENT, tiny.TEACHER, 16, 48, 12)
     assert found.flops == (flops["score"] + 3 * flops["update"]) / 8
     # A micro-batch and one of two groups are 8 rollouts alike.
-    sizes = tiny.STUDENT, tiny.TEACHER, 1, 2
-    one = costs.train_bytes(*sizes, 48, 12, plan.mesh.shape, 4)
+    batch = costs.MicroBatch(1, 48, 12, plan.mesh.shape, pieces=2)
+    one = costs.train_bytes(tiny.STUDENT, tiny.TEACHER, batch, mu_bytes=4)
     passes = 2 * (costs.forward_bytes(tiny.TEACHER, 1, 60, 1) + 12 * 12 * tiny.TEACHER.vocab_size)
     own = tiny.STUDENT.parameter_count() // 8
     learnt = one - passes - 2 * 8 * own - own * 28

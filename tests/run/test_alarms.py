@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from opd_jax.run import alarms, metrics, run_record
+from opd_jax.run import alarms, run_record
 from opd_jax.run.alarms import WINDOW, Alarms
+from tests import tiny
 
 SOUND = {
     "stop_probability": 0.01,
@@ -97,20 +98,14 @@ def test_every_alarm_says_its_numbers_and_where_to_read_on(name):
     assert line.startswith("step 7: ") and "4%" in line and alarms.PAGE in line and "\n" not in line
 
 
-def writer(workdir, stream, resume_step=None):
-    return metrics.MetricWriter(
-        workdir, total_steps=100, tensorboard=False, stream=stream, resume_step=resume_step
-    )
-
-
 def test_an_alarm_is_written_after_its_record_shown_once_and_not_raised_again_after_a_resume(tmp_path):
     shown = io.StringIO()
-    with writer(tmp_path, shown) as out:
+    with tiny.writer(tmp_path, stream=shown) as out:
         out.write(evaluation(0, 0.6))
         for step in (1, 2):
             out.write(train(step, **LOST))
             out.write(evaluation(step, 0.1))
-    with writer(tmp_path, shown, resume_step=2) as out:
+    with tiny.writer(tmp_path, stream=shown, resume_step=2) as out:
         out.write(evaluation(3, 0.05))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["step"]) for r in records if r["kind"] != "train"] == [
@@ -125,10 +120,10 @@ def test_an_alarm_is_written_after_its_record_shown_once_and_not_raised_again_af
 
 def test_an_alarm_dropped_with_its_step_is_raised_again(tmp_path):
     shown = io.StringIO()
-    with writer(tmp_path, shown) as out:
+    with tiny.writer(tmp_path, stream=shown) as out:
         for record in (evaluation(0, 0.6), train(1, **LOST), evaluation(2, 0.1)):
             out.write(record)
-    with writer(tmp_path, shown, resume_step=1) as out:
+    with tiny.writer(tmp_path, stream=shown, resume_step=1) as out:
         out.write(evaluation(2, 0.1))
     assert shown.getvalue().count("alarm: ") == 2
     assert len(run_record.read_run(tmp_path).alarms) == 1

@@ -16,6 +16,7 @@ import pytest
 
 from opd_jax.errors import UserError
 from opd_jax.run import metrics
+from tests import tiny
 
 
 def lines(path) -> list[dict]:
@@ -26,13 +27,8 @@ def train_line(step, **more):
     return {"kind": "train", "step": step, "loss": 0.5, "kl": 0.25, **more}
 
 
-def writer(workdir, **changes):
-    options = {"total_steps": 100, "tensorboard": False, "stream": io.StringIO()} | changes
-    return metrics.MetricWriter(workdir, **options)
-
-
 def test_numbers_arrays_and_lists_survive_the_jsonl(tmp_path):
-    with writer(tmp_path) as out:
+    with tiny.writer(tmp_path) as out:
         out.write(
             train_line(
                 np.int64(1),
@@ -53,18 +49,17 @@ def test_numbers_arrays_and_lists_survive_the_jsonl(tmp_path):
 
 
 def test_line_is_on_disk_before_the_writer_is_closed(tmp_path):
-    out = writer(tmp_path)
-    out.write(train_line(1))
-    out.write_rollouts([{"step": 1, "prompt": "é"}])
-    assert len(lines(tmp_path / "metrics.jsonl")) == len(lines(tmp_path / "rollouts.jsonl")) == 1
-    out.close()
+    with tiny.writer(tmp_path) as out:
+        out.write(train_line(1))
+        out.write_rollouts([{"step": 1, "prompt": "é"}])
+        assert len(lines(tmp_path / "metrics.jsonl")) == len(lines(tmp_path / "rollouts.jsonl")) == 1
 
 
 def test_number_that_is_not_finite_is_null_and_the_line_stays_strict_json(tmp_path):
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
-    with writer(tmp_path) as out:
+    with tiny.writer(tmp_path) as out:
         out.write(train_line(1, gain=float("nan"), release_histogram=np.array([np.inf, 1.0])))
     text = (tmp_path / "metrics.jsonl").read_text()
     line = json.loads(text, parse_constant=refuse)
@@ -72,13 +67,13 @@ def test_number_that_is_not_finite_is_null_and_the_line_stays_strict_json(tmp_pa
 
 
 def test_resumed_run_has_every_step_once(tmp_path):
-    with writer(tmp_path) as out:
+    with tiny.writer(tmp_path) as out:
         for step in range(1, 8):
             out.write(train_line(step, loss=1.0))
             out.write_rollouts([{"step": step}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # a kill in the middle of a line
-    with writer(tmp_path, resume_step=4) as out:
+    with tiny.writer(tmp_path, resume_step=4) as out:
         for step in range(5, 10):
             out.write(train_line(step, loss=2.0))
             out.write_rollouts([{"step": step}])
@@ -90,19 +85,19 @@ def test_resumed_run_has_every_step_once(tmp_path):
 
 def test_new_run_drops_what_an_attempt_without_a_checkpoint_left(tmp_path):
     for _ in range(2):
-        with writer(tmp_path) as out:
+        with tiny.writer(tmp_path) as out:
             out.write({"kind": "eval", "step": 0, "kl": 1.0})
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_answers_whose_evaluation_was_cut_short_are_dropped_and_what_is_there_is_known(tmp_path):
-    with writer(tmp_path) as out:
+    with tiny.writer(tmp_path) as out:
         out.write({"kind": "eval", "step": 2, "kl": 0.5})
         out.write_evaluations([{"step": 2, "prompt": 0}])
         out.write(train_line(4))
         out.write({"kind": "benchmark", "step": 4, "benchmark": "ours", "response_length": 3.0})
         out.write_evaluations([{"step": 4, "prompt": 0}])
-    with writer(tmp_path, resume_step=4) as out:
+    with tiny.writer(tmp_path, resume_step=4) as out:
         assert out.recorded == {("train", None), ("benchmark", "ours")}
         out.write_evaluations([{"step": 4, "prompt": 0}, {"step": 4, "prompt": 1}])
     rows = lines(tmp_path / "evaluations.jsonl")
@@ -112,7 +107,7 @@ def test_answers_whose_evaluation_was_cut_short_are_dropped_and_what_is_there_is
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     stream = io.StringIO()
-    with writer(tmp_path / "run", tensorboard=True, stream=stream) as out:
+    with tiny.writer(tmp_path / "run", tensorboard=True, stream=stream) as out:
         out.write(train_line(1))
         out.write_rollouts([{"step": 1}])
         out.say("told to stop")
@@ -125,7 +120,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
 def test_sync_puts_every_record_on_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
-    with writer(tmp_path) as out:
+    with tiny.writer(tmp_path) as out:
         out.sync()
     names = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
     assert sorted(synced) == sorted(str(tmp_path / name) for name in names)
@@ -135,7 +130,7 @@ def test_tensorboard_file_holds_the_scalars(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
-    with writer(tmp_path, tensorboard=True) as out:
+    with tiny.writer(tmp_path, tensorboard=True) as out:
         out.write(train_line(3, release_histogram=[1, 2], release_position=None))
         out.write({"kind": "eval", "step": 3, "kl": 0.125})
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -152,9 +147,13 @@ def test_tensorboard_file_holds_the_scalars(tmp_path):
 
 def test_wandb_is_imported_only_when_asked_for_and_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    writer(tmp_path).close()
-    with pytest.raises(UserError, match=r"metrics\.wandb.*pip install wandb"):
-        writer(tmp_path, wandb={"project": "p"})
+    with tiny.writer(tmp_path):
+        pass
+    with (
+        pytest.raises(UserError, match=r"metrics\.wandb.*pip install wandb"),
+        tiny.writer(tmp_path, wandb="p"),
+    ):
+        pass
 
 
 def test_wandb_gets_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
@@ -171,7 +170,7 @@ def test_wandb_gets_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeyp
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for resume_step in (None, 1):
-        with writer(tmp_path, wandb={"project": "p"}, resume_step=resume_step) as out:
+        with tiny.writer(tmp_path, wandb="p", resume_step=resume_step) as out:
             out.write(train_line((resume_step or 0) + 1))
     assert [call["id"] for call in calls] == [None, "abc123"]
     assert calls[0]["project"] == "p"
@@ -180,7 +179,7 @@ def test_wandb_gets_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeyp
 
 def test_progress_without_a_terminal_is_a_plain_line_every_few_steps(tmp_path):
     stream = io.StringIO()
-    with writer(tmp_path, total_steps=25, plain_every=10, stream=stream) as out:
+    with tiny.writer(tmp_path, total_steps=25, stream=stream) as out:
         for step in range(1, 26):
             out.write(train_line(step, tokens_per_second=1234.5))
         out.write({"kind": "eval", "step": 25, "kl": 0.1, "kl_low": 0.05, "kl_high": 0.2})
@@ -196,7 +195,7 @@ def test_progress_on_a_terminal_is_a_bar_with_loss_and_speed(tmp_path):
             return True
 
     stream = Terminal()
-    with writer(tmp_path, total_steps=3, stream=stream) as out:
+    with tiny.writer(tmp_path, total_steps=3, stream=stream) as out:
         for step in (1, 2, 3):
             out.write(train_line(step, tokens_per_second=50.0))
     assert "3/3" in stream.getvalue() and "loss 0.5000" in stream.getvalue()

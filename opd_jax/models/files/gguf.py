@@ -5,6 +5,7 @@ Architectures: llama, qwen2 and qwen3, dense, with a byte-level BPE tokenizer.
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
             )
     vocab_size = int(shapes["token_embd.weight"][1])
     rope_theta, max_positions = float(number("rope.freq_base", 1e4)), number("context_length")
-    rope_scaling = _rope_scaling(reader, family, rope_theta, head_size, max_positions, number, key)
+    rope_scaling = _rope_scaling(reader, rope_theta, head_size, number, key)
     longest = max(max_positions, (rope_scaling and rope_scaling.reach()) or 0)
     window = _value(reader, f"{family}.attention.sliding_window")
     if window and window < longest:
@@ -195,12 +196,13 @@ def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> Mode
     )
 
 
-def _rope_scaling(reader, family, theta, head_size, max_positions, number, key):
+def _rope_scaling(reader: gguf.GGUFReader, theta: float, head_size: int, number: Callable, key: str):
     """The file's rotary scaling, or None.
 
     llama.cpp stores Llama 3's scaling as one divisor per channel. The divisors of Llama 3.1 and 3.2 are
-    recognised.
+    recognised. `number(name)` reads a positive number of the model's family.
     """
+    family = _value(reader, "general.architecture")
     kind = _value(reader, f"{family}.rope.scaling.type", "none")
     divisors = [tensor.data for tensor in reader.tensors if tensor.name == _DIVISORS]
     if divisors:
@@ -221,7 +223,7 @@ def _rope_scaling(reader, family, theta, head_size, max_positions, number, key):
     if original:
         fields["original_max_position_embeddings"] = original
     try:
-        return rope.from_json(fields, max_positions)
+        return rope.from_json(fields, number("context_length"))
     except ValueError as error:
         raise UserError(f"{key}: this {family} model uses {error}, which is not supported") from error
 

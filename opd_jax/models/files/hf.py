@@ -20,7 +20,7 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import hf_config, safetensors_out, weights
 
 # Largest weight file that `save` writes, bytes.
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # of a weight file; a single larger tensor gets a file of its own
 _DTYPES = ("F32", "F16", "BF16")
 
 
@@ -146,7 +146,6 @@ def save(
     *,
     dtype=None,
     generation: dict | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ):
     """Writes a model folder that transformers and `load` read; every process calls it.
 
@@ -159,7 +158,6 @@ def save(
       dtype: of the saved weights: float32, float16 or bfloat16; by default the parameters' own.
       generation: further fields of generation_config.json, such as temperature and bos_token_id; end
         and padding ids are the config's.
-      shard_bytes: size limit of a weight file; a single larger tensor gets a file of its own.
 
     Raises:
       UserError: the folder is not empty.
@@ -185,7 +183,7 @@ def save(
 
     try:
         _agree(begin)
-        saved_dtype, failed = _save_weights(partial if writes else None, config, params, dtype, shard_bytes)
+        saved_dtype, failed = _save_weights(partial if writes else None, config, params, dtype)
         _agree(lambda: finish(saved_dtype) if writes else None, failed)
     finally:
         if writes:
@@ -211,7 +209,7 @@ def _agree(act, failed: Exception | None = None):
 
 
 def _save_weights(
-    folder: Path | None, config: ModelConfig, params: dict, dtype, shard_bytes: int
+    folder: Path | None, config: ModelConfig, params: dict, dtype
 ) -> tuple[str, Exception | None]:
     """Writes the safetensors files and, for several, their index.
 
@@ -229,7 +227,7 @@ def _save_weights(
         size = int(np.prod(tensor.shape)) * dtype.itemsize
         if size > room:
             files.append([])
-            room = shard_bytes
+            room = SHARD_BYTES
         files[-1].append(tensor)
         room -= size
 

@@ -188,8 +188,9 @@ def read_tree(
         stored = _stored(path, names)
         summed = int8.summed_axes(path[-1], names) if config.weights == "int8" else ()
         placing = sharding.values if int8.is_quantised(sharding) else sharding
+        name = getattr(stored, file_format)
         if path[0] != "blocks":
-            value = _place(_PartReader(stored, like, names, file_format, read), placing)
+            value = _place(_PartReader(name, stored.axes, like, names, read), placing)
             return _quantise(sharding, summed)(value) if summed else value
         zeros, put = _programs(sharding, tuple(axis - 1 for axis in summed))
         whole = zeros(like.shape, like.dtype)
@@ -200,7 +201,8 @@ def read_tree(
             shape, turns = (ways, *shape[1:]), shape[0] // ways
         block = jax.ShapeDtypeStruct(shape, like.dtype)
         for layer, turn in np.ndindex(config.layers, turns):
-            reader = _PartReader(stored, block, names[1:], file_format, read, layer, (turns, turn))
+            of_layer = name.replace("{layer}", str(layer))
+            reader = _PartReader(of_layer, stored.axes, block, names[1:], read, (turns, turn))
             whole = put(whole, _place(reader, block_sharding), layer, turn)
         # Without this the host could run ahead and hold every block that the device has not received yet.
         return jax.block_until_ready(whole)
@@ -262,12 +264,17 @@ def _programs(sharding, summed: tuple[int, ...]):
 class _PartReader:
     """Reads any rectangular part of one parameter or block. A part that several devices share is read once.
 
-    With experts = (turns, turn), expert i of a block is number i * turns + turn of the checkpoint.
+    Args:
+      name: of the stored tensor; "{expert}" stands for a number.
+      stored_axes: as in `Stored`.
+      like: shape and dtype of the parameter or block.
+      axes: its logical axes.
+      read: read(name, index) of the file.
+      experts: (turns, turn): expert i of the block is number i * turns + turn of the checkpoint.
     """
 
-    def __init__(self, stored: Stored, like, axes, file_format, read, layer=None, experts=(1, 0)):
-        self.stored, self.like, self.axes = stored, like, axes
-        self.file_format, self.read, self.layer = file_format, read, layer
+    def __init__(self, name: str, stored_axes, like, axes, read, experts=(1, 0)):
+        self.name, self.stored_axes, self.like, self.axes, self.read = name, stored_axes, like, axes, read
         self.size = dict(zip(axes, like.shape))
         self.experts = experts
         self.parts = {}
@@ -279,29 +286,27 @@ class _PartReader:
         return self.parts[ranges]
 
     def _part(self, ranges):
-        numbers = {} if self.layer is None else {"layer": self.layer}
-        name = getattr(self.stored, self.file_format)
         if "experts" not in ranges:
-            return self._matrix(name.format(**numbers), ranges).astype(self.like.dtype, copy=False)
+            return self._matrix(self.name, ranges).astype(self.like.dtype, copy=False)
         first, last = ranges.pop("experts")
         shape = (last - first, *(stop - start for start, stop in ranges.values()))
         out = np.empty(shape, self.like.dtype)
         turns, turn = self.experts
         for i in range(first, last):
-            out[i - first] = self._matrix(name.format(**numbers, expert=i * turns + turn), ranges)
+            out[i - first] = self._matrix(self.name.format(expert=i * turns + turn), ranges)
         return out
 
     def _matrix(self, name, ranges):
         """A part of one stored tensor, with our axes in our order."""
         # Reading cuts a flattened axis along its outermost name. The inner names are cut after reading.
         slab, unflat, inner = [], [], []
-        for group in self.stored.axes:
+        for group in self.stored_axes:
             start, stop = ranges[group[0]]
             step = math.prod(self.size[axis] for axis in group[1:])
             slab.append(slice(start * step, stop * step))
             unflat += [stop - start, *(self.size[axis] for axis in group[1:])]
             inner += [slice(None), *(slice(*ranges[axis]) for axis in group[1:])]
-        names = [axis for group in self.stored.axes for axis in group]
+        names = [axis for group in self.stored_axes for axis in group]
         value = self.read(name, tuple(slab)).reshape(unflat)[tuple(inner)]
         return value.transpose([names.index(axis) for axis in ranges])
 
