@@ -3,6 +3,8 @@
 Nothing here reads weights.
 """
 
+import jax
+
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, splash
 from opd_jax.models.files import source
