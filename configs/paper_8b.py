@@ -13,7 +13,7 @@ it is sampling, which reads the whole cache for each token. Preflight prints (ja
                             sample               train_step         evaluation
     arguments, GiB          1.91                 7.57               3.74
     temporaries, GiB        92.68                72.28              32.98
-    held beside, GiB        5.64                 0.00               3.82
+    resident, GiB           5.64                 0.00               3.82
     peak of capacity, GiB   89.76 of 95.74       61.56 of 95.74     29.77 of 95.74
     model TFLOPs            2.086e+04            9.652e+04          3.395e+04
     program TFLOPs          2.199e+04            1.216e+05          3.444e+04

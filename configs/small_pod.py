@@ -14,7 +14,7 @@ libtpu 0.0.42.1):
                             sample          train_step     evaluation
     arguments, GiB          0.40            2.17           1.36
     temporaries, GiB        9.13            5.87           3.02
-    held beside, GiB        1.76            0.00           0.80
+    resident, GiB           1.76            0.00           0.80
     peak of capacity, GiB   10.30 of 15.75  6.35 of 15.75  4.81 of 15.75
     model TFLOPs            251.2           1815           1312
     program TFLOPs          257.6           2087           1341

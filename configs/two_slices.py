@@ -15,7 +15,7 @@ libtpu 0.0.42.1):
                            sample           train_step     evaluation
     arguments, GiB         0.56             2.20           1.36
     temporaries, GiB       3.52             3.49           2.15
-    held beside, GiB       1.63             0.00           0.83
+    resident, GiB          1.63             0.00           0.83
     peak of capacity, GiB  5.30 of 15.75    5.09 of 15.75  4.35 of 15.75
     model TFLOPs           20.18            116.3          75.93
     program TFLOPs         20.57            138.9          77.85

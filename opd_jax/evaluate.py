@@ -91,7 +91,7 @@ def answer_benchmarks(arguments):
     shared = answering.shared_with_training(prompts, rendered_benchmarks) if prompts else []
     if shared:
         logging.warning("%s", answering.say_shared(shared))
-    folder = Path(arguments.out or Path(arguments.workdir) / answering.FOLDER)
+    folder = Path(arguments.out or f"{arguments.workdir}/{answering.FOLDER}")
     make_folder(folder)
     answering.write_shared(folder, shared)
     for rendered in rendered_benchmarks:

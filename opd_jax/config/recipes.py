@@ -1,7 +1,7 @@
 """Recipes: Python files with get_config(), by their path or by a name such as demo or ablations/rule."""
 
 import contextlib
-import importlib.util
+import importlib.machinery
 import pathlib
 import traceback
 import types
@@ -74,10 +74,11 @@ def run_file(path: str, named: str) -> types.ModuleType:
     Raises:
       UserError: Python cannot run it.
     """
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    loader = importlib.machinery.SourceFileLoader(pathlib.Path(path).stem, path)
+    module = types.ModuleType(loader.name)
+    module.__file__ = path
     with _running(named):
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     return module
 
 

@@ -76,8 +76,9 @@ def _filled(text: str) -> str:
     """A paragraph, or an item of a list, in lines of the page's width."""
     indent = "  " if text.startswith("- ") else ""
     words = " ".join(text.split())
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(words, WIDTH, subsequent_indent=indent, **options)
+    return textwrap.fill(
+        words, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def main() -> None:

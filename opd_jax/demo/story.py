@@ -56,7 +56,7 @@ def main(_):
     budget = demo_plan.Budget(options.minutes)
     out = Path(options.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
     with Progress() as progress:
-        runs, records = carry_out(options.config, out, budget, progress)
+        runs, records = run_arms(options.config, out, budget, progress)
     shown = before_and_after(out)
     page = report.build(
         [out / arm for arm in ARMS],
@@ -74,7 +74,7 @@ def main(_):
     print(f"\nreport   {page}\n         {budget.spent / 60:.1f} minutes in all{limit}")
 
 
-def carry_out(
+def run_arms(
     config: ConfigDict, out: Path, budget: demo_plan.Budget, progress: Progress
 ) -> tuple[dict[str, Run], list[dict]]:
     """Runs the demo in the folder `out`. Returns (the record of each arm, long answers of the release arm).
@@ -98,7 +98,7 @@ def carry_out(
     with progress.phase("reading the weights"):
         teacher_params, start = job.teacher_params(), job.start()
     evaluation, measured = measure(job, start.params, teacher_params, progress)
-    evaluation |= teachers_own(job, teacher_params, progress)
+    evaluation |= teacher_baseline(job, teacher_params, progress)
     plan = demo_plan.fit(measured, sizes, config.train.steps, budget.left)
     if begun is not None:
         plan = dataclasses.replace(plan, steps=config.train.steps)
@@ -190,7 +190,7 @@ def read_arms(out: Path) -> dict[str, Run]:
     return {arm: read_run(out / arm, arm) for arm in ARMS}
 
 
-def teachers_own(job: Job, teacher_params: dict, progress: Progress | None = None) -> dict[str, float]:
+def teacher_baseline(job: Job, teacher_params: dict, progress: Progress | None = None) -> dict[str, float]:
     """How the teacher itself answers the held-out prompts, under the names in the start's evaluation."""
     found = evaluate_teacher(job, teacher_params, progress)
     names = ("response_length", "finished_share", "repeated_share")

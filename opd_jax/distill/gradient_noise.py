@@ -1,7 +1,7 @@
 """How much of a batch's gradient is signal, with and without the tokens that a rule releases.
 
-A program of its own, run beside the training step where `metrics.gradient_noise_every` asks for it: it scores
-the rollouts again and takes three gradients of the student, but changes nothing.
+A separate program, run in addition to the training step where `metrics.gradient_noise_every` asks for it. It
+scores the rollouts again and takes three gradients of the student, but changes nothing.
 """
 
 import jax

@@ -65,6 +65,7 @@ class Loss:
         head_VD = params["embedding" if self.student.tie_embeddings else "head"]
         teacher_head_VD = None
         if inputs.targets.hidden_BTD is not None:
+            assert self.teacher is not None and teacher_params is not None
             teacher_head_VD = transformer.head(self.teacher, teacher_params)
         total = chunked_sum(self.of_chunk, self.chunk, head_VD, hidden_BTD, inputs.per_token, teacher_head_VD)
         return total / tokens, load
@@ -73,7 +74,7 @@ class Loss:
         """The sum over a chunk of positions; see `chunked_sum`. per_token is that of `LossInputs`."""
         token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets, ends = per_token
         teacher_logits_BcV = None
-        if targets.hidden_BTD is not None:
+        if targets.hidden_BTD is not None and self.teacher is not None:
             teacher_logits_BcV = transformer.logits(self.teacher, teacher_head_VD, targets.hidden_BTD)
         whole_head_VD = transformer.gather_head(self.student, head_VD)
         tokens = objectives.Tokens(

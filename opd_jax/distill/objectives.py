@@ -6,7 +6,7 @@ it, and `objective.name = name` selects it. See docs/objectives.md.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from flax import struct
 from opd_jax import distill
 from opd_jax.declare import PARAMETERS, Field, parameters
 from opd_jax.distill import divergences
-
-if TYPE_CHECKING:
-    from opd_jax.distill import types
 
 
 @struct.dataclass
@@ -38,7 +35,7 @@ class Tokens:
     old_logp_BT: jax.Array
     advantage_BT: jax.Array
     teacher_logits_BTV: jax.Array | None = None
-    teacher_top: "types.TeacherTop | None" = None
+    teacher_top: Any = None
 
 
 class Options:
@@ -74,7 +71,7 @@ class Objective:
 
     Attributes:
       loss: (Tokens, Options) -> loss_BT in nats.
-      teacher: what it needs of the teacher beside the scores: nothing, its logits, or its top tokens.
+      teacher: what it needs of the teacher besides the scores: nothing, its logits, or its top tokens.
       advantage: whether it reads advantage_BT.
       writer: who writes the responses.
     """

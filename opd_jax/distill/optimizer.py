@@ -36,10 +36,10 @@ def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     """The optimizer, of moments that lie in the hosts' memory: each update fetches them and returns them.
 
     It does so in a branch that is always taken. A compiler that saw through it would fetch them early, to
-    hide the copies, and the moments would lie beside the activations after all.
+    hide the copies, and the moments would be in memory with the activations after all.
     """
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         lies = jax.tree.map(lambda x: jax.typeof(x).memory_space, state)
 
         def fetched(grads, state, params):
@@ -51,7 +51,7 @@ def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
             return jax.tree.map(jnp.zeros_like, grads), state
 
         count = next(x for x in jax.tree.leaves(state) if x.ndim == 0)
-        return jax.lax.cond(count >= 0, fetched, unchanged, grads, state, params)
+        return jax.lax.cond(count >= 0, fetched, unchanged, updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
 

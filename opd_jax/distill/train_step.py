@@ -1,5 +1,7 @@
 """One training step, one compiled program: score, release, loss, gradient, update."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -136,7 +138,7 @@ def make_update(loss, optimizer: optax.GradientTransformation, micro_batches: in
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def update(carry, batch, *fixed):
+    def update(carry, batch, *fixed) -> tuple[Any, Any]:
         trained, opt_state = carry
         with jax.named_scope("gradient"):
             if micro_batches == 1:

@@ -4,7 +4,8 @@ Frozen dataclasses, which are pytrees. An array's name ends in its shape: B roll
 T response positions, L = P + T, D model width, K candidates.
 """
 
-import jax
+from typing import Any
+
 import optax
 from flax import struct
 
@@ -12,9 +13,11 @@ from opd_jax.models import moe
 from opd_jax.release import Release
 from opd_jax.release.segments import SegmentTable
 
+# A jax.Array; NumPy's on the host; where only shapes or places are told, a ShapeDtypeStruct or a sharding.
+Array = Any
 
-@struct.dataclass
-class Rollouts:
+
+class Rollouts(struct.PyTreeNode):
     """A batch of sampled responses. Past a row's end every field is 0, False or pad.
 
     Attributes:
@@ -30,15 +33,15 @@ class Rollouts:
       finished_B: ended by an end token, not by the length limit.
     """
 
-    tokens_BL: jax.Array
-    prompt_mask_BP: jax.Array
-    mask_BT: jax.Array
-    logp_BT: jax.Array
-    behaviour_logp_BT: jax.Array
-    topk_BTK: jax.Array
-    topk_logp_BTK: jax.Array
-    stop_BT: jax.Array
-    finished_B: jax.Array
+    tokens_BL: Array
+    prompt_mask_BP: Array
+    mask_BT: Array
+    logp_BT: Array
+    behaviour_logp_BT: Array
+    topk_BTK: Array
+    topk_logp_BTK: Array
+    stop_BT: Array
+    finished_B: Array
 
     @property
     def response_BT(self):
@@ -46,8 +49,7 @@ class Rollouts:
         return self.tokens_BL[:, self.prompt_mask_BP.shape[1] :]
 
 
-@struct.dataclass
-class TeacherTop:
+class TeacherTop(struct.PyTreeNode):
     """The teacher's own most likely tokens; finite and without meaning outside the response.
 
     Attributes:
@@ -56,26 +58,24 @@ class TeacherTop:
       entropy_BT: the teacher's entropy over the whole vocabulary, nats.
     """
 
-    top_BTK: jax.Array
-    logp_BTK: jax.Array
-    entropy_BT: jax.Array
+    top_BTK: Array
+    logp_BTK: Array
+    entropy_BT: Array
 
 
-@struct.dataclass
-class Targets:
-    """What some objectives need of the teacher beside Scores; all of it from the same forward pass.
+class Targets(struct.PyTreeNode):
+    """What some objectives need of the teacher besides Scores; all of it from the same forward pass.
 
     Attributes:
       hidden_BTD: final hidden states, from which the loss makes the teacher's logits chunk by chunk.
       top: TeacherTop.
     """
 
-    hidden_BTD: jax.Array | None = None
+    hidden_BTD: Array | None = None
     top: TeacherTop | None = None
 
 
-@struct.dataclass
-class Scores:
+class Scores(struct.PyTreeNode):
     """What the teacher says of a batch of rollouts; float32, nats, 0 outside the response.
 
     Attributes:
@@ -89,15 +89,15 @@ class Scores:
       teacher_load: how the teacher's routers spread the batch's tokens; None without experts.
     """
 
-    advantage_BT: jax.Array
-    contrast_BT: jax.Array
-    teacher_logp_BT: jax.Array
-    student_logp_BT: jax.Array
-    teacher_topk_logp_BTK: jax.Array | None
-    student_topk_logp_BTK: jax.Array | None
-    overlap_BT: jax.Array | None
-    teacher_stop_BT: jax.Array
-    targets: Targets | None = None
+    advantage_BT: Array
+    contrast_BT: Array
+    teacher_logp_BT: Array
+    student_logp_BT: Array
+    teacher_topk_logp_BTK: Array | None
+    student_topk_logp_BTK: Array | None
+    overlap_BT: Array | None
+    teacher_stop_BT: Array
+    targets: Targets = Targets()
     teacher_load: moe.Load | None = None
 
     def per_token(self) -> "Scores":
@@ -106,26 +106,24 @@ class Scores:
             teacher_topk_logp_BTK=None,
             student_topk_logp_BTK=None,
             overlap_BT=None,
-            targets=None,
+            targets=Targets(),
             teacher_load=None,
         )
 
 
-@struct.dataclass
-class Ends:
-    """How the end of a response is taught beside the objective.
+class Ends(struct.PyTreeNode):
+    """How the end of a response is taught, in addition to the objective.
 
     Attributes:
       weight_BT: what each position counts; 0 outside the response.
       stop_BT: the teacher's probability of an end token.
     """
 
-    weight_BT: jax.Array
-    stop_BT: jax.Array
+    weight_BT: Array
+    stop_BT: Array
 
 
-@struct.dataclass
-class LossInputs:
+class LossInputs(struct.PyTreeNode):
     """The rollouts that a gradient is taken of, and how much each of their tokens counts.
 
     Attributes:
@@ -137,8 +135,8 @@ class LossInputs:
     """
 
     rollouts: Rollouts
-    advantage_BT: jax.Array
-    weight_BT: jax.Array
+    advantage_BT: Array
+    weight_BT: Array
     targets: Targets = Targets()
     ends: Ends | None = None
 
@@ -149,8 +147,7 @@ class LossInputs:
         return r.response_BT, r.logp_BT, self.advantage_BT, self.weight_BT, self.targets, self.ends
 
 
-@struct.dataclass
-class StepInputs:
+class StepInputs(struct.PyTreeNode):
     """What a training step reads besides its state.
 
     Attributes:
@@ -164,20 +161,18 @@ class StepInputs:
     teacher_params: dict
     rollouts: Rollouts
     table: SegmentTable
-    key: jax.Array
-    reward_B: jax.Array | None = None
+    key: Array
+    reward_B: Array | None = None
 
 
-@struct.dataclass
-class Supervision:
+class Supervision(struct.PyTreeNode):
     """What a step decided for each rollout; only the report reads it."""
 
     scores: Scores
     release: Release
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """What training changes.
 
     Attributes:
@@ -186,6 +181,6 @@ class TrainState:
       opt_state: the optimizer's state.
     """
 
-    step: jax.Array
+    step: Array
     params: dict
     opt_state: optax.OptState

@@ -90,6 +90,9 @@ def prepare(
 
 def _held_out(heldout: Sequence[data.Prompt], key: str) -> RenderedBenchmark:
     prompts = [prompt for prompt in heldout if prompt.answer is not None]
+    problems = tuple(
+        Problem(p.question, p.text, reference(p.answer)) for p in heldout if p.answer is not None
+    )
     if not prompts:
         raise UserError(
             f"{key}={HELD_OUT} needs held-out prompts with answers, and there are none; add `answer` to the"
@@ -98,8 +101,7 @@ def _held_out(heldout: Sequence[data.Prompt], key: str) -> RenderedBenchmark:
     if len(prompts) < len(heldout):
         left = len(heldout) - len(prompts)
         logging.warning("%s=%s: %d of %d held-out prompts have no answer", key, HELD_OUT, left, len(heldout))
-    problems = (Problem(p.question, p.text, reference(p.answer)) for p in prompts)
-    return RenderedBenchmark(Benchmark(HELD_OUT, tuple(problems), 1), prompts)
+    return RenderedBenchmark(Benchmark(HELD_OUT, problems, 1), prompts)
 
 
 def _prepare(spec: str, tokenizer: Any, config: Any, key: str) -> RenderedBenchmark:
@@ -261,8 +263,8 @@ def _grade(
     return [VERDICTS[code] for code in distributed.gathered(code_N).T.reshape(-1)[: len(tasks)]]
 
 
-def write(folder: str | Path, label: str, result: dict) -> Path:
-    """Writes FOLDER/NAME-LABEL.jsonl, a line a problem, and the summary beside it; returns the former."""
+def write(folder: str | Path, label: str | int, result: dict) -> Path:
+    """Writes FOLDER/NAME-LABEL.jsonl, a line a problem, and the summary next to it; returns the former."""
     folder = Path(folder)
     path = folder / f"{result['benchmark']}-{label}.jsonl"
     if jax.process_index() == 0:

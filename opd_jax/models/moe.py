@@ -128,10 +128,10 @@ def feed_forward(config: ModelConfig, p: dict, x_BLD, routing: Routing, *, sprea
     def spread_part(*arrays):
         rows, weights = arrays[:3], arrays[3:]
         # The rows of all devices come to the experts held here; the results go back to the rows' owners.
-        x_BLD, *chosen = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in rows)
+        x_BLD, expert_BLX, weight_BLX = (jax.lax.all_gather(x, "fsdp", tiled=True) for x in rows)
         x_BLD = jax.lax.pcast(x_BLD, "tensor", to="varying")
         first = jax.lax.axis_index(experts_cut_by) * weights[-1].shape[0]
-        out_BLD = _held_experts(x_BLD, *chosen, weights, first)
+        out_BLD = _held_experts(x_BLD, expert_BLX, weight_BLX, weights, first)
         return jax.lax.psum(jax.lax.psum_scatter(out_BLD, "fsdp", tiled=True), "tensor")
 
     cut_part = spread_part if spread else part

@@ -17,7 +17,7 @@ from opd_jax.preflight import costs, hlo, topology
 from opd_jax.preflight.build import built
 from opd_jax.run import programs
 
-# What the predicted time takes for granted; preflight prints it beside the time.
+# What the predicted time takes for granted; preflight prints it with the time.
 ASSUMED = (
     "a program takes the longest of compute, HBM, links and network, each at its peak, and hides the others",
     "every response has full length; links carry a ring along one axis of the torus, in both directions",
@@ -84,7 +84,7 @@ class ProgramReport:
     @property
     def bound(self) -> str:
         sides = self._sides()
-        return max(sides, key=sides.get)
+        return max(sides, key=lambda name: sides[name])
 
     def _sides(self) -> dict:
         return {
@@ -244,9 +244,10 @@ def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> Pro
 
 
 def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) -> ProgramReport:
-    """The report of the program that metrics.gradient_noise_every runs beside some training steps."""
+    """The report of the program that metrics.gradient_noise_every runs with some training steps."""
     c, batch = plan.config, _micro_batch(plan)
     groups, recomputed = noise_program.group_count(c, plan.mesh), training.recomputes(c)
+    assert groups is not None, "sizes.check refuses a batch without two groups"
     flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, batch.prompt, batch.response)
     state = plan.abstract_state()
     return _compile(

@@ -15,7 +15,7 @@ def step(report: check.StepReport, where: str) -> str:
 
     row("arguments, GiB", lambda r: f"{r.arguments / GIB:.2f}")
     row("temporaries, GiB", lambda r: f"{r.temporaries / GIB:.2f}")
-    row("held beside, GiB", lambda r: f"{r.resident / GIB:.2f}")
+    row("resident, GiB", lambda r: f"{r.resident / GIB:.2f}")
     row("peak of capacity, GiB", _peak)
     row("model TFLOPs", lambda r: f"{r.flops / 1e12:.4g}")
     row("program TFLOPs", lambda r: f"{r.program_flops / 1e12:.4g}")

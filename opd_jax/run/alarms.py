@@ -96,7 +96,8 @@ class Alarms:
 
 def text(alarm: Mapping[str, Any]) -> str:
     """What an alarm's record says, in one line."""
-    words = TEXTS.get(alarm["alarm"], alarm["alarm"]).format(WINDOW=WINDOW, **alarm)
+    name = str(alarm["alarm"])
+    words = TEXTS.get(name, name).format(WINDOW=WINDOW, **alarm)
     return f"step {alarm['step']}: {words}; see {PAGE}"
 
 

@@ -110,8 +110,8 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint.
         """
-        step = {"latest": self.latest, "best": self.best}.get(wanted, wanted)
-        if str(step).isdigit() and int(step) in self._manager.all_steps():
+        step = str({"latest": self.latest, "best": self.best}.get(wanted, wanted))
+        if step.isdigit() and int(step) in self._manager.all_steps():
             return int(step)
         there = ", ".join(map(str, self._manager.all_steps())) or "none"
         raise UserError(
@@ -129,7 +129,7 @@ class Checkpoints:
           UserError: the checkpoint holds other parameters.
         """
         self._manager.wait_until_finished()
-        state = Path(self._manager.directory) / str(step) / "state"
+        state = self._manager.directory / str(step) / "state"
         wanted = {
             "params": jax.tree.map(
                 lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract_params, shardings

@@ -111,7 +111,7 @@ class Job(programs.Programs):
 
     def segment_table(self, rollouts: Rollouts) -> SegmentTable:
         """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
-        if self.config.segments.kind == "nltk":
+        if isinstance(self.table, nltk_segments.SentenceSplitter):
             return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
         return self.table
 

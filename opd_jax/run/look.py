@@ -70,7 +70,7 @@ def long_job(config, answers: int, answer_tokens: int, progress: Progress | None
     devices = sharding.pieces(sharding.make_mesh(c.mesh))
     answers = -(-answers // devices) * devices
     c.release.rule = "paper"
-    c.objective.name = "policy_gradient"  # scores without what an objective needs beside
+    c.objective.name = "policy_gradient"  # scores without what an objective needs besides
     c.data.instruction = AT_LENGTH
     c.data.over_long = "drop"
     c.data.prompt_tokens += REQUEST_TOKENS

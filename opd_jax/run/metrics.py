@@ -306,7 +306,7 @@ def write_run_files(
         _write_whole(workdir / PROMPTS_FILE, json.dumps(prompts, indent=2) + "\n")
 
 
-def config_conflict(workdir: str | os.PathLike, config: Any) -> UserError | None:
+def config_conflict(workdir: str | Path, config: Any) -> UserError | None:
     """Whether `workdir` holds a run of another config: None, or the first difference as an error to raise.
 
     Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them. Products of auto

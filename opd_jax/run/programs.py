@@ -44,14 +44,14 @@ TRAIN_STEP_READS = (
 )
 
 
-def compiled(sections: Sequence[str]) -> Callable:
+def compiled(sections: Sequence[str]) -> Callable[[Callable[..., Any]], functools.cached_property[Any]]:
     """A compiled program as an attribute of `Programs`.
 
     Jobs of one process share it where their models, their mesh and these sections of their configs agree. The
     decorated method sees Programs with these sections of the config alone.
     """
 
-    def attribute(build):
+    def attribute(build: Callable[["Programs"], Any]) -> functools.cached_property[Any]:
         @functools.lru_cache(maxsize=8)
         def shared(mesh, student: ModelConfig, teacher: ModelConfig, config: FrozenConfigDict):
             return build(Programs.of(config, mesh, student, teacher))
@@ -110,7 +110,7 @@ class Programs:
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self, prompts: int) -> tuple:
-        """Of (tokens_QP, mask_QP, key, step), what a sampler takes beside the parameters, for Q prompts."""
+        """Of (tokens_QP, mask_QP, key, step), what a sampler takes besides the parameters, for Q prompts."""
         shape = prompts, self.config.data.prompt_tokens
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return (
@@ -157,7 +157,8 @@ class Programs:
     @property
     def input_shardings(self) -> StepInputs:
         """Where the arrays of StepInputs live; one sharding for each of its parts."""
-        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        rows: Any = sharding.batch(self.mesh)  # of every array of a part
+        whole: Any = sharding.replicated(self.mesh)
         return StepInputs(
             teacher_params=self.teacher_shardings,
             rollouts=rows,
@@ -217,6 +218,7 @@ class Programs:
     def gradient_noise(self):
         """Compiled gradient_noise(params, step, StepInputs) -> scalars."""
         groups = gradient_noise.group_count(self.config, self.mesh)
+        assert groups is not None, "sizes.check refuses a batch without two groups"
         noise = gradient_noise.make_gradient_noise(self.student, self.teacher, self.config, groups)
         whole = sharding.replicated(self.mesh)
         return jax.jit(

@@ -47,7 +47,7 @@ def _whole(path: Path) -> bool:
     return path.is_file() and path.read_bytes().endswith(b"\n")
 
 
-def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None:
+def train_all(runs: Sequence[Planned], progress: Progress | None = None) -> None:
     """Runs what is not done, in order. Call it in every process.
 
     Args:
@@ -102,7 +102,7 @@ def carry_out(runs: Sequence[Planned], progress: Progress | None = None) -> None
             shown.done(OVERHEAD, time.monotonic() - started - (shown.worked - worked))
 
 
-def examine_teacher(planned: Planned, out: Path, progress: Progress | None = None) -> None:
+def benchmark_teacher(planned: Planned, out: Path, progress: Progress | None = None) -> None:
     """The teacher of a run answers the run's benchmarks, once, as the student does. Call it in every process.
 
     Writes OUT/teacher/NAME-model.jsonl and .json. Does nothing if answers with the same settings are there.
@@ -207,15 +207,15 @@ def main(_):
             print("the teacher's row: the same with --teacher in place of --jobs, on a machine that holds it")
         return
     if options.teacher:
-        examine_teacher(runs[0], Path(options.out))
+        benchmark_teacher(runs[0], Path(options.out))
         return
     if options.table:
         runs = [planned for planned in runs if is_done(planned)]
         if not runs:
             raise UserError(f"--table: no run of {options.out} is done")
     else:
-        carry_out(runs)
-        examine_teacher(runs[0], Path(options.out))
+        train_all(runs)
+        benchmark_teacher(runs[0], Path(options.out))
     if jax.process_index() == 0:
         print(sweep_table.write(runs, Path(options.out)))
 

@@ -50,7 +50,7 @@ def done(models, tmp_path_factory):
     said = []
     with Progress(active=False) as progress:
         progress.say = lambda text, file=None: said.append(text)
-        runs, records = demo.carry_out(config, out, demo_plan.Budget(0), progress)
+        runs, records = demo.run_arms(config, out, demo_plan.Budget(0), progress)
     return out, "\n".join(said), runs, records
 
 
@@ -75,7 +75,7 @@ def test_the_same_folder_again_goes_on_with_the_sizes_it_began_with(done, models
     out, _, runs, _ = done
     larger = tiny.config(models, **{"train.steps": 7, "data.heldout": 6, "eval.every": 2})
     with Progress(active=False) as progress:
-        again, _ = demo.carry_out(larger, out, demo_plan.Budget(0), progress)
+        again, _ = demo.run_arms(larger, out, demo_plan.Budget(0), progress)
     assert (larger.train.steps, larger.data.heldout) == (2, 8)
     assert [run.train for run in again.values()] == [run.train for run in runs.values()]
 

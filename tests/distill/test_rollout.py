@@ -241,15 +241,8 @@ def test_a_ragged_prompt_gives_what_it_gives_alone_and_unpadded():
     row, r = 3, sampled(PLAIN)
     tokens_BP, _ = prompts()
     alone_BP = tokens_BP[row : row + 1, P - LENGTHS[row] :]
-    alone = sample_jit(
-        MODEL,
-        params(),
-        alone_BP,
-        np.ones_like(alone_BP, bool),
-        jax.random.key(0),
-        PLAIN,
-        np.array([row]),
-    )
+    keys = rollout.row_keys(jax.random.key(0), np.array([row]))
+    alone = sample_jit(MODEL, params(), alone_BP, np.ones_like(alone_BP, bool), keys, PLAIN)
     np.testing.assert_array_equal(alone.response_BT[0], r.response_BT[row])
     np.testing.assert_array_equal(alone.topk_BTK[0], r.topk_BTK[row])
     np.testing.assert_allclose(alone.logp_BT[0], r.logp_BT[row], atol=1e-5)

@@ -79,8 +79,10 @@ def test_a_mesh_decodes_by_columns_what_one_device_does():
 def test_only_a_small_batch_has_its_weights_stored_by_columns():
     def kinds(model, rows):
         params = transformer.abstract(model)
-        layer = jax.eval_shape(functools.partial(cache.unstack, model, rows=rows), params)[0]
-        return {name for name, weight in layer.items() if isinstance(weight, few_rows.Columns)}
+        unstacked = jax.eval_shape(functools.partial(cache.unstack, model, rows=rows), params)
+        return {
+            name for name, weight in unstacked["layers"][0].items() if isinstance(weight, few_rows.Columns)
+        }
 
     blocks = {"query", "key", "value", "output", "gate_up", "down"}
     assert kinds(COLUMNS, few_rows.ROWS) == blocks

@@ -205,7 +205,7 @@ def test_experts_are_spread_over_fsdp_and_tensor_while_tokens_are_decoded():
         sharding.on(mesh, functools.partial(cache.unstack, config, rows=8)), in_shardings=(weights,)
     )
     compiled = unstack.lower(transformer.abstract(config)).compile()
-    for layer in compiled.output_shardings:
+    for layer in compiled.output_shardings["layers"]:
         assert layer["gate"].shard_shape((8, 32, 12)) == (1, 32, 12)
         assert layer["down"].shard_shape((8, 12, 32)) == (1, 12, 32)
 

@@ -123,10 +123,10 @@ def test_the_table_begins_with_the_start_and_ends_with_the_teacher(finished):
 def test_the_teacher_answers_once_and_again_where_its_settings_change(finished, ablation, tmp_path, capsys):
     shutil.copytree(finished[0] / "teacher", tmp_path / "teacher")
     (planned,) = runs(ablation, tmp_path, ["full"], [0])
-    sweep.examine_teacher(planned, tmp_path)
+    sweep.benchmark_teacher(planned, tmp_path)
     assert capsys.readouterr().out == ""
     planned.config.eval.benchmark = ()
-    sweep.examine_teacher(planned, tmp_path / "none")
+    sweep.benchmark_teacher(planned, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -175,7 +175,7 @@ def runs(ablation, out, only=(), seeds=()):
 def test_a_finished_sweep_started_again_runs_nothing_and_says_the_same(finished, ablation, capsys):
     out, said = finished
     planned = runs(ablation, out)
-    sweep.carry_out(planned)
+    sweep.train_all(planned)
     assert capsys.readouterr().out.count(": done") == 4
     assert sweep_table.write(planned, out).partition("| arm |")[2] in said.partition("| arm |")[2]
 
@@ -254,7 +254,7 @@ def test_a_sweep_over_another_one_is_refused(finished, ablation):
     base = config.load(str(ablation))
     base.optimizer.learning_rate = 1.0
     with pytest.raises(UserError, match="optimizer.learning_rate"):
-        sweep.carry_out(arms.plan(str(ablation), base, finished[0]))
+        sweep.train_all(arms.plan(str(ablation), base, finished[0]))
 
 
 def test_a_run_that_lacks_its_last_benchmark_is_not_done(finished, ablation, tmp_path):

@@ -6,6 +6,7 @@ then the devices have nothing to do. Each process cuts its own rows.
 
 import bisect
 import collections
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ class SentenceSplitter:
             from nltk.tokenize import punkt as nltk_punkt
         except ImportError as error:
             raise UserError("segments.kind=nltk needs NLTK: pip install nltk") from error
-        known = nltk_punkt.PunktParameters()
+        known: Any = nltk_punkt.PunktParameters()  # NLTK declares its fields as empty sets
         known.abbrev_types = parameters.abbrev_types
         known.collocations = parameters.collocations
         known.sent_starters = parameters.sent_starters
@@ -73,8 +74,8 @@ class SentenceSplitter:
 
     def _rows(self, tokens_bT, mask_bT):
         number_bT = np.full(tokens_bT.shape, -1, np.int32)
-        for number_T, tokens_T, mask_T in zip(number_bT, tokens_bT, mask_bT, strict=True):
-            number_T[mask_T] = self.numbers(tokens_T[mask_T])
+        for row, (tokens_T, mask_T) in enumerate(zip(tokens_bT, mask_bT, strict=True)):
+            number_bT[row, mask_T] = self.numbers(tokens_T[mask_T])
         return number_bT
 
 
