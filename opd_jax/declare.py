@@ -1,8 +1,8 @@
 """How a config field is declared: its default, its text and what it may be, in one place.
 
 The fields that several parts of a run read are declared in `opd_jax.config`. A rule or an objective declares
-the fields that it alone reads beside its code. The default config, its checks and docs/configs.md follow from
-both.
+the fields that it alone reads next to its code. The default config, its checks and docs/configs.md follow
+from both.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning on written responses: what teaches a model to answer at all, before distillation.
+"""Supervised fine-tuning on written responses, to teach a model to answer at all before distillation.
 
     python -m opd_jax.sft --config=configs/study/sorting_teacher.py --workdir=runs/sorting/teacher
 
 Reads data.path, a JSONL file of {"messages": [...]} whose last message is the assistant's; of the data
 section also template, prompt_tokens, over_long and heldout. Of the config's other sections it uses student,
 rollout.batch, rollout.max_tokens (the longest response), scoring.chunk, optimizer, train, eval, checkpoint,
-mesh and metrics; there is no teacher. Started again with the same --workdir it goes on from the newest
+mesh and metrics; there is no teacher. Started again with the same --workdir, it continues from the newest
 checkpoint.
 """
 
@@ -74,7 +74,7 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
                 )
                 whole = tokenizer.apply_chat_template(messages, tokenize=False, **options)
                 if not whole.startswith(prompt):
-                    raise ValueError("the chat template renders the prompt otherwise once a reply follows it")
+                    raise ValueError("the chat template changes the prompt once a reply follows it")
             except (ValueError, TypeError, KeyError, IndexError) as error:
                 raise UserError(
                     f"data.path={path}: line {number} is not an object with 'messages' that end in an "
@@ -114,7 +114,7 @@ def _until_end(ids, ends) -> tuple[int, ...]:
 
 
 def collate(exchanges: list[Exchange], batch: data.PromptBatch, max_tokens: int, pad_id: int) -> Rollouts:
-    """Host Rollouts of the exchanges that a batch numbers; what a sampler would have measured is 0."""
+    """Host Rollouts of the exchanges in a batch; what a sampler would have measured is 0."""
     b = len(batch.index_B)
     token_BT, mask_BT = np.full((b, max_tokens), pad_id, np.int32), np.zeros((b, max_tokens), bool)
     for row, index in enumerate(batch.index_B):
@@ -243,7 +243,7 @@ def _train(config, workdir, shown: Progress) -> TrainState:
         shown.expect("step", c.train.steps - session.first)
         ahead = range(session.first + 1, c.train.steps + 1)
         shown.expect("evaluation", sum(due(c, c.eval.every, step) for step in ahead))
-        # What there was no time for after the step at which the run was stopped.
+        # The evaluation that was due after the step at which the run was stopped.
         left_out = session.done is not None and due(c, c.eval.every, session.done)
         if left_out and not session.recorded([("eval", None)]):
             writer.write({"kind": "eval", "step": session.done} | evaluate(state))

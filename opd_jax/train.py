@@ -3,8 +3,8 @@
     python -m opd_jax.train --config=configs/demo.py --workdir=runs/release
     python -m opd_jax.train --config=configs/demo.py --config.release.rule=none --workdir=runs/full
 
-Started again with the same --workdir it goes on from the newest checkpoint. SIGTERM ends it after the step
-that is running, with a checkpoint and exit status 75. docs/pods.md tells how to run it on a TPU pod.
+Started again with the same --workdir, it continues from the newest checkpoint. SIGTERM ends it after the
+current step, with a checkpoint and exit status 75. docs/pods.md tells how to run it on a TPU pod.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from opd_jax.parallel import distributed, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.run import Job, Key, Session, StepReader, due, metrics, prepare, transcripts
 
-# What the devices do, by the names under which the loop has its clock watch them.
+# What the devices do, by the names that the loop gives its clock.
 DOING = {"sample": "sampling", "train": "scoring and updating", "gradient_noise": "the gradient's noise"}
 
 
@@ -48,9 +48,9 @@ def train(
     """Trains from the start, or from the newest checkpoint in workdir, to train.steps.
 
     Args:
-      start_evaluation: what `evaluate` returned for this run's start, where several runs share one; it
-        is measured if not given.
-      progress: shows what goes on; whoever gives it has planned `work` with it. Without, the run has its own.
+      start_evaluation: what `evaluate` returned for this run's start, if several runs share it;
+        measured if not given.
+      progress: shows what goes on, with `work` already planned; a new one if not given.
       start: the state before the first step, read if not given; its arrays are donated.
       teacher_params: the teacher's weights, read if not given.
 
@@ -109,7 +109,7 @@ def train(
                 writer.write({"kind": "benchmark", "step": step} | result)
             read.restart()
 
-        # The start; or what there was no time for after the step at which the run was stopped.
+        # Evaluations of the start, or those that were due after the step at which the run was stopped.
         first = session.first
         if progress is None:
             shown.plan(work(c))
@@ -159,7 +159,7 @@ def train(
             kl = evaluate_heldout(step, state) if evaluating else None
             if saving:
                 session.save(step, state, prompts.state(), kl)
-            if examining:  # the longest, and made when the run goes on if it ends here
+            if examining:  # last, since it takes longest; a run that ends here makes it up later
                 answer_benchmarks(step, state)
             if stopping:
                 session.stop(step)
@@ -168,7 +168,7 @@ def train(
 
 
 def _telling(shown: Progress, total: int):
-    """What a PhaseClock is to call."""
+    """What a PhaseClock calls when the devices begin another phase."""
 
     def told(now):
         if now is None:

@@ -21,7 +21,7 @@ def load(path: str, *arguments: str, plugins: Sequence[str] = ()) -> ConfigDict:
     """get_config(*arguments) of a Python file.
 
     Args:
-      plugins: files for the field `plugins`, beside those that the recipe names itself.
+      plugins: files for the field `plugins`, in addition to those that the recipe names.
 
     Raises:
       UserError: as `load_module`, or the file has no get_config, or that fails.

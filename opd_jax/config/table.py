@@ -32,7 +32,7 @@ How values are written:
 - **A list** such as `("embedding",)` is `--config.train.frozen="('embedding',)"` on the command line.
 
 This page is written by `python -m opd_jax.config.table > docs/configs.md`. To change it, edit where the field
-is declared: in `opd_jax/config/sections/`, or beside the code of the rule or objective that reads it.
+is declared: in `opd_jax/config/sections/`, or next to the code of the rule or objective that reads it.
 """
 
 

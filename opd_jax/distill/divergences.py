@@ -154,7 +154,7 @@ def event_forward_kl(student_logits, ids: tuple[int, ...], teacher_probability):
 
     It is the forward KL over two groups: 0 where the two probabilities agree, and at most the KL over the
     whole vocabulary. Gradient: S (1 - T_group / S_group), each id by its own group. It is made from the
-    logits when it is needed: beside another divergence no further array of size V is kept.
+    logits when it is needed: next to another divergence, no further array of size V is kept.
 
     Args:
       student_logits: [..., V].

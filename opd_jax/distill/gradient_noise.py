@@ -22,9 +22,9 @@ LEAST_GROUPS = 16  # where the batch allows it: the noise is then known to about
 
 
 def group_count(config, mesh) -> int | None:
-    """Into how many groups of whole prompts a batch is cut; None where it has not two.
+    """The number of groups of whole prompts that a batch is cut into; None if it cannot be two or more.
 
-    Every device that rows are cut over has a part of each group, and a group is no larger than a micro-batch.
+    Every device that holds rows has a part of each group, and a group is no larger than a micro-batch.
     """
     prompts = config.rollout.batch // config.rollout.samples_per_prompt
     shards = sharding.pieces(mesh)

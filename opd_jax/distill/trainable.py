@@ -1,8 +1,8 @@
-"""Which of the student's parameters are trained: the others keep their values, and cost no gradient and no
+"""Which of the student's parameters are trained. The others keep their values and need no gradient and no
 optimizer state.
 
-Parameters are named by the last key of their path, so a name is that weight in every block: `query`, `down`,
-`embedding` (the head too, where the two are tied).
+Parameters are named by the last key of their path, so a name means that weight in every block: `query`,
+`down`, `embedding` (which is also the head, if the two are tied).
 """
 
 import optax
@@ -35,7 +35,7 @@ def alone(optimizer: optax.GradientTransformation, frozen) -> optax.GradientTran
 
 
 def check(params: dict, frozen):
-    """Refuses names that no parameter has, and a student of which nothing is trained.
+    """Refuses names that no parameter has, and a student with nothing left to train.
 
     Raises:
       UserError: names train.frozen.
@@ -44,7 +44,7 @@ def check(params: dict, frozen):
     for name in frozen:
         if name not in names:
             raise UserError(
-                f"train.frozen names {name}, which the student has not{nearest(name, names)}; "
+                f"train.frozen names {name}, which the student does not have{nearest(name, names)}; "
                 f"it has {', '.join(sorted(names))}"
             )
     if names <= set(frozen):

@@ -33,7 +33,7 @@ class Checkpoints:
 
     Args:
       workdir: folder of the run.
-      keep: how many of the newest are kept; the best by held-out KL is kept beside them.
+      keep: how many of the newest are kept; the best by held-out KL is kept as well.
     """
 
     def __init__(self, workdir, keep: int):

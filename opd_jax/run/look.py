@@ -64,7 +64,7 @@ def long_job(config, answers: int, answer_tokens: int, progress: Progress | None
     Args:
       config: of a run, validated; the rule that cuts is the paper's.
       answers: rollouts; more where they are fewer than the devices that each take some.
-      answer_tokens: the longest answer; less where the models have no room for it beside a prompt.
+      answer_tokens: the longest answer; less if the models have no room for it after a prompt.
     """
     c = copy.deepcopy(config)
     devices = sharding.pieces(sharding.make_mesh(c.mesh))

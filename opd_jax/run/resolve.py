@@ -16,7 +16,7 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
     """(student, teacher) as they run on the mesh: compute dtypes resolved, the student pruned.
 
     Raises:
-      UserError: no such model, or layers to drop that it has not.
+      UserError: there is no such model, or it does not have the layers to drop.
     """
     teacher = model(config.teacher.path, "teacher.path", mesh, config.teacher.dtype)
     teacher = teacher.replace(
