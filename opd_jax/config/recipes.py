@@ -84,7 +84,7 @@ def run_file(path: str, named: str) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _running(named: str):
-    """What a user's file raises becomes one line that says where."""
+    """Turns an exception of a user's file into one line that says where it was raised."""
     try:
         yield
     except UserError:

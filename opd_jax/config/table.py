@@ -42,7 +42,7 @@ def written(value: Any) -> str:
 
 
 def allowed(field: Field) -> str:
-    """What `Field.check` accepts, in words; "" where any value may do."""
+    """The values that `Field.check` accepts, in words; "" if there is no limit."""
     if (choices := field.words()) is not None:
         return "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
     low, high = (None if x is None else written(x) for x in (field.least, field.most))

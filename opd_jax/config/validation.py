@@ -48,7 +48,7 @@ def _check_fields(config: ConfigDict):
 
 
 def _check_together(config: ConfigDict, teacher: bool):
-    """What one field allows of another."""
+    """Checks fields whose allowed values depend on other fields."""
     teacher_writes = objectives.OBJECTIVES[config.objective.name].writer == "teacher"
     if config.rollout.cache_dtype == "int8" and config.scoring.student == "sampler" and not teacher_writes:
         raise UserError(

@@ -267,7 +267,7 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) ->
 
 
 def _micro_batch(plan: programs.Programs) -> costs.MicroBatch:
-    """What one device scores and trains on at a time."""
+    """The rollouts that one device scores and trains on at a time."""
     c, mesh = plan.config, plan.mesh
     return costs.MicroBatch(
         rows=c.train.micro_batch // sharding.pieces(mesh),

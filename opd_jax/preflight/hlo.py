@@ -135,7 +135,7 @@ class Program:
         return list(found.values())
 
     def between_slices(self, slices: int) -> list[Collective]:
-        """What a device sends to those of the other slices."""
+        """The collectives in which a device sends to other slices."""
         found = []
         for i, times, _ in self:
             exchange = _EXCHANGE.search(i.text)
@@ -157,7 +157,7 @@ class Program:
         ]
 
     def host_memory(self) -> tuple[int, int, list[str]]:
-        """What a program does with arrays in the host's memory.
+        """Copies from and to the host's memory, and operations that are done there.
 
         Returns:
           (bytes copied from it, bytes copied to it, instructions on it that are no such copy).

@@ -53,7 +53,7 @@ class Checkpoints:
 
     @classmethod
     def of_run(cls, workdir, keep: int) -> Self:
-        """Those that are there, to be read; nothing is made.
+        """The checkpoints of an existing run, for reading; creates nothing.
 
         Raises:
           UserError: the run has none.

@@ -91,7 +91,7 @@ class Job(programs.Programs):
 
     @functools.cached_property
     def teacher_evaluation_draw(self) -> Draw:
-        """As `evaluation_draw`, for the teacher's parameters."""
+        """Draws the same responses with the teacher's parameters."""
         return Draw(self.sample_as_teacher, self.key(Key.EVALUATION), self.mesh, "the teacher's sampler")
 
     def response_sampler(self) -> answering.ResponseSampler:
@@ -110,7 +110,7 @@ class Job(programs.Programs):
         return dataclasses.replace(self.response_sampler(), draw=draw)
 
     def segment_table(self, rollouts: Rollouts) -> SegmentTable:
-        """What train_step cuts these rollouts by. With segments.kind=nltk, cuts them here and now."""
+        """The SegmentTable for these rollouts. With segments.kind=nltk, waits for them and cuts them here."""
         if isinstance(self.table, nltk_segments.SentenceSplitter):
             return self.table.cut(rollouts.tokens_BL, rollouts.mask_BT)
         return self.table

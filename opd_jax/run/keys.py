@@ -1,4 +1,4 @@
-"""What a run draws random numbers for: one PRNG key a purpose, all from the run's seed."""
+"""What a run draws random numbers for: one PRNG key for each purpose, all from the run's seed."""
 
 import enum
 

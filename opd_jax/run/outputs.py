@@ -36,5 +36,5 @@ def make_folder(out: str | Path, flag: str = "--out") -> None:
 
 
 def unwritable(out: str | Path, error: OSError, flag: str = "--out") -> UserError:
-    """What a flag is refused with."""
+    """The error for a flag that names a path that cannot be written."""
     return UserError(f"{flag}={out} cannot be written ({error.strerror}); choose another folder")

@@ -106,11 +106,11 @@ class Programs:
         return placed(abstract_state(self.student, self.optimizer), self.state_shardings)
 
     def abstract_teacher(self) -> dict:
-        """Of the teacher's parameters, in its dtype or int8."""
+        """Shapes, dtypes and shardings of the teacher's parameters, in its dtype or int8."""
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self, prompts: int) -> tuple:
-        """Of (tokens_QP, mask_QP, key, step), what a sampler takes besides the parameters, for Q prompts."""
+        """The abstract arguments (tokens_QP, mask_QP, key, step) of a sampler after the parameters, for Q prompts."""
         shape = prompts, self.config.data.prompt_tokens
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return (
@@ -121,11 +121,11 @@ class Programs:
         )
 
     def abstract_key(self):
-        """Of a PRNG key."""
+        """An abstract PRNG key."""
         return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
 
     def abstract_table(self) -> SegmentTable:
-        """Of the SegmentTable: as many rows as the tokenizer has ids; of segments.kind=nltk, one batch's."""
+        """An abstract SegmentTable: a row for each id of the tokenizer; with segments.kind=nltk, one batch's."""
         c = self.config
         if c.segments.kind == "nltk":
             number_BT = jax.ShapeDtypeStruct((c.rollout.batch, c.rollout.max_tokens), jnp.int32)
@@ -135,13 +135,13 @@ class Programs:
         return placed(table, sharding.replicated(self.mesh))
 
     def abstract_rollouts(self) -> Rollouts:
-        """Of what `sample_group` returns."""
+        """The abstract Rollouts that `sample_group` returns."""
         draw = self.abstract_draw(self.prompt_batch)
         like = jax.eval_shape(self.sample_group, self.abstract_state().params, *draw)
         return placed(like, sharding.batch(self.mesh))
 
     def abstract_inputs(self) -> StepInputs:
-        """Of what `train_step` reads besides the state."""
+        """The abstract second argument of `train_step`."""
         reward_B = None
         if self.config.reward.weight:
             batch = (self.config.rollout.batch,)
@@ -187,18 +187,18 @@ class Programs:
 
     @property
     def sample_group(self):
-        """As `sample`, with the rollout.samples_per_prompt responses a prompt that are trained on."""
+        """Compiled like `sample`, with rollout.samples_per_prompt responses a prompt: those to train on."""
         samples = self.config.rollout.samples_per_prompt
         return sample_program(self.mesh, self.student, sampling(self.config, samples))
 
     @property
     def sample_as_teacher(self):
-        """As `sample`, by the teacher."""
+        """Compiled like `sample`, for the teacher's parameters."""
         return sample_program(self.mesh, self.teacher, sampling(self.config))
 
     @property
     def sample_teacher(self):
-        """As `sample_group`, by the teacher: its Rollouts hold the teacher's probabilities."""
+        """Compiled like `sample_group`, for the teacher's parameters; the Rollouts hold its probabilities."""
         samples = self.config.rollout.samples_per_prompt
         return sample_program(self.mesh, self.teacher, sampling(self.config, samples))
 
@@ -240,7 +240,7 @@ class Programs:
 
 
 def sampling(config, samples: int = 1) -> rollout.Sampling:
-    """How a config samples, `samples` responses a prompt."""
+    """The Sampling of a config, with `samples` responses a prompt."""
     r = config.rollout
     return rollout.Sampling(
         max_tokens=r.max_tokens,
@@ -258,7 +258,7 @@ def sampling(config, samples: int = 1) -> rollout.Sampling:
 # Jobs of one process share what is compiled for them where they agree in what it reads.
 @functools.lru_cache(maxsize=8)
 def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
-    """What `Programs.sample` compiles."""
+    """The jitted sampler of `Programs.sample`, for any model."""
 
     def sample(params, tokens_QP, mask_QP, key, step):
         key = jax.random.fold_in(key, step)
@@ -293,7 +293,7 @@ def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, how: s
 
 
 def state_shardings(config, mesh, model: ModelConfig, optimizer) -> TrainState:
-    """Where the state of a model in training lives; reads train.frozen and optimizer.memory."""
+    """Shardings of the training state of a model; reads train.frozen and optimizer.memory."""
     params = param_shardings(mesh, model)
     trained, _ = trainable.split(params, config.train.frozen)
     opt_state = abstract_state(model, optimizer).opt_state
@@ -305,7 +305,7 @@ def state_shardings(config, mesh, model: ModelConfig, optimizer) -> TrainState:
 
 
 def param_shardings(mesh, model: ModelConfig) -> dict:
-    """Where each parameter of a model lives."""
+    """The sharding of each parameter of a model."""
     axes = transformer.logical_axes(model)
     return sharding.param_shardings(mesh, transformer.abstract(model), axes, model.layout.rules)
 

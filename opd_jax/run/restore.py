@@ -1,4 +1,4 @@
-"""What is read back of a run: its config and its checkpoints; and a whole model as it answers benchmarks."""
+"""Reads a run back: its config and its checkpoints. Also reads a whole model that answers benchmarks."""
 
 from ml_collections import ConfigDict
 
