@@ -52,7 +52,7 @@ def score(
     Returns:
       Scores.
 
-    Source: paper.md, "Idea" and steps 1-2 of "The release rule".
+    Source: arXiv 2605.13643; docs/how_it_works.md, steps 1 and 2.
     """
 
     def one(r: Rollouts) -> tuple[Scores, moe.Load | None]:

@@ -1,6 +1,6 @@
 """Finds one downward step in a row of scores, if BIC prefers it to no step.
 
-Source: paper.md, "The release rule", step 5.
+Source: arXiv 2605.13643, the release rule; docs/how_it_works.md has the formulas.
 """
 
 import flax.struct
@@ -59,7 +59,7 @@ def change_point(
         accepted).
       eps: added to both residual sums, so that a perfect fit has a finite BIC.
 
-    Source: paper.md, step 5. Among equal drops the first is taken.
+    Source: arXiv 2605.13643. Among equal drops the first is taken.
     """
     valid_BN = valid_BN.astype(bool)
     score_BN = jnp.where(valid_BN, score_BN, 0).astype(jnp.float32)

@@ -1,6 +1,6 @@
 """Where the teacher still teaches: a rule's weights, masked, rescaled and counted.
 
-Source: paper.md, "The release rule", steps 3 to 7. The rules are in rules.py, the test in change_point.py.
+Source: arXiv 2605.13643; docs/how_it_works.md has the formulas. The rules are in rules.py.
 """
 
 import flax.struct
@@ -56,7 +56,7 @@ class Release:
 def _rescale(weight_BT: jax.Array, mask_BT: jax.Array, kind: str) -> jax.Array:
     """Scales the weights so that they sum to the response tokens of the row or of the batch.
 
-    A row (or batch) with no weight at all stays 0. Source: paper.md, step 7.
+    A row (or batch) with no weight at all stays 0. Source: arXiv 2605.13643.
     """
     if kind == "none":
         return weight_BT

@@ -75,7 +75,7 @@ def _keep_all(scores, segments: Segments, config, step, key) -> Proposal:
 def _local_contrast(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps the segments before the drop of log(1 + mean teacher margin).
 
-    Source: paper.md, steps 3 to 6.
+    Source: arXiv 2605.13643; docs/how_it_works.md, steps 3 and 4.
     """
     return _up_to(_margin_drop(scores, segments, config), segments)
 
@@ -84,7 +84,7 @@ def _local_contrast(scores, segments: Segments, config, step, key) -> Proposal:
 def _advantage_std(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps the segments before the drop of log(1 + std of the advantage), with the paper's test.
 
-    Source: paper.md, "What an ablation compares". Ours: the logarithm of step 4 stays, and the standard
+    Source: an ablation of arXiv 2605.13643. Ours: the logarithm of the score stays, and the standard
     deviation is the population's, so a segment of one token has 0.
     """
     score_BT = jnp.log1p(segment_std(scores.advantage_BT, segments))
@@ -96,7 +96,7 @@ def _advantage_std(scores, segments: Segments, config, step, key) -> Proposal:
 def _suffix(scores, segments: Segments, config, step, key) -> Proposal:
     """Supervises exactly what the paper's rule releases; a rollout without a release has weight 0.
 
-    Source: paper.md, "What an ablation compares", the negative control.
+    Source: arXiv 2605.13643, the negative control of its ablations.
     """
     point = _margin_drop(scores, segments, config)
     return Proposal(
@@ -124,7 +124,7 @@ def _suffix(scores, segments: Segments, config, step, key) -> Proposal:
 def _fixed_prefix(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps the first `prefix_tokens` tokens or, where that is 0, the share `prefix_fraction` of a response.
 
-    Source: paper.md, "What an ablation compares". Ours: a share is rounded, and at least one token stays.
+    Source: an ablation of arXiv 2605.13643. Ours: a share is rounded, and at least one token stays.
     """
     if config.prefix_tokens:
         return _first_tokens(jnp.int32(config.prefix_tokens), segments)
@@ -155,7 +155,7 @@ def _growing_prefix(scores, segments: Segments, config, step, key) -> Proposal:
 def _shuffled(scores, segments: Segments, config, step, key) -> Proposal:
     """The paper's release points, as shares of the response, permuted between the rollouts of the batch.
 
-    Source: paper.md, "What an ablation compares". Ours: a point lands on a token rather than on the end
+    Source: an ablation of arXiv 2605.13643. Ours: a point lands on a token rather than on the end
     of a segment, at least one token stays, and 1 (nothing released) is a point like others.
     """
     length_B, kept_B = _count(segments.mask_BT), _margin_kept(scores, segments, config)
@@ -172,7 +172,7 @@ def _random_cut(scores, segments: Segments, config, step, key) -> Proposal:
     in [0, 1] whose mean is m, where m is the share of such tokens that the paper's rule keeps in the whole
     batch. Lengths are rounded at random, so that the expectation is exact.
 
-    Source: paper.md, "What an ablation compares"; the distribution is ours.
+    Source: an ablation of arXiv 2605.13643; the distribution is ours.
     """
     length_B, kept_B = _count(segments.mask_BT), _margin_kept(scores, segments, config)
     others_B = jnp.maximum(length_B - 1, 0)
@@ -195,7 +195,7 @@ def _importance(scores, segments: Segments, config, step, key) -> Proposal:
 
     Weights fall from 1 + gamma to about 1 along the response, and every token is supervised.
 
-    Source: IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600, as paper.md gives it.
+    Source: IW-OPD, "On the Position Bias of On-Policy Distillation", arXiv 2606.22600.
     """
     size_BT = jnp.where(segments.mask_BT, jnp.abs(scores.advantage_BT), 0)
     # 1 - sum_{k<t} / sum is sum_{k>=t} / sum: no difference of sums, so exactly 1 at the first token.

@@ -18,7 +18,7 @@ Estimate = tuple[float, float, float]  # value, and the ends of its 95% interval
 
 
 def score(sentence: Record) -> tuple[float, float]:
-    """S = log(1 + mean M) of a sentence, the score of the rule. Source: paper.md, step 4."""
+    """S = log(1 + mean M) of a sentence, the score of the rule. Source: arXiv 2605.13643."""
     return _steady(np.log1p(_number(sentence, "contrast")))
 
 

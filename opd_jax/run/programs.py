@@ -110,7 +110,7 @@ class Programs:
         return placed(transformer.abstract(self.teacher, self.teacher.dtype), self.teacher_shardings)
 
     def abstract_draw(self, prompts: int) -> tuple:
-        """Abstract (tokens_QP, mask_QP, key, step): a sampler's arguments after the parameters, for Q prompts."""
+        """Abstract (tokens_QP, mask_QP, key, step): a sampler's arguments after the parameters, Q prompts."""
         shape = prompts, self.config.data.prompt_tokens
         rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
         return (
@@ -125,7 +125,7 @@ class Programs:
         return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
 
     def abstract_table(self) -> SegmentTable:
-        """An abstract SegmentTable: a row for each token id; with segments.kind=nltk, the table of a batch."""
+        """An abstract SegmentTable: a row for each token id; with segments.kind=nltk, that of a batch."""
         c = self.config
         if c.segments.kind == "nltk":
             number_BT = jax.ShapeDtypeStruct((c.rollout.batch, c.rollout.max_tokens), jnp.int32)

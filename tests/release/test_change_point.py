@@ -31,7 +31,7 @@ def host_calls(compiled: str) -> list[str]:
 
 
 def reference_bics(score_N):
-    """Step 5 of paper.md in float64: BIC0 and BIC1 for every tau (inf where it is no drop)."""
+    """The change-point test in float64: BIC0 and BIC1 for every tau (inf where it is no drop)."""
     score_N = np.asarray(score_N, np.float64)
     n = len(score_N)
     residual = ((score_N - score_N.mean()) ** 2).sum()

@@ -112,7 +112,7 @@ def random_batch(seed, rollouts=8, positions=48):
 
 
 def reference_release(contrast_T, segment_T, mask_T, min_segments):
-    """Steps 4 to 7 of paper.md for one rollout, sentence by sentence, in float64."""
+    """The rule for one rollout, sentence by sentence, in float64: scores, change point, mask, rescale."""
     labels = np.unique(segment_T[mask_T])
     score_N = [np.log1p(contrast_T[mask_T & (segment_T == label)].mean()) for label in labels]
     kept_T = mask_T.copy()
