@@ -7,6 +7,7 @@ from both.
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -45,6 +46,8 @@ class Field:
             raise UserError(
                 f"{key}={value} is not known{nearest(value, words)}; use one of {', '.join(words)}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is no finite number; the default is {self.default}")
         low, high = self.least, self.most
         if (low is not None and value < low) or (high is not None and value > high):
             limits = f"between {low} and {high}"

@@ -153,12 +153,13 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     def step(state: TrainState, rollouts: Rollouts):
         tokens = train_step.response_tokens(rollouts)
         trained, kept = trainable.split(state.params, frozen)
-        (trained, opt_state), (mean_loss, norm, load) = update(
+        (trained, opt_state), (mean_loss, norm, skipped, load) = update(
             (trained, state.opt_state), inputs(rollouts), kept, None, tokens
         )
         measured = {
             "loss": mean_loss,
             "grad_norm": norm,
+            "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
         } | train_step.router_metrics("student", load)
@@ -247,7 +248,7 @@ def _train(config, workdir, shown: Progress) -> TrainState:
         left_out = session.done is not None and due(c, c.eval.every, session.done)
         if left_out and not session.recorded([("eval", None)]):
             writer.write({"kind": "eval", "step": session.done} | evaluate(state))
-        reader = StepReader(writer)
+        reader = StepReader(writer, c)
 
         def finish(step: int):
             with shown.phase(f"step {step}/{c.train.steps}"):

@@ -32,14 +32,15 @@ def make_optimizer(config) -> optax.GradientTransformation:
     return trainable.alone(adamw, config.train.frozen)
 
 
-def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, of moments that lie in the hosts' memory: each update fetches them and returns them.
+def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with its moments in the hosts' memory: each update fetches them and returns them.
 
-    It does so in a branch that is always taken. A compiler that saw through it would fetch them early, to
-    hide the copies, and the moments would be in memory with the activations after all.
+    Its update takes the argument `finite`, a scalar; False skips the update, and nothing is fetched. This
+    branch also keeps a compiler from fetching the moments early to hide the copies. They would then be in
+    memory with the activations after all.
     """
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, finite, **_):
         lies = jax.tree.map(lambda x: jax.typeof(x).memory_space, state)
 
         def fetched(grads, state, params):
@@ -50,10 +51,9 @@ def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
         def unchanged(grads, state, params):
             return jax.tree.map(jnp.zeros_like, grads), state
 
-        count = next(x for x in jax.tree.leaves(state) if x.ndim == 0)
-        return jax.lax.cond(count >= 0, fetched, unchanged, updates, state, params)
+        return jax.lax.cond(finite, fetched, unchanged, updates, state, params)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 def learning_rate(config) -> optax.Schedule:

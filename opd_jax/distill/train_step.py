@@ -44,15 +44,17 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         trained, kept = trainable.split(state.params, train.frozen)
         carry, fixed = (trained, state.opt_state), (loss_inputs, kept, inputs.teacher_params, tokens)
         if train.updates_per_rollout == 1:
-            carry, (mean_loss, norm, load) = update(carry, *fixed)
+            carry, (mean_loss, norm, skipped, load) = update(carry, *fixed)
         else:
             carry, measured = jax.lax.scan(
                 lambda carry, _: update(carry, *fixed), carry, length=train.updates_per_rollout
             )
-            mean_loss, norm, load = jax.tree.map(lambda x: x[0], measured)
+            mean_loss, norm, _, load = jax.tree.map(lambda x: x[0], measured)
+            skipped = measured[2].sum()
         metrics = measure(rollouts, supervision) | {
             "loss": mean_loss,
             "grad_norm": norm,
+            "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
         }
         if objective.writer == "teacher":
@@ -129,13 +131,16 @@ def recomputes(config) -> bool:
 def make_update(loss, optimizer: optax.GradientTransformation, micro_batches: int):
     """Builds update(carry, batch, *fixed): the gradient, summed over micro-batches, then the optimizer.
 
+    If the loss or the gradient is not finite, the update is skipped: parameters and optimizer state stay.
+
     Args:
       loss: loss(trained, a part of the batch, *fixed) -> (scalar to be differentiated, any pytree of arrays).
 
     Returns:
       A function ((trained, opt_state), batch, *fixed) -> (the same after the update, (the loss summed over
-      the micro-batches, the gradient's norm, the sum of the pytrees)).
+      the micro-batches, the gradient's norm, whether the update was skipped, the sum of the pytrees)).
     """
+    optimizer = optax.with_extra_args_support(optimizer)
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def update(carry, batch, *fixed) -> tuple[Any, Any]:
@@ -157,9 +162,17 @@ def make_update(loss, optimizer: optax.GradientTransformation, micro_batches: in
                     pieces,
                 )[0]
         with jax.named_scope("update"):
-            changes, opt_state = optimizer.update(grads, opt_state, trained)
-            trained = optax.apply_updates(trained, changes)
-        return (trained, opt_state), (value, optax.tree.norm(grads), aux)
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
+            changes, next_state = optimizer.update(grads, opt_state, trained, finite=finite)
+
+            def accept(new, old):
+                on_host = jax.typeof(old).memory_space == jax.memory.Space.Host
+                return new if on_host else jnp.where(finite, new, old)  # `from_host` has decided already
+
+            trained = jax.tree.map(accept, optax.apply_updates(trained, changes), trained)
+            opt_state = jax.tree.map(accept, next_state, opt_state)
+        return (trained, opt_state), (value, norm, ~finite, aux)
 
     return update
 

@@ -25,13 +25,13 @@ def join(trained: dict, kept: dict) -> dict:
     return traverse_util.unflatten_dict(flatten(trained) | flatten(kept))
 
 
-def alone(optimizer: optax.GradientTransformation, frozen) -> optax.GradientTransformation:
+def alone(optimizer: optax.GradientTransformation, frozen) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the trained parameters, initialised from all of them."""
 
     def init(params):
         return optimizer.init(split(params, frozen)[0])
 
-    return optax.GradientTransformation(init, optimizer.update)
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
 
 
 def check(params: dict, frozen):

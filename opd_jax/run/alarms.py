@@ -1,4 +1,4 @@
-"""Alarms: plain rules over a run's records that say when its student unlearns to end a response.
+"""Alarms: plain rules over a run's records that say when its numbers or its student's responses break down.
 
 The rules read what `metrics.jsonl` has and touch no device. docs/metrics.md has them as a table.
 """
@@ -19,6 +19,8 @@ TEXTS = {
     "stop_probability": "the student no longer ends its responses: its probability of an end token is"
     " {value:.0%} of the teacher's on the same text, over {WINDOW} steps",
     "finished_share": "few responses end by themselves: {value:.0%}, where {reference}'s are {goal:.0%}",
+    "skipped_updates": "an update was skipped, because the loss or the gradient was not finite",
+    "not_finite": "the held-out KL is not finite",
     "repeated_share": "responses end in a loop of the same tokens: {value:.0%} of them",
 }
 PAGE = "docs/troubleshooting.md"
@@ -59,8 +61,12 @@ class Alarms:
         if record["kind"] == "eval":
             shares = record
             self._teacher = record.get("teacher_finished_share", self._teacher)
+            if "kl" in record and record["kl"] is None:
+                found.append(("not_finite", {}))
         elif record["kind"] == "train":
             self._steps.append(record)
+            if record.get("skipped_updates"):
+                found.append(("skipped_updates", {"value": record["skipped_updates"]}))
             if len(self._steps) == WINDOW:
                 shares = {name: _mean(self._steps, name) for name in ("finished_share", "repeated_share")}
                 ratio = self._stop_ratio(STOP_ENDS)

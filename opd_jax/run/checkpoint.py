@@ -1,5 +1,6 @@
 """Saving and restoring what a run needs to go on exactly: state, and the position in the prompts."""
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -79,12 +80,13 @@ class Checkpoints:
           step: steps done.
           state: the training state; may be donated afterwards.
           prompts: `TrainingBatches.state()`.
-          kl: held-out KL at this very step, nats a token, if it was evaluated.
+          kl: held-out KL at this very step, nats a token, if it was evaluated. If it is not finite, the
+            checkpoint can't be the best.
         """
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), prompts=ocp.args.JsonSave(prompts)),
-            metrics=None if kl is None else {"kl": kl},
+            metrics={"kl": kl} if kl is not None and math.isfinite(kl) else None,
         )
 
     def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Self
 import jax
 
 from opd_jax.distill import TrainState
+from opd_jax.errors import UserError
 from opd_jax.parallel import distributed
 from opd_jax.progress import Progress
 from opd_jax.run.checkpoint import Checkpoints
@@ -118,11 +119,12 @@ class StepReader:
 
     Args:
       writer: where they go.
+      config: the whole config; reads train.max_skips and train.updates_per_rollout.
     """
 
-    def __init__(self, writer: MetricWriter):
-        self._writer = writer
-        self._pending = None
+    def __init__(self, writer: MetricWriter, config: Any):
+        self._writer, self._config = writer, config
+        self._pending, self._skipped = None, 0
         self.restart()
 
     def restart(self) -> None:
@@ -134,7 +136,11 @@ class StepReader:
         self._pending = step, measured, more
 
     def finish(self) -> None:
-        """Fetches and writes what is pending; waits for the devices only if they are not done yet."""
+        """Fetches and writes what is pending; waits for the devices only if they are not done yet.
+
+        Raises:
+          UserError: more than train.max_skips updates in a row were skipped.
+        """
         if self._pending is None:
             return
         step, measured, more = self._pending
@@ -147,3 +153,11 @@ class StepReader:
             "seconds_step": seconds,
         }
         self._writer.write({"kind": "train", "step": step} | record | speed | more())
+        train, skipped = self._config.train, int(record["skipped_updates"])
+        self._skipped = self._skipped + skipped if skipped == train.updates_per_rollout else 0
+        if self._skipped > train.max_skips:
+            raise UserError(
+                f"step {step}: the loss or the gradient was not finite in {self._skipped} updates in a row,"
+                f" more than train.max_skips={train.max_skips}; the last checkpoint is kept. Lower"
+                " optimizer.learning_rate or optimizer.clip_norm, and look at the data"
+            )

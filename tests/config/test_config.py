@@ -85,6 +85,8 @@ def refusal(settings, workdir=None) -> str:
         ("optimizer.schedule", "zigzag", "constant, linear, cosine"),
         ("data.over_long", "cut", "error, drop"),
         ("scoring.candidates", 1, "between 2 and 128"),
+        ("optimizer.learning_rate", float("nan"), "no finite number"),
+        ("rollout.temperature", float("inf"), "no finite number"),
         ("rollout.temperature", -1.0, "at least 0"),
         ("rollout.top_p", 0.0, "between"),
         ("rollout.min_p", 1.5, "between 0 and 1"),

@@ -358,6 +358,43 @@ def test_the_optimizer_is_optaxs_adamw_and_keeps_no_first_moment_without_momentu
     assert round(sizes[1] / sizes[0]) == (2 if b1 else 1)
 
 
+def with_a_nan(rollouts):
+    """An advantage that is not finite at the last token of the first response."""
+    last = int(rollouts.mask_BT[0].sum()) - 1
+    return rollouts.replace(logp_BT=rollouts.logp_BT.at[0, last].set(jnp.nan))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train__micro_batch": 2, "train__updates_per_rollout": 2}])
+def test_an_update_that_is_not_finite_is_skipped_and_leaves_every_bit_of_the_state(
+    overrides, student, teacher, rollouts, table
+):
+    step = compiled(ADAM, release__rule="none", **overrides)
+    first, measured, _ = step(start(student, ADAM), StepInputs(teacher, rollouts, table, KEY))
+    assert measured["skipped_updates"] == 0
+    second, measured, _ = step(first, StepInputs(teacher, with_a_nan(rollouts), table, KEY))
+    assert measured["skipped_updates"] == overrides.get("train__updates_per_rollout", 1)
+    assert not np.isfinite(measured["loss"])
+    jax.tree.map(
+        np.testing.assert_array_equal, (second.params, second.opt_state), (first.params, first.opt_state)
+    )
+    assert int(second.step) == 2
+    third, measured, _ = step(second, StepInputs(teacher, rollouts, table, KEY))
+    assert measured["skipped_updates"] == 0 and np.isfinite(measured["loss"])
+    assert largest_difference(third.params, second.params) > 0
+
+
+def test_moments_in_the_hosts_memory_stay_there_when_an_update_is_skipped(models, rollouts):
+    job = prepare(settings(models, optimizer__memory="host", release__rule="none"))
+    state, teacher_params, key = job.start(), job.teacher_params(), job.key(0)
+    before = jax.device_get((state.params, state.opt_state))
+    placed = sharding.put_batch(job.mesh, with_a_nan(rollouts))
+    state, measured, _ = job.train_step(state, StepInputs(teacher_params, placed, job.table, key))
+    assert measured["skipped_updates"] == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert kinds == {"pinned_host"}
+
+
 def test_a_frozen_head_has_no_gradient_in_the_compiled_step(student, teacher, rollouts, table):
     """It would be a product of the head's own shape, summed over all positions."""
     size = {tiny.STUDENT.vocab_size, tiny.STUDENT.width}

@@ -95,7 +95,14 @@ def test_records_without_the_numbers_raise_nothing():
 @pytest.mark.parametrize("name", alarms.TEXTS)
 def test_every_alarm_says_its_numbers_and_where_to_read_on(name):
     line = alarms.text({"alarm": name, "step": 7, "value": 0.04, "goal": 0.6, "reference": "the start"})
-    assert line.startswith("step 7: ") and "4%" in line and alarms.PAGE in line and "\n" not in line
+    assert line.startswith("step 7: ") and alarms.PAGE in line and "\n" not in line
+    assert ("4%" in line) == (name not in ("skipped_updates", "not_finite"))
+
+
+def test_an_update_that_was_skipped_and_a_kl_that_is_not_finite_raise_an_alarm():
+    assert raised([train(1, skipped_updates=0.0)]) == []
+    assert raised([train(step, skipped_updates=1.0) for step in (1, 2)]) == [("skipped_updates", 1)]
+    assert raised([evaluation(0, 0.5), evaluation(3, 0.5) | {"kl": None}]) == [("not_finite", 3)]
 
 
 def test_an_alarm_is_written_after_its_record_shown_once_and_not_raised_again_after_a_resume(tmp_path):

@@ -96,6 +96,16 @@ def test_the_newest_and_the_best_are_kept(job, state, tmp_path):
     assert kept == {"2", "5", "6"}
 
 
+def test_a_kl_that_is_not_finite_does_not_replace_the_best(job, state, tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step, kl in enumerate([0.4, float("nan"), float("inf"), 0.5], start=1):
+            checkpoints.save(step, dataclasses.replace(state), {"step": step}, kl)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.best == 1
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert kept == {"1", "3", "4"}
+
+
 def test_without_evaluations_there_is_no_best(job, state, tmp_path):
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.latest is None

@@ -131,6 +131,13 @@ FIELDS = {
         least=1e-6,
         most=1,
     ),
+    "train.max_skips": Field(
+        10,
+        """Updates in a row that may be skipped because the loss or the gradient is not finite. A skipped
+        update changes neither weights nor moments. After one more the run stops, with its last checkpoint
+        kept.""",
+        least=0,
+    ),
     "train.frozen": Field(
         (),
         """Parameters of the student that are not trained, by name, such as `("embedding",)` or `("query",
