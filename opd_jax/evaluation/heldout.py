@@ -43,10 +43,11 @@ def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None 
                 sums = jax.device_get(job.divergence(params, teacher_params, rollouts))
             clock.append(time.perf_counter())
             seconds.append(np.diff(clock))
-            index_B, valid_B, written = sharding.gather(job.mesh, (batch.index_B, batch.valid_B, rollouts))
+            read = batch.index_B, batch.valid_B, rollouts.tokens_BL, rollouts.mask_BT
+            index_B, valid_B, tokens_BL, mask_BT = sharding.gather(job.mesh, read)
+            response_BT = tokens_BL[:, -mask_BT.shape[1] :]
             responses = [
-                job.tokenizer.decode(row_T[on_T])
-                for row_T, on_T in zip(written.response_BT, written.mask_BT, strict=True)
+                job.tokenizer.decode(row_T[on_T]) for row_T, on_T in zip(response_BT, mask_BT, strict=True)
             ]
             columns = {"index_B": index_B, "valid_B": valid_B, "response_B": np.array(responses, object)}
             out.append(sums | columns)
@@ -105,9 +106,10 @@ def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None
         for number, local in enumerate(data.heldout_batches(job.prompts.heldout, job.batching)):
             shown.at(number + 1)
             batch, rollouts = job.teacher_evaluation_draw(teacher_params, local, number, shown)
-            valid_B, written = sharding.gather(job.mesh, (batch.valid_B, rollouts))
-            repeated_B = repeats.repeated_tail(written.response_BT, written.mask_BT, written.finished_B)
-            columns = written.mask_BT.sum(axis=1), written.finished_B, np.asarray(repeated_B)
+            read = batch.valid_B, rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B
+            valid_B, tokens_BL, mask_BT, finished_B = sharding.gather(job.mesh, read)
+            repeated_B = repeats.repeated_tail(tokens_BL[:, -mask_BT.shape[1] :], mask_BT, finished_B)
+            columns = mask_BT.sum(axis=1), finished_B, np.asarray(repeated_B)
             out.append([column[valid_B] for column in columns])
     tokens_B, finished_B, repeated_B = (np.concatenate(column) for column in zip(*out, strict=True))
     return {

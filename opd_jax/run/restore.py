@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from opd_jax.config import default, validate
 from opd_jax.errors import UserError
 from opd_jax.evaluation import ResponseSampler, shared_grader
-from opd_jax.models import tokenizers
+from opd_jax.models import tokenizers, transformer
 from opd_jax.models.files import source
 from opd_jax.parallel import compile_cache, sharding
 from opd_jax.progress import Progress
@@ -39,10 +39,14 @@ def run_config(workdir) -> ConfigDict:
 
 
 def restore_params(job, workdir, wanted: str) -> tuple[dict, int]:
-    """(parameters, steps done) of a run's checkpoint: latest, best, or a number."""
+    """(parameters, steps done) of a run's checkpoint: latest, best, or a number.
+
+    The optimizer's state is not read: it would take twice the memory of the parameters.
+    """
     with Checkpoints.of_run(workdir, job.config.checkpoint.keep) as checkpoints:
         step = checkpoints.find(wanted)
-        return checkpoints.restore(step, job.abstract_state())[0].params, step
+        abstract = transformer.abstract(job.student)
+        return checkpoints.restore_params(step, abstract, job.state_shardings.params), step
 
 
 def of_model(config) -> tuple[ResponseSampler, dict]:

@@ -16,7 +16,7 @@ from opd_jax.evaluation.heldout import evaluate, evaluate_teacher
 from opd_jax.run import metrics
 from opd_jax.run.checkpoint import Checkpoints
 from opd_jax.run.job import prepare
-from opd_jax.run.restore import run_config
+from opd_jax.run.restore import restore_params, run_config
 from tests import tiny
 
 NONE_HELD_OUT = {"data.heldout": 0, "eval.every": 0}
@@ -125,6 +125,18 @@ def test_the_entry_evaluates_the_newest_checkpoint_of_a_run(run, models):
     assert said["prompts"] == "6"
     rows = [json.loads(line) for line in (run / "evaluation_3.jsonl").read_text().splitlines()]
     assert len(rows) == 6
+
+
+def test_an_evaluation_reads_the_parameters_alone(run, models, monkeypatch):
+    """With the moments a student of float32 parameters would need three times the memory."""
+    job = prepare(tiny.config(models))
+    monkeypatch.setattr(Checkpoints, "restore", None)
+    before = {id(array) for array in jax.live_arrays()}
+    params, step = restore_params(job, run, "latest")
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, params, tiny.student_params())
+    new = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
+    assert new == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def test_a_mistake_ends_the_process_in_one_line():

@@ -51,7 +51,8 @@ def rollouts():
 
 @functools.cache
 def scorer(config):
-    return jax.jit(functools.partial(scoring.score, config, chunk=8))
+    how = scoring.Scoring(chunk=8)
+    return jax.jit(functools.partial(scoring.score, config, scoring=how))
 
 
 def test_an_int8_weight_is_off_by_at_most_half_its_channels_scale():
