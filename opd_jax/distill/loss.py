@@ -166,6 +166,19 @@ def end_kl(logits_BTV, end_ids: tuple[int, ...], stop_BT):
     return divergences.event_forward_kl(logits_BTV, end_ids, stop_BT)
 
 
+def importance(logp_BT, behaviour_logp_BT, cap: float):
+    """The truncated importance weight of each token: min(p_S / q, cap), without gradient.
+
+    Args:
+      logp_BT: the student's log-probability at temperature 1, without truncation, in nats.
+      behaviour_logp_BT: the log-probability under the distribution q that the token was drawn from.
+
+    Source: truncated importance sampling (Ionides 2008), here for each token: what comes before a token was
+    drawn from q as well, and stays so.
+    """
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(logp_BT - behaviour_logp_BT), cap))
+
+
 def advantage(advantage_BT, clip: float, reward_weight: float = 0.0, reward_B=None):
     """The advantage that a loss sees: clipped, then with the task reward mixed in.
 

@@ -57,6 +57,11 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
         }
+        if weighs_draws(config):
+            weight_BT = importance(rollouts, scores, config)
+            metrics["kl"] = -(weight_BT * scores.advantage_BT).sum() / tokens
+            metrics["importance_weight"] = weight_BT.sum() / tokens
+            metrics["importance_capped"] = (weight_BT >= config.objective.importance_cap).sum() / tokens
         if objective.writer == "teacher":
             metrics["kl"] = -metrics["kl"]  # log T - log S of the teacher's own tokens: KL(T || S)
         if loss_inputs.targets.top is not None:
@@ -108,6 +113,8 @@ def supervise(
     advantage_BT = loss.advantage(
         scores.advantage_BT, config.objective.advantage_clip, config.reward.weight, inputs.reward_B
     )
+    if objective.advantage and weighs_draws(config):
+        advantage_BT *= importance(rollouts, scores, config)
     ends = None
     if config.objective.end_weight and student.eos_ids:  # a model without end tokens never ends
         weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
@@ -120,6 +127,22 @@ def supervise(
         ends=ends,
     )
     return scores, released, loss_inputs
+
+
+def weighs_draws(config) -> bool:
+    """Whether A gets importance weights: the student's tokens are not drawn from its own distribution."""
+    r = config.rollout
+    shaped = r.temperature != 1 or r.top_k > 0 or r.top_p < 1 or r.min_p > 0
+    student_writes = objectives.OBJECTIVES[config.objective.name].writer == "student"
+    return bool(shaped and student_writes and config.objective.importance_cap)
+
+
+def importance(rollouts: Rollouts, scores: scoring.Scores, config):
+    """The importance weight of each response token; 0 outside the response."""
+    weight_BT = loss.importance(
+        scores.student_logp_BT, rollouts.behaviour_logp_BT, config.objective.importance_cap
+    )
+    return jnp.where(rollouts.mask_BT, weight_BT, 0)
 
 
 def recomputes(config) -> bool:

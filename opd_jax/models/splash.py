@@ -1,7 +1,8 @@
 """Splash attention, JAX's kernel for TPU: causal attention that stores no array of scores.
 
 Padding is a segment of its own. Query heads of a group share their keys, which are not repeated. Blocks above
-the diagonal are computed neither forward nor backward.
+the diagonal are computed neither forward nor backward. Lengths and head sizes that the kernel does not take
+are filled up with zeros, which changes no result.
 """
 
 import jax
@@ -10,13 +11,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
 from opd_jax.parallel import sharding
 
-LANES = 128  # lanes of a TPU register; block sizes are multiples of it
+LANES = 128  # lanes of a TPU register; head sizes and blocks are multiples of it
 BLOCKS = (512, 256, 128)
-
-
-def fits(head_size: int, length: int) -> bool:
-    """Whether the kernel supports this head size and sequence length."""
-    return head_size % LANES == 0 and length % BLOCKS[-1] == 0
 
 
 def attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, *, interpret: bool = False):
@@ -48,7 +44,14 @@ def attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, *, interpret: bool = False):
 
 
 def _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret):
-    _, length, heads, c = q_BLHC.shape
+    _, real_length, heads, c = q_BLHC.shape
+    room = -real_length % BLOCKS[-1], -c % LANES
+    # Keys at the end are seen by no query before them; channels of zeros add nothing to a score.
+    q_BLHC, k_BLKC, v_BLKC = (
+        jnp.pad(x, ((0, 0), (0, room[0]), (0, 0), (0, room[1]))) for x in (q_BLHC, k_BLKC, v_BLKC)
+    )
+    mask_BL = jnp.pad(mask_BL, ((0, 0), (0, room[0])))
+    length = real_length + room[0]
     b = next(block for block in BLOCKS if length % block == 0)
     kernel = kernels.make_splash_mha(
         kernels.MultiHeadMask([kernels.CausalMask((length, length))] * heads),
@@ -68,4 +71,4 @@ def _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret):
     q, k, v = (x.swapaxes(1, 2) for x in (q_BLHC * c**-0.5, k_BLKC, v_BLKC))
     out_BHLC = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segment_BL, segment_BL))
     # A tuple only with save_residuals, which this kernel is made without.
-    return out_BHLC.swapaxes(1, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    return out_BHLC.swapaxes(1, 2)[:, :real_length, :, :c]  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,7 +14,7 @@ from absl import logging
 
 from opd_jax import data
 from opd_jax.config import validate
-from opd_jax.distill import Rollouts, TrainState
+from opd_jax.distill import Rollouts, TrainState, objectives
 from opd_jax.errors import UserError
 from opd_jax.evaluation import answering, rewards, shared_grader
 from opd_jax.models import cpu, tokenizers, transformer
@@ -240,11 +240,17 @@ def start_state(config, mesh, optimizer, shardings: TrainState) -> TrainState:
 
 
 def check_workdir(workdir, config):
-    """Refuses a workdir that cannot be written or holds a run of another config, and W&B where it is missing.
+    """Refuses a workdir that can't be written or holds another run, and a config that can't train.
 
     Raises:
-      UserError: names the folder, or metrics.wandb, and the remedy.
+      UserError: names the folder, or the key, and the remedy.
     """
+    objective = objectives.OBJECTIVES[config.objective.name]
+    if config.rollout.temperature == 0 and objective.advantage:
+        raise UserError(
+            f"rollout.temperature=0 draws nothing, and objective.name={config.objective.name} learns from"
+            " draws; set it to 1, or use an objective without A, such as reverse_kl"
+        )
     if config.metrics.wandb:
         metrics.import_wandb()
     try:

@@ -6,7 +6,7 @@ Nothing here reads weights.
 import jax
 
 from opd_jax.errors import UserError
-from opd_jax.models import ModelConfig, cpu, few_rows, splash
+from opd_jax.models import ModelConfig, cpu, few_rows
 from opd_jax.models.files import source
 from opd_jax.parallel import Layout, distributed
 from opd_jax.run.run_record import read_config
@@ -89,17 +89,11 @@ def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:
     """ModelConfig.attention for prompt and response together, as attention.kernel says.
 
     Raises:
-      UserError: splash is asked for and the devices or the sizes of the model at `key` do not allow it.
+      UserError: splash is asked for and the devices or the model at `key` do not allow it.
     """
-    asked, length = config.attention.kernel, config.data.prompt_tokens + config.rollout.max_tokens
-    refused = None
+    asked, refused = config.attention.kernel, None
     if mesh.devices.flat[0].platform != "tpu":
         refused = "runs on TPU alone"
-    elif not splash.fits(model.head_size, length):
-        refused = (
-            f"needs a head size and a data.prompt_tokens + rollout.max_tokens divisible by {splash.LANES}, "
-            f"not {model.head_size} ({key}) and {length}"
-        )
     elif model.kv_heads % mesh.shape["tensor"]:
         refused = f"needs a mesh.tensor that divides the {model.kv_heads} key heads of {key}"
     if asked == "splash" and refused:

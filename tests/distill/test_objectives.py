@@ -468,6 +468,22 @@ def test_the_advantage_is_clipped_before_the_centred_reward_is_added():
     np.testing.assert_array_equal(all_ungraded, advantage_BT)
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_importance_weights_give_the_policys_own_gradient_from_other_draws(temperature):
+    """Over all ids of one position, each as often as it is drawn; without weights the gradient is another."""
+    rng = np.random.default_rng(8)
+    logits_V, advantage_V = rng.normal(size=V), rng.normal(size=V)
+    logp_V, behaviour_V = log_softmax(logits_V), log_softmax(logits_V / temperature)
+    score_VV = np.eye(V) - np.exp(logp_V)  # gradient of log p(v) in the logits
+    want_V = (np.exp(logp_V) * advantage_V) @ score_VV
+    drawn_V = np.exp(behaviour_V) * advantage_V
+    weight_V = np.float64(loss.importance(np.float32(logp_V), np.float32(behaviour_V), 1e9))
+    np.testing.assert_allclose((drawn_V * weight_V) @ score_VV, want_V, atol=1e-6)
+    assert np.abs(drawn_V @ score_VV - want_V).max() > 0.01
+    capped_V = loss.importance(np.float32(logp_V), np.float32(behaviour_V), 1.2)
+    np.testing.assert_allclose(capped_V, np.minimum(weight_V, 1.2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("taught", [False, True], ids=["", "ends"])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):

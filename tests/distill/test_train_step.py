@@ -358,6 +358,27 @@ def test_the_optimizer_is_optaxs_adamw_and_keeps_no_first_moment_without_momentu
     assert round(sizes[1] / sizes[0]) == (2 if b1 else 1)
 
 
+def test_tokens_drawn_at_another_temperature_are_weighed_by_the_policys_own_probability(
+    student, teacher, rollouts, table
+):
+    rng = np.random.default_rng(3)
+    ratio_BT = np.exp(rng.normal(0, 0.8, rollouts.mask_BT.shape)).astype(np.float32)
+    shaped = rollouts.replace(behaviour_logp_BT=rollouts.logp_BT - np.log(ratio_BT))
+    step = compiled(ADAM, rollout__temperature=0.6, release__rule="none")
+    state, measured, supervision = step(start(student, ADAM), StepInputs(teacher, shaped, table, KEY))
+    weight_BT = np.where(rollouts.mask_BT, np.minimum(ratio_BT, 2), 0)
+    advantage_BT = supervision.scores.advantage_BT
+    naive = jax.jit(jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)))
+    _, grads = naive(student, rollouts, advantage_BT * weight_BT)
+    assert_close(gradient(state), grads, 2e-6)
+    tokens = rollouts.mask_BT.sum()
+    np.testing.assert_allclose(measured["kl"], -(advantage_BT * weight_BT).sum() / tokens, rtol=1e-4)
+    np.testing.assert_allclose(measured["importance_weight"], weight_BT.sum() / tokens, rtol=1e-5)
+    capped = (rollouts.mask_BT & (ratio_BT > 2)).sum() / tokens
+    assert capped > 0.1
+    np.testing.assert_allclose(measured["importance_capped"], capped, rtol=1e-5)
+
+
 def with_a_nan(rollouts):
     """An advantage that is not finite at the last token of the first response."""
     last = int(rollouts.mask_BT[0].sum()) - 1

@@ -64,6 +64,14 @@ FIELDS = {
         A.""",
         least=0,
     ),
+    "objective.importance_cap": Field(
+        2.0,
+        """Largest importance weight p_S / q of a token, where q is the distribution that it was drawn from.
+        It matters only if `rollout.temperature`, `top_k`, `top_p` or `min_p` shape that distribution. Then A
+        of each token is multiplied by its weight, in the loss and in the metric `kl`. 0 is off and takes the
+        tokens as drawn from p_S.""",
+        least=0,
+    ),
     "objective.end_weight": Field(
         0.0,
         """Weight of an extra loss at every response position, released ones included: the forward KL of "the

@@ -78,9 +78,10 @@ FIELDS = {
         """How whole sequences attend, in scoring, in the student's gradient and in evaluation.
 
         - `plain` stores every attention score.
-        - `splash` is JAX's TPU kernel, which stores none. The head size and the sequence length
-          (`data.prompt_tokens` + `rollout.max_tokens`) must be divisible by 128.
-        - `auto` is `splash` if the devices and sizes allow it, else `plain`.""",
+        - `splash` is JAX's TPU kernel, which stores none. It computes a head size and a sequence length
+          (`data.prompt_tokens` + `rollout.max_tokens`) as the next multiples of 128. `mesh.tensor` must
+          divide the key heads.
+        - `auto` is `splash` if the devices and the mesh allow it, else `plain`.""",
         allowed=("auto", "plain", "splash"),
     ),
 }
