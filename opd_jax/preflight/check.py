@@ -101,7 +101,7 @@ class StepReport:
 
     Attributes:
       programs: sample, train_step, evaluation, and evaluation_sample where evaluations sample otherwise,
-        gradient_noise where it is measured.
+        gradient_noise where it is measured, sample_N and train_step_N for prompt buckets of N tokens.
       seconds: predicted time of sample and train_step at full-length responses.
       tokens_a_second: response tokens a second a device, at that time.
       held: what lies in a device's memory between programs, name -> bytes.
@@ -164,6 +164,8 @@ def check(
     ]
     if c.metrics.gradient_noise_every:
         reports.append(gradient_noise(plan, chip, build))
+    for width in sorted({*c.data.prompt_buckets} - {p}):
+        reports += _of_width(plan, chip, width, build)
     seconds = reports[0].seconds + reports[1].seconds
     report = StepReport(
         programs=reports,
@@ -175,6 +177,24 @@ def check(
     if largest:
         report.largest_micro_batch = _largest(plan, chip, reports[1], build)
     return report
+
+
+def _of_width(plan: programs.Programs, chip: topology.Chip, width: int, build) -> list[ProgramReport]:
+    """The reports of sample and train_step for a narrower bucket of data.prompt_buckets."""
+    narrow = _changed(plan, "data.prompt_tokens", width)
+    writes, samples = plan.teacher_writes, plan.config.rollout.samples_per_prompt
+    return [
+        _sample(narrow, chip, f"sample_{width}", by_teacher=writes, samples=samples, build=build),
+        train_step(narrow, chip, build, f"train_step_{width}"),
+    ]
+
+
+def _changed(plan: programs.Programs, key: str, value) -> programs.Programs:
+    """The plan with another value of one field."""
+    config = copy.deepcopy(plan.config)
+    with config.unlocked():
+        config.update_from_flattened_dict({key: value})
+    return dataclasses.replace(plan, config=config)
 
 
 def samplers(plan: programs.Programs, chip: topology.Chip, build=built) -> list[ProgramReport]:
@@ -222,7 +242,9 @@ def _sample(
     )
 
 
-def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> ProgramReport:
+def train_step(
+    plan: programs.Programs, chip: topology.Chip, build=built, name: str = "train_step"
+) -> ProgramReport:
     """The training step's report alone."""
     c, batch = plan.config, _micro_batch(plan)
     flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, batch.prompt, batch.response)
@@ -232,7 +254,7 @@ def train_step(plan: programs.Programs, chip: topology.Chip, build=built) -> Pro
         plan,
         chip,
         Work(
-            "train_step",
+            name,
             plan.train_step,
             (plan.abstract_state(), plan.abstract_inputs()),
             rows=batch.rows,
@@ -393,10 +415,7 @@ def _largest(plan, chip, report: ProgramReport, build) -> int | None:
     fitting, failing = (place, len(sizes)) if report.fits else (-1, place)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        config = copy.deepcopy(plan.config)
-        with config.unlocked():
-            config.train.micro_batch = sizes[middle]
-        if train_step(dataclasses.replace(plan, config=config), chip, build).fits:
+        if train_step(_changed(plan, "train.micro_batch", sizes[middle]), chip, build).fits:
             fitting = middle
         else:
             failing = middle

@@ -324,6 +324,15 @@ def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_
     assert found["train_step"].bytes - own == 2 * pass_bytes
 
 
+def test_every_width_of_a_prompt_bucket_is_compiled(models):
+    plan = planned(models, devices=1, **{"data.prompt_buckets": (16, 48)})
+    found = {p.name: p for p in preflight_check.check(plan, CHIP, largest=False).programs}
+    assert list(found) == ["sample", "train_step", "evaluation", "sample_16", "train_step_16"]
+    for name in ("sample", "train_step"):
+        assert found[f"{name}_16"].fits and not found[f"{name}_16"].faults
+        assert 0 < found[f"{name}_16"].flops < found[name].flops
+
+
 def test_the_program_that_measures_the_gradients_noise_scores_once_and_takes_three_gradients(models):
     plan = planned(models, devices=8, **{"metrics.gradient_noise_every": 5})
     found = preflight_check.gradient_noise(plan, CHIP)
