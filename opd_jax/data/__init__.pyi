@@ -3,6 +3,7 @@ from .batches import Prompt as Prompt
 from .batches import PromptBatch as PromptBatch
 from .batches import Prompts as Prompts
 from .batches import TrainingBatches as TrainingBatches
+from .batches import digest as digest
 from .batches import duplicates as duplicates
 from .batches import heldout_batches as heldout_batches
 from .batches import hold_out as hold_out

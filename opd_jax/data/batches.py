@@ -263,7 +263,7 @@ class TrainingBatches:
 
         self._origin = {
             "prompts": len(prompts),
-            "digest": _digest(prompts),
+            "digest": digest(prompts),
             "batch": batching.batch,
             "seed": seed,
         }
@@ -313,11 +313,12 @@ def heldout_batches(prompts: Sequence[Prompt], batching: Batching) -> Iterator[P
         yield filled._replace(valid_B=valid_B)
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.sha256()
+def digest(prompts: Sequence[Prompt]) -> str:
+    """16 hexadecimal digits of the prompts' ids, in their order."""
+    found = hashlib.sha256()
     for prompt in prompts:
-        digest.update(np.asarray(prompt.ids, np.int32).tobytes() + b"/")
-    return digest.hexdigest()[:16]
+        found.update(np.asarray(prompt.ids, np.int32).tobytes() + b"/")
+    return found.hexdigest()[:16]
 
 
 def _collate(prompts: Sequence[Prompt], index_B: np.ndarray, prompt_tokens: int, pad_id: int) -> PromptBatch:

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import IO
+
+from opd_jax.data.prompts import generator_environment
 
 SECONDS = 5.0
 GRACE_SECONDS = 5.0  # after the limit, for the worker's own report
@@ -136,15 +137,13 @@ class _Worker:
         return Verdict(False, "time" if line is None else "crash")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        root = str(Path(__file__).parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = process = subprocess.Popen(
             [sys.executable, "-m", WORKER, str(self._seconds), str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # so that the whole group can be killed
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=generator_environment(),  # problems of a generator are graded by number
         )
         if not _read(_pipes(process)[1], START_SECONDS):
             self.end()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from opd_jax.errors import UserError
 from opd_jax.evaluation import answering, rewards, shared_grader
 from opd_jax.models import cpu, tokenizers, transformer
 from opd_jax.models.files import source
-from opd_jax.parallel import compile_cache, sharding
+from opd_jax.parallel import compile_cache, distributed, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.release.segments import SegmentTable, nltk_segments, punkt
 from opd_jax.run import metrics, programs, resolve, sizes
@@ -202,6 +202,10 @@ def _prepare(config, workdir, shown: Progress) -> Job:
             config.eval.benchmark, tokenizer, config.data, heldout=prompts.heldout
         )
         shared = answering.shared_with_training(prompts, rendered_benchmarks)
+    check_same_everywhere(
+        {"data.path": prompts.train + prompts.heldout}
+        | {f"eval.benchmark={r.benchmark.name}": r.prompts for r in rendered_benchmarks}
+    )
     if shared:
         logging.warning("%s", answering.say_shared(shared))
     with shown.phase("reading the vocabulary's sentence ends"):
@@ -218,6 +222,26 @@ def _prepare(config, workdir, shown: Progress) -> Job:
         table=table,
         probe=probe,
     )
+
+
+def check_same_everywhere(lists: Mapping[str, Sequence[data.Prompt]]) -> None:
+    """Refuses prompts that are not the same in all processes. Call it in every process.
+
+    Args:
+      lists: prompts by the key that names them.
+
+    Raises:
+      UserError: names the key.
+    """
+    digests = [list(bytes.fromhex(data.digest(prompts))) for prompts in lists.values()]
+    found = distributed.gathered(np.array(digests, np.uint8))
+    for key, read in zip(lists, found.swapaxes(0, 1), strict=True):
+        different = np.nonzero((read != read[0]).any(axis=1))[0]
+        if len(different):
+            raise UserError(
+                f"{key}: processes {', '.join(map(str, different))} read other prompts than process 0; give"
+                " all hosts the same files and package versions"
+            )
 
 
 def start_state(config, mesh, optimizer, shardings: TrainState) -> TrainState:

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from opd_jax import data
 from opd_jax.config import default
-from opd_jax.data.prompts import records, sources
+from opd_jax.data.prompts import generated, records, sources
 from opd_jax.errors import UserError
 from tests import tiny
 
@@ -224,6 +224,17 @@ def test_generated_problems_are_the_generators_own_and_depend_on_the_seed(tokeni
     }
     other = load(tokenizer, source="rg:chain_sum", generated=12, generated_seed=4)
     assert {p.text for p in other.train} != {item["question"] for item in items}
+
+
+@pytest.mark.parametrize("task", ["word_ladder", "isomorphic_strings"])
+def test_generated_problems_are_the_same_whatever_the_hash_seed_of_the_process(task, monkeypatch):
+    """Both generators draw from sets, which Python orders by that seed."""
+    pytest.importorskip("reasoning_gym")
+    found = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        found.append(generated.generate(task, 6, 7, "here"))
+    assert found[0] == found[1] and len(found[0]) == 6
 
 
 def test_a_mixture_takes_rows_by_weight_whatever_the_sizes(tokenizer, tmp_path):

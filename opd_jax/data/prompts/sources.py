@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, cast
 
 from ml_collections import ConfigDict
 
-from opd_jax.data.prompts import records
-from opd_jax.errors import UserError, nearest, reason
+from opd_jax.data.prompts import generated, records
+from opd_jax.errors import UserError, reason
 
 QUESTION_COLUMNS = ("prompt", "question", "problem")
 PROMPT_COLUMNS = ("messages", *QUESTION_COLUMNS)
@@ -101,41 +101,13 @@ def read(part: Part, config: ConfigDict) -> list[Conversation]:
     """Reads the conversations of one source other than the demo; `config` is the data section."""
     if part.kind == "rg":
         where = f"data.source=rg:{part.path}"
-        pairs = generate(part.path, config.generated, config.generated_seed, where)
+        pairs = generated.generate(part.path, config.generated, config.generated_seed, where)
         return [Conversation([{"role": "user", "content": q}], answer or None) for q, answer in pairs]
     if part.kind == "tfds":
         return read_tfds(part.path, part.columns)
     if part.kind in datasets():
         return read_dataset(part.kind, part.path)
     return read_file(part.path, part.columns)
-
-
-def generate(task: str, size: int, seed: int, where: str) -> list[tuple[str, str]]:
-    """(question, answer) pairs of a reasoning-gym generator.
-
-    Raises:
-      UserError: reasoning-gym is missing, has no such task, or the task needs settings.
-    """
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise UserError(
-            f"{where}: the package reasoning-gym is missing; pip install reasoning-gym"
-        ) from error
-    if task not in DATASETS:
-        raise UserError(
-            f"{where}: reasoning-gym has no task {task!r}{nearest(task, DATASETS)}; name one that it has"
-        )
-    try:
-        dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
-        return [(item["question"], str(item["answer"] or "")) for item in dataset]
-    # Generators raise all kinds of errors: assertions if they need settings, import errors.
-    except Exception as error:
-        raise UserError(
-            f"{where}: reasoning-gym cannot generate {task!r} from a size and a seed ({reason(error)}); name"
-            " another task"
-        ) from error
 
 
 def read_demo(cache: str | None) -> tuple[list[Conversation], list[Conversation]]:
