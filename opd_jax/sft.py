@@ -91,6 +91,12 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
         Exchange(data.Prompt(tuple(ids), text, None), _until_end(response, ends))
         for ids, (_, text), response in zip(prompt_ids, prompts, response_ids, strict=True)
     ]
+    if not any(exchange.response[-1:] and exchange.response[-1] in ends for exchange in exchanges):
+        raise UserError(
+            f"data.path={path}: the chat template ends no reply with an end token of student.path"
+            f" ({', '.join(map(str, sorted(ends))) or 'it has none'}), so the student would not learn to"
+            " stop; name the token that the template writes in rollout.end_ids"
+        )
     limits = config.data.prompt_tokens, config.rollout.max_tokens
     fitting = [e for e in exchanges if len(e.prompt.ids) <= limits[0] and len(e.response) <= limits[1]]
     dropped = len(exchanges) - len(fitting)
@@ -140,7 +146,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
 
     The loss is the mean negative log-likelihood of the response tokens of the whole batch, in nats.
     """
-    frozen, micro_batches = config.train.frozen, config.rollout.batch // config.train.micro_batch
+    micro_batches = config.rollout.batch // config.train.micro_batch
     schedule = learning_rate(config)
     loss = Loss.of(model, None, config, "sft")
     plain_loss = dataclasses.replace(loss, remat="none")
@@ -152,9 +158,9 @@ def make_sft_step(model: ModelConfig, config, optimizer):
 
     def step(state: TrainState, rollouts: Rollouts):
         tokens = train_step.response_tokens(rollouts)
-        trained, kept = trainable.split(state.params, frozen)
+        trained, frozen = trainable.split(state.params, config.train.frozen)
         (trained, opt_state), (mean_loss, norm, skipped, load) = update(
-            (trained, state.opt_state), inputs(rollouts), kept, None, tokens
+            (trained, state.opt_state), inputs(rollouts), frozen, None, tokens
         )
         measured = {
             "loss": mean_loss,
@@ -163,7 +169,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
         } | train_step.router_metrics("student", load)
-        return TrainState(state.step + 1, trainable.join(trained, kept), opt_state), measured
+        return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state), measured
 
     def heldout(params, rollouts: Rollouts):
         pieces = scoring.split(inputs(rollouts), micro_batches)
@@ -197,7 +203,7 @@ def _train(config, workdir, shown: Progress) -> TrainState:
     tokenizer = tokenizers.load(c.student.path, "student.path")
     model = resolve.student_model(c, mesh)
     sizes.check_length(c, "student.path", model)
-    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model))
+    model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, c.rollout.end_ids))
     with shown.phase("reading the written responses"):
         exchanges, heldout, dropped = read(c, tokenizer, set(model.eos_ids))
     optimizer = make_optimizer(c)

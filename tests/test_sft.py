@@ -122,6 +122,17 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up(folder, tmp_path, monkeyp
     assert read_lines(tmp_path / "metrics.jsonl") == made_up
 
 
+def test_a_template_that_never_ends_a_reply_is_refused(folder):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"ends no reply with an end token .*258.* rollout.end_ids"):
+        sft.read(config(folder), tokenizer, {tiny.END})
+    train, _, _ = sft.read(config(folder), tokenizer, {ord("\n")})
+    assert all(exchange.response[-1] == ord("\n") for exchange in train)
+
+
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     draw = np.random.default_rng(0).normal
     x, params = draw(size=(8, 3)).astype(np.float32), {"w": draw(size=3).astype(np.float32)}
@@ -131,9 +142,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 
     sgd = optax.sgd(1.0)
     carry = params, sgd.init(params)
-    (one, _), (value, norm, _) = train_step.make_update(loss, sgd, 1)(carry, x)
-    (four, _), (value_of_four, norm_of_four, aux) = train_step.make_update(loss, sgd, 4)(carry, x)
+    (one, _), (value, norm, skipped, _) = train_step.make_update(loss, sgd, 1)(carry, x)
+    (four, _), (value_of_four, norm_of_four, _, aux) = train_step.make_update(loss, sgd, 4)(carry, x)
     np.testing.assert_allclose(value, value_of_four, rtol=1e-6)
+    assert not skipped
     np.testing.assert_allclose(norm, norm_of_four, rtol=1e-5)
     np.testing.assert_allclose(aux, x.sum(axis=0), rtol=1e-5)
     assert abs(one["w"] - params["w"]).max() > 0.1

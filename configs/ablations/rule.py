@@ -9,8 +9,10 @@ Cost: 33 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 from ml_collections import ConfigDict
 
 from opd_jax.config import load
+from opd_jax.release import rules
 
 SEEDS = (0, 1, 2)
+ARMS = {"none": "full", "paper": "release"}  # other arms have their rule's name
 
 
 def get_config(recipe="configs/demo.py"):
@@ -19,19 +21,14 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config: ConfigDict) -> dict[str, dict]:
-    """Rules by name. The fixed prefix keeps a share of each response; FOPD's grows to the length limit."""
-    longest = config.rollout.max_tokens
-    fopd = {"fopd_start": max(1, longest // 8), "fopd_end": longest, "fopd_steps": config.train.steps}
-    return {
-        "full": {"release.rule": "none"},
-        "release": {"release.rule": "paper"},
-        "prefix": {"release.rule": "prefix", "release.prefix_fraction": 0.3},
-        "shuffled": {"release.rule": "shuffled"},
-        "random": {"release.rule": "random"},
-        "advantage_std": {"release.rule": "advantage_std"},
-        "suffix": {"release.rule": "suffix"},
-        "fopd": {"release.rule": "fopd"} | {f"release.{key}": value for key, value in fopd.items()},
-        "iw_opd": {"release.rule": "iw_opd"},
-        "prune_opd": {"release.rule": "prune_opd"},
-        "ta_opd": {"release.rule": "ta_opd"},
+    """Every rule. The fixed prefix keeps a share of each response; FOPD's grows to the length limit."""
+    longest, steps = config.rollout.max_tokens, config.train.steps
+    settings = {
+        "prefix": {"prefix_fraction": 0.3},
+        "fopd": {"fopd_start": max(1, longest // 8), "fopd_end": longest, "fopd_steps": steps},
     }
+    found = {}
+    for rule in rules.RULES:
+        fields = {f"release.{name}": value for name, value in settings.get(rule, {}).items()}
+        found[ARMS.get(rule, rule)] = {"release.rule": rule} | fields
+    return found

@@ -361,6 +361,12 @@ def render(
         )
     # The template has already written every special token.
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+    empty = next((number for number, row in enumerate(ids, 1) if not row), None)
+    if empty is not None:
+        raise UserError(
+            f"{where}prompt {empty} has no token: the chat template writes nothing for it; fix the record, or"
+            " data.template"
+        )
     limit = config.prompt_tokens
     over_long = [len(row) for row in ids if len(row) > limit]
     if over_long and config.over_long == "error":

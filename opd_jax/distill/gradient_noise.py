@@ -62,7 +62,7 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
         _, released, loss_inputs = supervise(student, teacher, config, params, step, inputs)
         # As one of n groups, each has 1 / n of the batch's loss.
         tokens = response_tokens(rollouts) / groups
-        trained, kept = trainable.split(params, config.train.frozen)
+        trained, frozen = trainable.split(params, config.train.frozen)
 
         def measured(weights):
             weight_BT, end_weight_BT = weights
@@ -70,7 +70,7 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
 
             def add(sums, group):
                 number, mean, spread = sums
-                own, _ = jax.grad(loss, has_aux=True)(trained, group, kept, inputs.teacher_params, tokens)
+                own, _ = jax.grad(loss, has_aux=True)(trained, group, frozen, inputs.teacher_params, tokens)
                 away = optax.tree.sub(own, mean)
                 mean = jax.tree.map(lambda m, a: m + a / (number + 1), mean, away)
                 return (number + 1, mean, spread + optax.tree.vdot(away, optax.tree.sub(own, mean))), None

@@ -48,11 +48,11 @@ class Loss:
             remat=config.train.remat,
         )
 
-    def __call__(self, trained: dict, inputs: LossInputs, kept: dict, teacher_params: dict | None, tokens):
+    def __call__(self, trained: dict, inputs: LossInputs, frozen: dict, teacher_params: dict | None, tokens):
         """The sum over the rollouts, divided by `tokens`; one student forward pass.
 
         Args:
-          trained, kept: the student's parameters, as `trainable.split` returns them.
+          trained, frozen: the student's parameters, as `trainable.split` returns them.
           inputs: a batch, or a part of it.
           teacher_params: needed only with an objective that reads the teacher's logits.
           tokens: the response tokens of the whole batch, of which `inputs` may be a part.
@@ -60,7 +60,7 @@ class Loss:
         Returns:
           (float32 scalar in nats, the moe.Load of the student's experts or None).
         """
-        params = trainable.join(trained, kept)
+        params = trainable.join(trained, frozen)
         hidden_BTD, load = scoring.response_hidden_and_load(self.student, params, inputs.rollouts, self.remat)
         head_VD = params["embedding" if self.student.tie_embeddings else "head"]
         teacher_head_VD = None

@@ -59,7 +59,7 @@ def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
 def learning_rate(config) -> optax.Schedule:
     """Learning rate by update number, as optimizer.* says."""
     o = config.optimizer
-    total = config.train.steps * config.train.updates_per_rollout
+    total = (o.decay_steps or config.train.steps) * config.train.updates_per_rollout
     after = max(total - o.warmup_steps, 1)
     tail = {
         "constant": lambda: optax.constant_schedule(o.learning_rate),

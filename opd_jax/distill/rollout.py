@@ -1,4 +1,8 @@
-"""The student writes: prefill and a decode loop, one compiled program."""
+"""The student writes: prefill and a decode loop, one compiled program.
+
+All rows share one step counter and one cache slot (`slot` of `cache.decode`). A row that has ended
+waits until all have.
+"""
 
 import dataclasses
 

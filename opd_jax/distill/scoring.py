@@ -44,7 +44,8 @@ def score(
 
     Args:
       teacher, teacher_params: the teacher; no gradient flows into it.
-      rollouts: their topk_BTK are the candidates unless `student` is given.
+      rollouts: their topk_BTK are the candidates unless `student` is given. The teacher reads their
+        tokens_BL, so it sees the student's prompt.
       scoring: settings.
       student: (config, params) to recompute the student's log-probabilities and candidates with, at the
         price of another forward pass; None takes the sampler's, which are the same in exact arithmetic.

@@ -41,13 +41,13 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         scores, released, loss_inputs = supervise(student, teacher, config, state.params, state.step, inputs)
         supervision = Supervision(scores=scores.per_token(), release=released)
         tokens = response_tokens(rollouts)
-        trained, kept = trainable.split(state.params, train.frozen)
-        carry, fixed = (trained, state.opt_state), (loss_inputs, kept, inputs.teacher_params, tokens)
+        trained, frozen = trainable.split(state.params, train.frozen)
+        carry, fixed = (trained, state.opt_state), (frozen, inputs.teacher_params, tokens)
         if train.updates_per_rollout == 1:
-            carry, (mean_loss, norm, skipped, load) = update(carry, *fixed)
+            carry, (mean_loss, norm, skipped, load) = update(carry, loss_inputs, *fixed)
         else:
             carry, measured = jax.lax.scan(
-                lambda carry, _: update(carry, *fixed), carry, length=train.updates_per_rollout
+                lambda carry, _: update(carry, loss_inputs, *fixed), carry, length=train.updates_per_rollout
             )
             mean_loss, norm, _, load = jax.tree.map(lambda x: x[0], measured)
             skipped = measured[2].sum()
@@ -72,7 +72,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             metrics["graded_share"] = 1 - jnp.isnan(reward_B).mean()
         metrics |= router_metrics("teacher", scores.teacher_load) | router_metrics("student", load)
         trained, opt_state = carry
-        return TrainState(state.step + 1, trainable.join(trained, kept), opt_state), metrics, supervision
+        return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state), metrics, supervision
 
     return train_step
 
@@ -151,20 +151,20 @@ def recomputes(config) -> bool:
     return config.scoring.student == "recompute" or writer == "teacher"
 
 
-def make_update(loss, optimizer: optax.GradientTransformation, micro_batches: int):
+def make_update(loss_fn, optimizer: optax.GradientTransformation, micro_batches: int):
     """Builds update(carry, batch, *fixed): the gradient, summed over micro-batches, then the optimizer.
 
     If the loss or the gradient is not finite, the update is skipped: parameters and optimizer state stay.
 
     Args:
-      loss: loss(trained, a part of the batch, *fixed) -> (scalar to be differentiated, any pytree of arrays).
+      loss_fn: loss_fn(trained, part of the batch, *fixed) -> (scalar to differentiate, any pytree of arrays).
 
     Returns:
       A function ((trained, opt_state), batch, *fixed) -> (the same after the update, (the loss summed over
       the micro-batches, the gradient's norm, whether the update was skipped, the sum of the pytrees)).
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def update(carry, batch, *fixed) -> tuple[Any, Any]:
         trained, opt_state = carry

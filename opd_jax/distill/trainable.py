@@ -11,25 +11,25 @@ from flax import traverse_util
 from opd_jax.errors import UserError, nearest
 
 
-def split(params: dict, frozen) -> tuple[dict, dict]:
-    """(trained, kept) of nested parameters: two dicts of the same nesting, without what the other has."""
+def split(params: dict, names) -> tuple[dict, dict]:
+    """(trained, frozen) of nested parameters: two dicts of the same nesting, without what the other has."""
     flat = traverse_util.flatten_dict(params)
-    kept = {path: x for path, x in flat.items() if path[-1] in frozen}
-    trained = {path: x for path, x in flat.items() if path not in kept}
-    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(kept)
+    frozen = {path: x for path, x in flat.items() if path[-1] in names}
+    trained = {path: x for path, x in flat.items() if path not in frozen}
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
-def join(trained: dict, kept: dict) -> dict:
+def join(trained: dict, frozen: dict) -> dict:
     """The parameters that `split` took apart."""
     flatten = traverse_util.flatten_dict
-    return traverse_util.unflatten_dict(flatten(trained) | flatten(kept))
+    return traverse_util.unflatten_dict(flatten(trained) | flatten(frozen))
 
 
-def alone(optimizer: optax.GradientTransformation, frozen) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of the trained parameters, initialised from all of them."""
+def alone(optimizer: optax.GradientTransformation, names) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of the parameters without `names`, initialised from all of them."""
 
     def init(params):
-        return optimizer.init(split(params, frozen)[0])
+        return optimizer.init(split(params, names)[0])
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(optimizer).update)
 

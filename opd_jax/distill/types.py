@@ -6,6 +6,7 @@ T response positions, L = P + T, D model width, K candidates.
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from flax import struct
 
@@ -142,9 +143,13 @@ class LossInputs(struct.PyTreeNode):
 
     @property
     def per_token(self) -> tuple:
-        """What a loss reads of each response position besides hidden states; arrays of [B, T, ...]."""
+        """What a loss reads of each response position besides hidden states; arrays of [B, T, ...].
+
+        Outside the response stands id 0, which always exists: a pad id may have a logit of -inf.
+        """
         r = self.rollouts
-        return r.response_BT, r.logp_BT, self.advantage_BT, self.weight_BT, self.targets, self.ends
+        token_BT = jnp.where(r.mask_BT, r.response_BT, 0)
+        return token_BT, r.logp_BT, self.advantage_BT, self.weight_BT, self.targets, self.ends
 
 
 class StepInputs(struct.PyTreeNode):

@@ -1,4 +1,7 @@
-"""Prompts become rollouts: a compiled sampler, its PRNG key and the devices that it runs on."""
+"""Prompts become rollouts: a compiled sampler, its PRNG key and the devices that it runs on.
+
+What the sampler does is in `distill/rollout.py`.
+"""
 
 import dataclasses
 from collections.abc import Callable

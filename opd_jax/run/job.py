@@ -31,6 +31,8 @@ from opd_jax.run.keys import Key
 class Job(programs.Programs):
     """The programs of a checked config, and what they read; holds no weights.
 
+    `train_step`, `sample` and the other programs are in `programs.py`.
+
     Attributes:
       tokenizer: the transformers tokenizer of both models.
       prompts: training and held-out prompts.

@@ -320,6 +320,11 @@ def config_conflict(workdir: str | Path, config: Any) -> UserError | None:
         return None
     old = _flatten(found)
     new = _flatten(json.loads(_config_json(config)))
+    for flat in (old, new):
+        if flat.get("optimizer.schedule", "constant") == "constant":
+            flat.pop("optimizer.decay_steps", None)
+        else:
+            flat["optimizer.decay_steps"] = flat.get("optimizer.decay_steps") or flat["train.steps"]
     for key in sorted(old.keys() | new.keys()):
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in FREE_KEYS)
         free |= key in SETTLED_KEYS and new.get(key) == "auto"

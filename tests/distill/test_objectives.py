@@ -445,6 +445,15 @@ def test_released_and_absent_positions_have_no_influence(name):
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(nothing))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pad_id_that_has_no_logit_leaves_value_and_gradient_as_they_are(name):
+    r, advantage_BT, weight_BT = batch()
+    assert not r.mask_BT.all()
+    padded_BT = np.where(r.mask_BT, r.response_BT, TIED.vocab_size - 1).astype(np.int32)  # past valid_vocab
+    other = r.replace(tokens_BL=np.concatenate([r.tokens_BL[:, :P], padded_BT], axis=1))
+    assert_trees_close(of(name, data=(other, advantage_BT, weight_BT)), of(name), 0)
+
+
 @pytest.mark.parametrize("name", ["policy_gradient", "eopd", "aopd"])
 def test_clipping_stops_the_gradient_of_tokens_past_the_clip_in_every_objective_with_advantages(name):
     r, advantage_BT, weight_BT = batch()

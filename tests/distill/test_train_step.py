@@ -382,7 +382,7 @@ def test_tokens_drawn_at_another_temperature_are_weighed_by_the_policys_own_prob
 def with_a_nan(rollouts):
     """An advantage that is not finite at the last token of the first response."""
     last = int(rollouts.mask_BT[0].sum()) - 1
-    return rollouts.replace(logp_BT=rollouts.logp_BT.at[0, last].set(jnp.nan))
+    return rollouts.replace(logp_BT=jnp.asarray(rollouts.logp_BT).at[0, last].set(jnp.nan))
 
 
 @pytest.mark.parametrize("overrides", [{}, {"train__micro_batch": 2, "train__updates_per_rollout": 2}])

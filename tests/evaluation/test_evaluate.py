@@ -133,10 +133,10 @@ def test_an_evaluation_reads_the_parameters_alone(run, models, monkeypatch):
     monkeypatch.setattr(Checkpoints, "restore", None)
     before = {id(array) for array in jax.live_arrays()}
     params, step = restore_params(job, run, "latest")
-    assert step == 3
-    jax.tree.map(np.testing.assert_array_equal, params, tiny.student_params())
     new = sum(array.nbytes for array in jax.live_arrays() if id(array) not in before)
     assert new == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, params, tiny.student_params())
 
 
 def test_a_mistake_ends_the_process_in_one_line():

@@ -104,6 +104,21 @@ def test_auto_takes_the_kernel_where_the_devices_and_the_mesh_allow_it():
     assert chosen("plain") == "plain"
 
 
+def test_a_float32_model_on_a_tpu_asks_for_products_in_full_precision(models):
+    before = jax.config.jax_default_matmul_precision
+    try:
+        for platform, dtype, asked in (
+            ("cpu", "auto", before),
+            ("tpu", "auto", before),
+            ("tpu", "float32", "highest"),
+        ):
+            mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+            resolve.model(str(models / "student"), "student.path", mesh, dtype)
+            assert jax.config.jax_default_matmul_precision == asked
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

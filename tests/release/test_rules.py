@@ -264,7 +264,9 @@ def reference_weights(rule, batch, row, step):
     elif rule == "prune_opd":
         drifted = np.cumsum(batch["overlap_BT"][row, on] < c.prune_overlap)
         weight_T[on] = np.clip(1 - c.prune_drop * drifted, 0, 1) + c.prune_base
-    elif rule == "ta_opd" and n:
+    elif rule != "ta_opd":
+        raise ValueError(f"add a branch for {rule}")
+    elif n:
         teacher = np.exp(batch["teacher_topk_logp_BTK"][row, on].astype(np.float64))
         student = np.exp(batch["student_topk_logp_BTK"][row, on].astype(np.float64))
         share = [x / x.sum(axis=-1, keepdims=True) for x in (teacher, student)]

@@ -246,6 +246,22 @@ def base_config():
     )
 
 
+def decaying(steps, decay_steps=0, schedule="cosine"):
+    config = base_config()
+    config.train.steps = steps
+    config.optimizer = {"schedule": schedule, "decay_steps": decay_steps}
+    return config
+
+
+def test_a_longer_run_does_not_bend_the_schedule_of_the_steps_done(tmp_path):
+    metrics.write_run_files(tmp_path, decaying(10))
+    conflict = str(metrics.config_conflict(tmp_path, decaying(20)))
+    assert "optimizer.decay_steps is 10 there and 20 here" in conflict
+    assert metrics.config_conflict(tmp_path, decaying(20, decay_steps=10)) is None
+    metrics.write_run_files(tmp_path, decaying(10, schedule="constant"))
+    assert metrics.config_conflict(tmp_path, decaying(20, schedule="constant")) is None
+
+
 def test_same_config_and_changed_length_are_no_conflict(tmp_path):
     assert metrics.config_conflict(tmp_path, base_config()) is None  # nothing there yet
     metrics.write_run_files(tmp_path, base_config())

@@ -96,6 +96,13 @@ FIELDS = {
         reach one update after the last.""",
         allowed=("constant", "linear", "cosine"),
     ),
+    "optimizer.decay_steps": Field(
+        0,
+        """Training steps over which a `linear` or `cosine` schedule runs to 0. 0 is `train.steps`. Set it to
+        make a decaying run longer: with another number of steps the rate of the steps done would have been
+        another.""",
+        least=0,
+    ),
     "optimizer.b1": Field(
         0.9,
         """Adam's decay of the first moment. 0 is no momentum and stores no first moment, which saves 4 bytes
