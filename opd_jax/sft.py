@@ -10,14 +10,12 @@ checkpoint.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from opd_jax import data
 from opd_jax.config import run, validate
@@ -58,32 +56,28 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
       UserError: a file, line or data.template that cannot be used, or a line too long under
         data.over_long=error.
     """
-    path = Path(config.data.path).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.path={config.data.path!r}: no such file; give a JSONL file of messages")
+    path = config.data.path
     options = tokenizers.template_options(config.data.template, tokenizer)
+    conversations = data.read_file(path, replies=True)
     prompts, responses = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                messages = json.loads(line)["messages"]
-                if messages[-1]["role"] != "assistant" or len(messages) < 2:
-                    raise ValueError("the last message is not an assistant's reply")
-                prompt = tokenizer.apply_chat_template(
-                    messages[:-1], tokenize=False, add_generation_prompt=True, **options
-                )
-                whole = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-                if not whole.startswith(prompt):
-                    raise ValueError("the chat template changes the prompt once a reply follows it")
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise UserError(
-                    f"data.path={path}: line {number} is not an object with 'messages' that end in an "
-                    f"assistant's reply: {type(error).__name__}: {error}"
-                ) from error
-            prompts.append((prompt, messages[-2]["content"]))
-            responses.append(whole[len(prompt) :])
-    if not prompts:
-        raise UserError(f"data.path={path}: the file is empty")
+    for number, (messages, _, tools) in enumerate(conversations, 1):
+        ask, reply = messages[:-1], messages[-1]
+        where = f"data.path={path}: record {number}"
+        how = {"tools": tools, "options": options}
+        prompt = tokenizers.render(tokenizer, ask, where, **how)
+        whole = tokenizers.render(tokenizer, messages, where, answered=True, **how)
+        if not whole.startswith(prompt):
+            raise UserError(
+                f"{where}: the chat template changes the prompt once a reply follows it; set data.template,"
+                " or take another template"
+            )
+        prompts.append((prompt, "\n".join(message["content"] for message in ask)))
+        responses.append(whole[len(prompt) :])
+        if reply["content"].strip() not in responses[-1]:
+            raise UserError(
+                f"{where}: the chat template leaves out a part of the reply, so something else would be"
+                " learnt; set data.template, or change the reply"
+            )
     # The template has already written every special token.
     prompt_ids = tokenizer([p for p, _ in prompts], add_special_tokens=False)["input_ids"]
     response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
@@ -91,6 +85,12 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
         Exchange(data.Prompt(tuple(ids), text, None), _until_end(response, ends))
         for ids, (_, text), response in zip(prompt_ids, prompts, response_ids, strict=True)
     ]
+    for number, (exchange, ids) in enumerate(zip(exchanges, response_ids, strict=True), 1):
+        if tokenizer.decode(ids[len(exchange.response) :], skip_special_tokens=True).strip():
+            raise UserError(
+                f"data.path={path}: record {number}: an end token stands inside the reply, and what follows"
+                " it would not be learnt; remove it from the text"
+            )
     if not any(exchange.response[-1:] and exchange.response[-1] in ends for exchange in exchanges):
         raise UserError(
             f"data.path={path}: the chat template ends no reply with an end token of student.path"
@@ -110,6 +110,9 @@ def read(config, tokenizer, ends) -> tuple[list[Exchange], list[Exchange], int]:
     kept, held = data.hold_out([e.prompt for e in fitting], config.data.heldout)
     response_of = {id(e.prompt): e.response for e in fitting}
     train, heldout = ([Exchange(p, response_of[id(p)]) for p in part] for part in (kept, held))
+    copies = len(fitting) - len(train) - len(heldout)
+    if copies:
+        logging.warning("%d conversations with a prompt that is held out are not trained on", copies)
     return train, heldout, dropped
 
 

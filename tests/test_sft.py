@@ -156,7 +156,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     ("overrides", "line", "message"),
     [
         ({"data.path": "nowhere.jsonl"}, None, "data.path='nowhere.jsonl': no such file"),
-        ({}, '{"prompt": "hi"}', "line 1 is not an object with 'messages'"),
+        ({}, '{"prompt": "hi"}', "record 1 can't be used .* 'messages' that end in an assistant's reply"),
         ({}, '{"messages": [{"role": "user", "content": "hi"}]}', "assistant's reply"),
         ({"rollout.max_tokens": 12}, None, "rollout.max_tokens=12; set them to"),
         ({"rollout.max_tokens": 400}, None, "is more than the 256 positions of student.path"),

@@ -9,3 +9,4 @@ from .batches import heldout_batches as heldout_batches
 from .batches import hold_out as hold_out
 from .batches import load as load
 from .batches import render as render
+from .prompts.sources import read_file as read_file

@@ -9,6 +9,7 @@ have seen.
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -163,10 +164,11 @@ def _parts(config: Any) -> list[sources.Part]:
 
 
 def without_copies(conversations: Sequence[sources.Conversation]) -> list[sources.Conversation]:
-    """The conversations without those whose messages have all been there; the first of each stays."""
+    """The conversations without exact copies, of which the first stays."""
     first = {}
     for conversation in conversations:
-        first.setdefault(tuple((m["role"], m["content"]) for m in conversation.messages), conversation)
+        same = json.dumps((conversation.messages, conversation.tools), sort_keys=True, default=str)
+        first.setdefault(same, conversation)
     return list(first.values())
 
 
@@ -346,7 +348,7 @@ def render(
     options = tokenizers.template_options(config.template, tokenizer)
     turns = sources.read_turns(config.few_shot) if config.few_shot else []
     rendered = []
-    for messages, _ in conversations:
+    for number, (messages, _, tools) in enumerate(conversations, 1):
         if config.instruction:
             last = messages[-1]
             asked = {**last, "content": f"{last['content']}\n\n{config.instruction}"}
@@ -356,15 +358,14 @@ def render(
         # A conversation that brings a system message of its own keeps it.
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        rendered.append(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        )
+        named = f"{where}record {number}"
+        rendered.append(tokenizers.render(tokenizer, messages, named, tools=tools, options=options))
     # The template has already written every special token.
     ids = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
     empty = next((number for number, row in enumerate(ids, 1) if not row), None)
     if empty is not None:
         raise UserError(
-            f"{where}prompt {empty} has no token: the chat template writes nothing for it; fix the record, or"
+            f"{where}record {empty} has no token: the chat template writes nothing for it; fix the record, or"
             " data.template"
         )
     limit = config.prompt_tokens
@@ -376,8 +377,8 @@ def render(
             " data.over_long=drop"
         )
     prompts = [
-        Prompt(tuple(row), "\n".join(m["content"] for m in messages), answer, messages[-1]["content"])
-        for row, (messages, answer) in zip(ids, conversations, strict=True)
+        Prompt(tuple(row), found.text, found.answer, found.messages[-1]["content"])
+        for row, found in zip(ids, conversations, strict=True)
         if len(row) <= limit
     ]
     return prompts, len(over_long)

@@ -55,6 +55,14 @@ NUMBER_WORDS = (
 )
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 NUMBER_WORDS += tuple(f"{ten}-{one}".removesuffix("-zero") for ten in TENS for one in NUMBER_WORDS[:10])
+THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>")
+THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>")
+ABOUT = re.compile(r"^(?:approximately|about|around|roughly|nearly|exactly|just|only|simply)\s+", re.I)
+ASIDE = re.compile(
+    r",\s+(?!-?\$?\d)|,?\s+or\s+(?=an?\s)|\s+and\s+(?!-?\$?\d)|\s+(?:which|so|altogether|in total)\b"
+)
+ELLIPSIS = re.compile(r"\\[lc]?dots(?![a-z])|…|\.\.\.")
+TOLERANCE = 1e-6  # relative; math-verify's own is absolute
 NAME = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?")
 LONGEST = 1000  # most characters of a final answer; no reference is longer
 
@@ -62,8 +70,9 @@ LONGEST = 1000  # most characters of a final answer; no reference is longer
 def grade(response: str, answer: str) -> bool:
     """Whether the final answer of `response` equals the reference `answer`.
 
-    The final answer is the content of the last \\boxed{}, or else the text in <answer> tags, after #### or
-    after "answer is". If the response marks no answer, it depends on the reference:
+    A thought between <think> tags is no part of the response. A thought that never ends has no answer. The
+    final answer is the content of the last \\boxed{}, or else the text in <answer> tags, after #### or after
+    "answer is". If the response marks no answer, it depends on the reference:
 
     - a number: the last number of the response;
     - several numbers with spaces between them: the numbers of the last sentence;
@@ -74,7 +83,9 @@ def grade(response: str, answer: str) -> bool:
     is allowed. Words are compared without case and closing punctuation. math-verify compares everything else
     as expressions.
     """
-    answer = reference(answer)
+    answer, response = reference(answer), spoken(response)
+    if response is None:
+        return False
     said = final_answers(response)
     if choice := CHOICE.fullmatch(_clean(answer)):
         return _chosen(said[-1] if said else None, response) == choice[1]
@@ -90,7 +101,18 @@ def grade(response: str, answer: str) -> bool:
         bold = BOLD_END.search(line)
         line = bold[1] if bold else line
         return same(line, answer) or same(_first_sentence(STATED.split(line)[-1]), answer)
-    return same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer))
+    if same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer)):
+        return True
+    # "The answer is 36, altogether, so the shop keeps that many."
+    head = ASIDE.split(ABOUT.sub("", said[-1].strip()), maxsplit=1)[0]
+    marked = "\\boxed" not in response and head != said[-1]
+    return marked and quantities.read(_clean(answer)) is not None and same(head, answer)
+
+
+def spoken(response: str) -> str | None:
+    """The response without its thoughts; None if a thought never ends."""
+    *_, response = THOUGHT_END.split(response)
+    return None if THOUGHT.search(response) else response
 
 
 def reference(answer: str) -> str:
@@ -279,10 +301,12 @@ def _same_expression(said: str, answer: str) -> bool:
     import sympy
 
     def equal(one, other):
-        return bool(math_verify.verify(one, other, timeout_seconds=None))
+        return bool(math_verify.verify(one, other, timeout_seconds=None)) and not _far_apart(one, other)
 
     # "22/7 ≈ 3.14" means the first of the two.
     said = re.split(r"\\approx|≈", re.sub(r"^(?:\\approx|≈)", "", said))[0].strip()
+    if ELLIPSIS.search(said) or ELLIPSIS.search(answer):  # math-verify would read the last item alone
+        return _listed(said) == _listed(answer)
     # math-verify would divide only the fraction of a mixed number by 100, so per cent signs are removed
     # first.
     said_bare, bare = PER_CENT.sub("", said), PER_CENT.sub("", answer)
@@ -294,6 +318,22 @@ def _same_expression(said: str, answer: str) -> bool:
     percents = values if bare != answer else said_values
     divided = [value / 100 for value in percents if isinstance(value, sympy.Expr)]
     return equal(divided, said_values) if bare != answer else equal(values, divided)
+
+
+def _listed(text: str) -> str:
+    """A list with an ellipsis, without spaces."""
+    return re.sub(r"\s", "", ELLIPSIS.sub("…", text))
+
+
+def _far_apart(one: list, other: list) -> bool:
+    """Whether two lists of one number each are numbers that differ, however small both are."""
+    import sympy
+
+    values = [values[0] if values else None for values in (one, other)]
+    if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_real for value in values):
+        return False
+    left, right = (value.evalf(30) for value in values)
+    return bool(abs(left - right) > TOLERANCE * max(abs(left), abs(right)))
 
 
 def _same_in_base(said: re.Match, answer: re.Match) -> bool:

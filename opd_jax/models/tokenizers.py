@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import gguf, source
 
@@ -92,6 +92,39 @@ def swapped_end_ids(student, teacher, end_id: int) -> tuple[int, int] | None:
     return None if ours == theirs else (ours, theirs)
 
 
+def render(
+    tokenizer, messages: list, where: str, *, tools=None, answered: bool = False, options: dict | None = None
+) -> str:
+    """A conversation as the chat template writes it, up to where the reply begins.
+
+    Args:
+      where: names the record in the message.
+      tools: functions that the assistant may call.
+      answered: the reply is the last message; nothing is asked for after it.
+      options: what `template_options` returned.
+
+    Raises:
+      UserError: the template refuses the conversation, or fails.
+    """
+    import jinja2
+
+    failures = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=not answered,
+            **(options or {}),
+        )
+    except (*failures, RecursionError) as error:
+        roles = ", ".join(message["role"] for message in messages[:6])
+        raise UserError(
+            f"{where}: the chat template refuses a conversation of the roles {roles} ({reason(error)});"
+            " change it, data.system_prompt, or the model's chat template"
+        ) from error
+
+
 def check_pair(student, teacher, options: dict | None = None):
     """Refuses a teacher to whom the student's token ids mean other text.
 
@@ -118,7 +151,7 @@ def check_pair(student, teacher, options: dict | None = None):
         if our != their:
             refuse(f"token {n} of a probe text is", our, their)
     for chat in _PROBE_CHATS:
-        ours, theirs = (_render(tokenizer, chat, True, options) for tokenizer in (student, teacher))
+        ours, theirs = (_rendered_or_refused(tokenizer, chat, options) for tokenizer in (student, teacher))
         if ours != theirs:
             refuse("the chat template renders", ours, theirs, "use one chat template in both")
 
@@ -160,7 +193,8 @@ def end_ids(tokenizer, config: ModelConfig, chosen=(), key: str = "student.path"
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     answer = "response"
-    turn = _render(tokenizer, [*_PROBE_CHATS[0], {"role": "assistant", "content": answer}], False)
+    chat = [*_PROBE_CHATS[0], {"role": "assistant", "content": answer}]
+    turn = render(tokenizer, chat, key, answered=True)
     after = _encode(tokenizer, turn.rpartition(answer)[2])
     if after and after[0] in _special(tokenizer):
         ends.add(after[0])
@@ -212,10 +246,14 @@ def _encode(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _render(tokenizer, chat, add_generation_prompt: bool, options: dict | None = None) -> str:
-    return tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
-    )
+def _rendered_or_refused(tokenizer, chat: list, options: dict | None) -> str | None:
+    """A probe as the chat template renders it; None for one that it refuses, as Gemma's a system role."""
+    try:
+        return render(tokenizer, chat, "a probe", options=options)
+    except UserError:
+        if len(chat) == 1:  # no template may refuse a user's message
+            raise
+        return None
 
 
 @functools.cache

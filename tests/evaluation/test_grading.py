@@ -44,6 +44,36 @@ def test_at_least_99_per_cent_of_known_verdicts_are_met(name, grader):
         assert sum(row["right"] == right for row in plain) > 40
 
 
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("The answer is 36, altogether, so the shop keeps that many.", "36", True),
+        ("So the answer is 9 pears and nobody eats one.", "9", True),
+        ("The answer is $1,200, which is the total.", "1200", True),
+        ("The answer is 12, or a dozen.", "12", True),
+        ("The answer is approximately 3.14.", "3.14", True),
+        ("The answer is 3 or 4.", "3", False),
+        ("The answer is 9 and 10.", "9", False),
+        ("The answer is 7, 8 and 9.", "7", False),
+        ("<think>maybe \\boxed{41}</think>\nThe answer is 42.", "41", False),
+        ("<think>The answer is 41? Hmm.</think>\n\n**42**", "42", True),
+        ("Okay, try \\boxed{41}. No.\n</think>\n\nThe result is $42$.", "42", True),
+        ("<think>a <answer>41</answer> b</think> So it is 42.", "42", True),
+        ("<think>It is \\boxed{42}", "42", False),
+        ("\\boxed{2^{-98}}", "2^{-99}", False),
+        ("\\boxed{\\frac{1}{2^{99}}}", "2^{-99}", True),
+        ("\\boxed{e^{-45}}", "e^{-44}", False),
+        ("\\boxed{\\frac{1}{52!}}", "\\frac{1}{51!}", False),
+        ("\\boxed{0.333333}", "1/3", True),
+        ("\\boxed{1, 3, 5, \\ldots, 2n-1}", "1, 2, \\ldots, n", False),
+        ("\\boxed{1, 2, \\ldots, 100}", "100", False),
+        ("\\boxed{1,2,\\dots,100}", "1, 2, ..., 100", True),
+    ],
+)
+def test_thoughts_asides_tiny_numbers_and_ellipses_are_read_as_a_person_reads_them(response, answer, right):
+    assert answers.grade(response, answer) == right
+
+
 def test_no_wrong_hostile_answer_is_right_and_none_takes_more_than_its_limit():
     hostile = [row for name in SETS for row in read(name) if row["kind"] == "hostile"]
     assert len(hostile) >= 65

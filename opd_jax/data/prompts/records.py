@@ -60,8 +60,7 @@ def _read(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
         return _parquet(where, key, wanted)
     try:
         if where.suffix == ".csv":
-            with open(where, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
+            return _csv(where, key)
         return _json(where, key) if where.suffix == ".json" else list(_lines(where, key))
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
@@ -69,6 +68,26 @@ def _read(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
         raise UserError(
             f"{key}={where} is not a readable CSV file ({error}); fix it, or give JSONL"
         ) from error
+
+
+def _csv(where: Path, key: str) -> list[dict[str, Any]]:
+    with open(where, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{key}={where}: two columns are named {twice!r}; rename one")
+        rows = []
+        for row in reader:
+            if not row:  # an empty line
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{key}={where}: line {reader.line_num} has {len(row)} fields and the header has"
+                    f" {len(header)}; put a text with a comma or a line break in double quotes"
+                )
+            rows.append(dict(zip(header, row)))
+        return rows
 
 
 def field(record: Mapping[str, Any], path: str) -> Any:
@@ -90,7 +109,7 @@ def first_field(record: Mapping[str, Any], paths: Iterable[str]) -> Any:
 
 
 def _lines(where: Path, key: str):
-    with open(where, encoding="utf-8") as file:
+    with open(where, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield _object(line, f"{key}={where}: line {number}")
@@ -99,7 +118,7 @@ def _lines(where: Path, key: str):
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}; fix it") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is not a JSON object; write one object a line")
@@ -107,10 +126,10 @@ def _object(text: str, where: str) -> dict[str, Any]:
 
 
 def _json(where: Path, key: str) -> list[dict[str, Any]]:
-    text = where.read_text(encoding="utf-8")
+    text = where.read_text(encoding="utf-8-sig")
     try:
         records = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{key}={where} is not JSON: {error}; fix it") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{key}={where}: give a JSON list of objects, or a .jsonl file")

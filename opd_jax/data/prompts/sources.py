@@ -13,35 +13,17 @@ from typing import Any, NamedTuple, cast
 from ml_collections import ConfigDict
 
 from opd_jax.data.prompts import generated, records
+from opd_jax.data.prompts.conversations import (
+    PROMPT_COLUMNS,
+    QUESTION_COLUMNS,
+    Columns,
+    Conversation,
+    conversation,
+    reference,
+)
 from opd_jax.errors import UserError, reason
 
-QUESTION_COLUMNS = ("prompt", "question", "problem")
-PROMPT_COLUMNS = ("messages", *QUESTION_COLUMNS)
 DATASETS_FILE = Path(__file__).with_name("datasets.json")
-
-
-class Conversation(NamedTuple):
-    """A prompt.
-
-    Attributes:
-      messages: each {"role", "content"}; the last one awaits a reply.
-      answer: the reference answer, None if there is none.
-    """
-
-    messages: list[dict[str, str]]
-    answer: str | None
-
-
-class Columns(NamedTuple):
-    """Names of two columns; a dotted name reaches into nested records, and "" stands for the usual names.
-
-    Attributes:
-      prompt: column of the prompt.
-      answer: column of the reference answer.
-    """
-
-    prompt: str = ""
-    answer: str = ""
 
 
 class Part(NamedTuple):
@@ -181,7 +163,7 @@ def _from_columns(
     return [
         Conversation(
             [{"role": "user", "content": text(records.field(row, column))}],
-            None if answer is None else text(answer) or None,
+            reference(text(answer) if isinstance(answer, bytes) else answer),
         )
         for row, answer in zip(rows, answers, strict=True)
     ]
@@ -194,21 +176,25 @@ def _absent(column: str, path: str, names: Iterable[str]) -> UserError:
     )
 
 
-def read_file(path: str, columns: Columns | None = None) -> list[Conversation]:
+def read_file(path: str, columns: Columns | None = None, *, replies: bool = False) -> list[Conversation]:
     """Reads a file of records, each a conversation.
 
     Without a named column for the prompt, a record has "messages" ([{"role", "content"}]) or a string in
-    "prompt", "question" or "problem"; "answer" is optional. A named column holds a string or messages.
+    "prompt", "question" or "problem"; "answer" and "tools" are optional. A named column holds a string or
+    messages.
+
+    Args:
+      replies: whether each conversation ends with the assistant's reply, to be learnt.
 
     Raises:
       UserError: the file or a record has another form, or no record has the named answer.
     """
     columns = columns or Columns()
     prompts = (columns.prompt,) if columns.prompt else PROMPT_COLUMNS
-    rows = records.read(path, "data.path", (*prompts, columns.answer or "answer"))
+    rows = records.read(path, "data.path", (*prompts, "tools", columns.answer or "answer"))
     if columns.answer and all(records.field(row, columns.answer) is None for row in rows):
         raise _absent(columns.answer, path, records.names(path, "data.path"))
-    return _conversations(rows, path, columns)
+    return _conversations(rows, path, columns, replies)
 
 
 def read_dataset(name: str, path: str) -> list[Conversation]:
@@ -232,18 +218,24 @@ def read_dataset(name: str, path: str) -> list[Conversation]:
     return _conversations(rows, path, Columns(*wanted))
 
 
-def _conversations(rows: Sequence[Mapping[str, Any]], path: str, columns: Columns) -> list[Conversation]:
-    conversations = []
+def _conversations(
+    rows: Sequence[Mapping[str, Any]], path: str, columns: Columns, replies: bool = False
+) -> list[Conversation]:
+    found = []
     for number, record in enumerate(rows, start=1):
         try:
-            conversations.append(_conversation(record, columns))
+            found.append(conversation(record, columns, replies=replies))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
+            wanted = (
+                "'messages' that end in an assistant's reply"
+                if replies
+                else ("'prompt' (a string) or 'messages' (roles and contents, the last not the assistant's)")
+            )
             raise UserError(
-                f"data.path={path}: record {number} has no prompt that can be used"
-                f" ({type(error).__name__}: {error}); give 'prompt' (a string) or 'messages' (roles and"
-                " contents, the last not the assistant's), or name the column in data.columns.prompt"
+                f"data.path={path}: record {number} can't be used ({type(error).__name__}: {error}); give"
+                f" {wanted}, or name the column in data.columns.prompt"
             ) from error
-    return conversations
+    return found
 
 
 def read_turns(path: str) -> list[dict[str, str]]:
@@ -261,22 +253,3 @@ def read_turns(path: str) -> list[dict[str, str]]:
             )
         turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
     return turns
-
-
-def _conversation(record: Mapping[str, Any], columns: Columns) -> Conversation:
-    names = (columns.prompt,) if columns.prompt else PROMPT_COLUMNS
-    prompt = records.first_field(record, names)
-    if prompt is None:
-        raise KeyError(" or ".join(names))
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    elif not isinstance(prompt, list):
-        raise TypeError(f"{prompt!r} is not a string")
-    messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
-    for value in (text for message in messages for text in message.values()):
-        if not isinstance(value, str):
-            raise TypeError(f"{value!r} is not a string")
-    if not messages or messages[-1]["role"] == "assistant":
-        raise ValueError("there is nothing to answer")
-    answer = records.field(record, columns.answer or "answer")
-    return Conversation(messages, None if answer is None else str(answer))
