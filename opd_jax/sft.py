@@ -240,8 +240,8 @@ def _train(config, workdir, shown: Progress) -> TrainState:
         loss, tokens = np.sum(sums, axis=0)
         return {"loss": float(loss / tokens), "prompts": len(heldout), "tokens": int(tokens)}
 
-    metrics.write_run_files(workdir, c, measured=probe and probe.record())
     with Session(c, workdir, shown) as session:
+        metrics.write_run_files(workdir, c, measured=probe and probe.record())
         state, position = session.state(
             lambda: job.start_state(c, mesh, optimizer, shardings),
             lambda: programs.placed(programs.abstract_state(model, optimizer), shardings),

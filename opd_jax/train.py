@@ -61,13 +61,13 @@ def train(
       distributed.Preempted: the run was told to stop before its last step; its state is saved.
     """
     c = job.config
-    metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
-    answering.write_shared(workdir, job.shared)
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(own(progress))
 
         # ---- State: the newest checkpoint, or the start.
         session = stack.enter_context(Session(c, workdir, shown))
+        metrics.write_run_files(workdir, c, job.prompts.counts, job.probe and job.probe.record())
+        answering.write_shared(workdir, job.shared)
         state, position = session.state(lambda: start or job.start(), job.abstract_state)
         if teacher_params is None:
             with shown.phase("reading the teacher's weights"):

@@ -1,17 +1,31 @@
-"""Saving and restoring what a run needs to go on exactly: state, and the position in the prompts."""
+"""Saving and restoring what a run needs to continue exactly: state, and the position in the prompts.
 
+Every checkpoint holds a list of its files with sizes and checksums, written before it gets its final name. So
+a file that is missing, cut off or changed is found before anything is restored.
+"""
+
+import contextlib
+import json
 import math
+import shutil
+import zlib
 from pathlib import Path
 from typing import Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from opd_jax.distill import TrainState
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
+from opd_jax.parallel import distributed
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged_checkpoints"  # where the damaged ones are moved, for whoever wants to look
+MANIFEST = "_MANIFEST"
+UNLISTED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax writes the latter again when it is done
+BLOCK = 1 << 24
 
 
 class _Manager(ocp.CheckpointManager):
@@ -49,8 +63,10 @@ class Checkpoints:
                 best_fn=lambda m: m["kl"],
                 best_mode="min",
                 enable_async_checkpointing=True,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
+        self._saving: int | None = None
 
     @classmethod
     def of_run(cls, workdir, keep: int) -> Self:
@@ -83,37 +99,118 @@ class Checkpoints:
           kl: held-out KL at this very step, nats a token, if it was evaluated. If it is not finite, the
             checkpoint can't be the best.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), prompts=ocp.args.JsonSave(prompts)),
-            metrics={"kl": kl} if kl is not None and math.isfinite(kl) else None,
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), prompts=ocp.args.JsonSave(prompts))
+        with self._writing():
+            self._manager.wait_until_finished()  # else `_saving` would name the wrong one
+            self._saving = step
+            self._manager.save(
+                step, args=args, metrics={"kl": kl} if kl is not None and math.isfinite(kl) else None
+            )
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Errors of writing, which may be those of the checkpoint before, become one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # of TensorStore, of the file system, of Orbax's own threads
+            raise UserError(
+                f"{self._manager.directory}: step {self._saving} can't be written"
+                f" ({reason(error)}); make room or restore access, and start again: the run continues from"
+                " the newest whole one"
+            ) from error
+
+    def _write_manifest(self) -> None:
+        """Lists the files of the checkpoint that is about to get its name; runs in Orbax's thread."""
+        if jax.process_index() != 0:
+            return
+        folder = Path(self._manager.directory)
+        begun = [path for path in folder.glob(f"{self._saving}.*") if path.is_dir()]
+        for path in begun or [folder / str(self._saving)]:
+            (path / MANIFEST).write_text(json.dumps(_listing(path), indent=1) + "\n")
+
+    def damage(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint; "" for a whole one, or one without a list of files.
+
+        Process 0 reads every byte; call it in every process.
+        """
+        folder, found = Path(self._manager.directory) / str(step), ""
+        if jax.process_index() == 0 and (folder / MANIFEST).is_file():
+            found = _difference(json.loads((folder / MANIFEST).read_text()), _listing(folder))
+        told = np.zeros(200, np.uint8)
+        text = found.encode()[:200]
+        told[: len(text)] = list(text)
+        return bytes(distributed.gathered(told)[0]).rstrip(b"\0").decode(errors="replace")
+
+    def newest_whole(self) -> tuple[int | None, dict[int, str]]:
+        """(the newest whole checkpoint's step or None, what is wrong with newer ones by their step).
+
+        The damaged ones are moved out of the way. Call it in every process.
+        """
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found = self.damage(step)
+            if not found:
+                break
+            damaged[step] = found
+        else:
+            step = None
+        for number in damaged:
+            self._set_aside(number)
+        return step, damaged
+
+    def _set_aside(self, step: int) -> None:
+        folder = Path(self._manager.directory)
+        if jax.process_index() == 0:
+            target = folder.parent / DAMAGED
+            target.mkdir(exist_ok=True)
+            shutil.rmtree(target / str(step), ignore_errors=True)
+            (folder / str(step)).rename(target / str(step))
+        distributed.gathered([0])  # no process lists the folder before
+        self._manager.reload()
 
     def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
         """(state, prompt position) of a checkpoint, placed as abstract_state's shardings say.
 
         Raises:
-          UserError: there is no such checkpoint.
+          UserError: there is no such checkpoint, or it can't be read.
         """
         if step not in self._manager.all_steps():
             there = ", ".join(map(str, self._manager.all_steps())) or "none"
             raise UserError(f"{self._manager.directory} has no checkpoint of step {step}; there: {there}")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), prompts=ocp.args.JsonRestore()
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), prompts=ocp.args.JsonRestore()
         )
+        with self._reading(step):
+            restored = self._manager.restore(step, args=args)
         return restored["state"], restored["prompts"]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int):
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # of TensorStore, of the file system, of Orbax
+            raise UserError(
+                f"{self._manager.directory}/{step} can't be read ({reason(error)}); move that folder away to"
+                " continue from an older checkpoint, or give --step"
+            ) from error
 
     def find(self, wanted) -> int:
         """The step of "latest", "best" or a number.
 
         Raises:
-          UserError: there is no such checkpoint.
+          UserError: there is no such checkpoint, or it is damaged.
         """
         step = str({"latest": self.latest, "best": self.best}.get(wanted, wanted))
         if step.isdigit() and int(step) in self._manager.all_steps():
+            if found := self.damage(int(step)):
+                raise UserError(
+                    f"--step={wanted}: {self._manager.directory}/{step} is damaged ({found}); name another"
+                    f" of {', '.join(map(str, self._manager.all_steps()))}"
+                )
             return int(step)
         there = ", ".join(map(str, self._manager.all_steps())) or "none"
         raise UserError(
@@ -156,16 +253,43 @@ class Checkpoints:
                 f"{state}: parameter {name} is {found.get(name)} in the checkpoint,"
                 f" {asked.get(name)} in student.path; that folder now holds another model"
             )
-        with ocp.Checkpointer(handler) as checkpointer:
+        with self._reading(step), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(state, args=restore)["params"]
 
     def close(self):
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+def _listing(folder: Path) -> dict[str, list[int]]:
+    """(bytes, CRC-32) of every file of a checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
+    return {str(path.relative_to(folder)): _sum(path) for path in files}
+
+
+def _sum(path: Path) -> list[int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def _difference(wanted: dict[str, list[int]], found: dict[str, list[int]]) -> str:
+    """The first file that is not as it was written, and how many there are; "" if all are."""
+    wrong = [name for name in wanted if found.get(name) != wanted[name]]
+    if not wrong:
+        return ""
+    name = wrong[0]
+    what = "is missing" if name not in found else "has changed"
+    if name in found and found[name][0] != wanted[name][0]:
+        what = f"has {found[name][0]} of {wanted[name][0]} bytes"
+    return f"{name} {what}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")

@@ -1,8 +1,12 @@
 """A run while it goes on in its workdir: its state, its records, and a request to stop."""
 
 import contextlib
+import fcntl
+import os
+import platform
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import jax
@@ -11,8 +15,10 @@ from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
 from opd_jax.parallel import distributed
 from opd_jax.progress import Progress
-from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.checkpoint import DAMAGED, Checkpoints
 from opd_jax.run.metrics import MetricWriter
+
+LOCK = ".lock"
 
 
 def due(config: Any, every: int, step: int) -> bool:
@@ -40,9 +46,18 @@ class Session:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(_lock(Path(self._workdir)))
         self._checkpoints = Checkpoints(self._workdir, self._config.checkpoint.keep)
         self._stack.callback(self._close)
-        self.done = self._checkpoints.latest
+        with self._progress.phase("checking the newest checkpoint"):
+            self.done, damaged = self._checkpoints.newest_whole()
+        for step, what in damaged.items():
+            self._progress.say(f"the checkpoint of step {step} is damaged: {what}; it is in {DAMAGED}/{step}")
+        if damaged and self.done is None:
+            raise UserError(
+                f"--workdir={self._workdir} has no whole checkpoint left (step {max(damaged)}:"
+                f" {damaged[max(damaged)]}); restore one into checkpoints/, or start in another folder"
+            )
         return self
 
     def __exit__(self, *exc_info: Any) -> bool | None:
@@ -112,6 +127,34 @@ class Session:
         """
         self.writer.say(f"told to stop after step {step}; start again with the same --workdir to continue")
         raise distributed.Preempted
+
+
+@contextlib.contextmanager
+def _lock(workdir: Path):
+    """Keeps other processes from running in the same folder; the system unlocks it when this one ends.
+
+    Raises:
+      UserError: another process has it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"--workdir={workdir}: process {file.read().strip()} is running there; wait for it, or choose"
+                " another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 class StepReader:

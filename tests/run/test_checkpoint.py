@@ -1,6 +1,10 @@
 """Checkpoints: what is kept, that it comes back bit for bit, and onto another mesh."""
 
 import dataclasses
+import io
+import os
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,8 @@ import pytest
 
 from opd_jax.distill import TrainState
 from opd_jax.errors import UserError
+from opd_jax.progress import Progress
+from opd_jax.run import Session
 from opd_jax.run.checkpoint import Checkpoints
 from opd_jax.run.job import prepare
 from tests import tiny
@@ -104,6 +110,98 @@ def test_a_kl_that_is_not_finite_does_not_replace_the_best(job, state, tmp_path)
         assert checkpoints.best == 1
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
     assert kept == {"1", "3", "4"}
+
+
+def largest_file(folder):
+    """A file of arrays: the largest of a checkpoint."""
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "missing": (lambda path: path.unlink(), "is missing"),
+    "emptied": (lambda path: path.write_bytes(b""), "has 0 of "),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-7]), " bytes"),
+    "a flipped bit": (flip, "has changed"),
+}
+
+
+@pytest.fixture(scope="module")
+def three_steps(job, state, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("three")
+    with Checkpoints(workdir, 3) as checkpoints:
+        for step in (1, 2, 3):
+            numbered = dataclasses.replace(state, step=state.step + step)
+            checkpoints.save(step, numbered, {"step": step}, None)
+    return workdir
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_torn_checkpoint_is_named_moved_away_and_the_one_before_is_continued_from(
+    name, three_steps, job, state, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(three_steps, workdir)
+    tear, said = DAMAGES[name]
+    for step in (2, 3):
+        tear(largest_file(workdir / "checkpoints" / str(step)))
+    with Checkpoints(workdir, 3) as checkpoints, pytest.raises(UserError, match=f"is damaged .*{said}"):
+        checkpoints.find("latest")
+    shown = io.StringIO()
+    with Progress(shown) as progress, Session(job.config, workdir, progress) as session:
+        assert session.done == 1
+        restored, position = session.state(job.start, job.abstract_state)
+    assert position == {"step": 1}
+    assert_same(restored, dataclasses.replace(state, step=state.step + 1))
+    lines = [line for line in shown.getvalue().splitlines() if "damaged" in line]
+    assert len(lines) == 2 and all(said in line for line in lines)
+    assert sorted(path.name for path in (workdir / "damaged_checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_in_one_line(three_steps, job, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(three_steps, workdir)
+    for step in (1, 2, 3):
+        largest_file(workdir / "checkpoints" / str(step)).unlink()
+    with (
+        Progress(io.StringIO()) as progress,
+        pytest.raises(UserError, match="no whole checkpoint left .step 3: .* is missing") as caught,
+        Session(job.config, workdir, progress),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_a_list_of_its_files_that_cannot_be_read_is_one_line(three_steps, job, tmp_path):
+    """As those of earlier versions are."""
+    workdir = tmp_path / "run"
+    shutil.copytree(three_steps, workdir)
+    folder = workdir / "checkpoints" / "3"
+    (folder / "_MANIFEST").unlink()
+    largest_file(folder).write_bytes(b"")
+    with Checkpoints(workdir, 3) as checkpoints:
+        assert checkpoints.newest_whole() == (3, {})
+        with pytest.raises(UserError, match="checkpoints/3 can't be read .*older checkpoint") as caught:
+            checkpoints.restore(3, job.abstract_state())
+    assert "\n" not in str(caught.value)
+
+
+def test_two_processes_do_not_write_one_folder(job, tmp_path):
+    with Progress(io.StringIO()) as progress, Session(job.config, tmp_path, progress):
+        code = (
+            "import sys; from opd_jax.run.session import _lock; from pathlib import Path\n"
+            "with _lock(Path(sys.argv[1])): pass"
+        )
+        done = tiny.entry(code, tmp_path, command=(sys.executable, "-c"))
+        assert done.returncode == 1
+        assert f"UserError: --workdir={tmp_path}: process {os.getpid()} on " in done.stderr
+    with Progress(io.StringIO()) as progress, Session(job.config, tmp_path, progress):
+        pass  # the lock is free again
 
 
 def test_without_evaluations_there_is_no_best(job, state, tmp_path):
