@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from opd_jax.errors import UserError, reason
 from opd_jax.models.config import ModelConfig
@@ -13,7 +14,7 @@ from opd_jax.models.files import gguf, source
 # Words, digits, white space, code, accents and an emoji: enough to distinguish any two merge tables.
 _PROBE = (
     "The answer is 12,345.67 (about 1e4), isn't it?\n\n  def f(x):\n\treturn x**2  # \\frac"
-    "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end"
+    "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end.\n\n12345 don't"
 )
 _PROBE_CHATS = (
     [{"role": "user", "content": "What is 2 + 3?"}],
@@ -226,12 +227,54 @@ def _from_folder(folder, key: str):
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # transformers raises many kinds of errors for a missing or damaged tokenizer.
     except Exception as error:
+        raise UserError(f"{key}: no tokenizer can be read from {folder} ({reason(error)})") from error
+    return _as_the_file(tokenizer, Path(folder) / "tokenizer.json", key)
+
+
+def _as_the_file(tokenizer, file: Path, key: str):
+    """The tokenizer, made of its tokenizer.json alone where transformers' class reads that otherwise.
+
+    A class such as Qwen2Tokenizer splits text in its own way, whatever the file says: a file of another
+    family under its name gives other ids.
+
+    Raises:
+      UserError: the file cannot be read, or the two still differ.
+    """
+    import tokenizers
+    import transformers
+
+    if not file.is_file():
+        return tokenizer
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{key}: {file} cannot be read ({reason(error)}); copy it again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    if not _difference(tokenizer, backend):
+        return tokenizer
+    roles = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in roles.items() if token is not None}
+    )
+    plain.chat_template = tokenizer.chat_template
+    if found := _difference(plain, backend):
         raise UserError(
-            f"{key}: no tokenizer can be read from {folder} ({str(error).splitlines()[0]})"
-        ) from error
+            f"{key}: transformers reads {file} in another way: {found}; take the model's own files"
+        )
+    return plain
+
+
+def _difference(tokenizer, backend) -> str:
+    """How a transformers tokenizer differs from its file: in an added token or a probe text; "" if not."""
+    for i, token in backend.get_added_tokens_decoder().items():
+        if (found := tokenizer.convert_tokens_to_ids(token.content)) != i:
+            return f"{token.content!r} is id {found} and in the file {i}"
+    ours, files = _encode(tokenizer, _PROBE), backend.encode(_PROBE, add_special_tokens=False).ids
+    return "" if ours == files else f"a probe text has {len(ours)} tokens and by the file {len(files)}"
 
 
 def _texts(tokenizer) -> dict[int, str]:

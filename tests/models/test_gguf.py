@@ -235,6 +235,10 @@ def test_a_file_without_merges_has_no_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_refused_by_name(tmp_path):
+    unsaid = {"tokenizer.ggml.pre": "default", "tokenizer.ggml.merges": ["a b"]}
+    file = write(tmp_path / "d.gguf", "tiny_llama", extra=unsaid)
+    with pytest.raises(UserError, match="does not say how its tokenizer splits text"):
+        gguf.tokenizer_from_gguf(file)
     file = write(tmp_path / "x.gguf", "tiny_llama", extra={"tokenizer.ggml.pre": "tekken"})
     with pytest.raises(UserError, match="tekken"):
         gguf.tokenizer_from_gguf(file)

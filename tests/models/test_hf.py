@@ -323,6 +323,47 @@ def test_an_index_without_entries_is_refused(sharded_folder):
     refused(lambda: hf.load(sharded_folder), "weight_map")
 
 
+def test_weights_in_another_form_are_named_with_what_to_do(folder):
+    (folder / "model.safetensors").unlink()
+    for name, remedy in (
+        ("pytorch_model.bin", "save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "save_pretrained"),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("model.gguf", "path of the .gguf"),
+    ):
+        (folder / name).write_bytes(b"x")
+        refused(lambda: hf.load(folder), name, remedy)
+        (folder / name).unlink()
+
+
+def test_new_weights_beside_an_old_index_are_refused(sharded_folder):
+    save_file({}, sharded_folder / "model.safetensors")
+    refused(lambda: hf.load(sharded_folder), "model.safetensors and an index", "that are old")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_the_prefix_that_a_wrapper_leaves_is_named(folder, prefix):
+    file = folder / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    refused(lambda: hf.load(folder), repr(prefix), "save the model itself")
+
+
+def test_a_tied_model_with_another_head_is_refused_and_with_a_copy_is_read(tmp_path):
+    folder = tmp_path / "tied"
+    config, params = hf.load(GOLDEN / "tiny_llama")
+    tied = {name: value for name, value in params.items() if name != "head"}
+    hf.save(folder, config.replace(tie_embeddings=True), tied)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.copy()}, file)
+    assert hf.load(folder)[0].tie_embeddings
+    other = embedding.copy()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, file)
+    refused(lambda: hf.load(folder), "tie_word_embeddings", "lm_head.weight is another matrix")
+
+
 def test_a_folder_that_is_not_a_model_is_refused_in_one_line(tmp_path, folder):
     refused(lambda: hf.load(tmp_path / "nowhere"), "student.path", "nowhere")
     refused(lambda: hf.load(tmp_path), "student.path", "config.json")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from opd_jax.errors import UserError
 from opd_jax.models import tokenizers
 from opd_jax.models.files import source
+from tests import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -187,3 +188,47 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(smollm2, tmp_path):
     plain.chat_template = None
     plain.save_pretrained(tmp_path)
     refused(lambda: tokenizers.load(tmp_path, "teacher.path"), "teacher.path", "chat template")
+
+
+CL100K = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+
+
+def mixed_folder(folder, name):
+    """Writes a folder whose tokenizer.json splits text unlike the class that it names; returns the file's."""
+    tiny.tokenizer().save_pretrained(folder)
+    file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    vocab = {text: i for text, i in Tokenizer.from_file(str(file)).get_vocab().items() if i < 256}
+    breaks, stop = "\u010a\u010a", ".\u010a\u010a"
+    merges = [("\u010a", "\u010a"), (".", breaks)]
+    backend = Tokenizer(models.BPE(vocab | {breaks: 256, stop: 257}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CL100K), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|pad|>", "<|im_start|>", "<|im_end|>"])
+    backend.save(str(file))
+    settings = json.loads(settings_file.read_text())
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key in ("chat_template", "clean_up_tokenization_spaces")
+    }
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "tokenizer_class": name}
+    settings_file.write_text(json.dumps(kept | ends))
+    return backend
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_the_tokenizer_is_that_of_the_file_whatever_class_the_folder_names(tmp_path, name):
+    backend = mixed_folder(tmp_path, name)
+    ours = tokenizers.load(tmp_path)
+    for text in ("So it is.\n\nThen 12345.\n\n", tokenizers._PROBE):
+        assert ours.encode(text, add_special_tokens=False) == backend.encode(text).ids
+    assert ours.encode(".\n\n", add_special_tokens=False) == [257]
+    for i, token in backend.get_added_tokens_decoder().items():
+        assert ours.convert_tokens_to_ids(token.content) == i
+    assert ours.chat_template == tiny.tokenizer().chat_template
+    assert ours.eos_token == "<|im_end|>"

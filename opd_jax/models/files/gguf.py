@@ -29,7 +29,6 @@ _QWEN2_SPLIT = (
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
 _LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
 _SPLITS = {
-    "default": (_GPT2_SPLIT, False),
     "gpt-2": (_GPT2_SPLIT, False),
     "smollm": (_GPT2_SPLIT, True),
     "qwen2": (_QWEN2_SPLIT, False),
@@ -242,7 +241,8 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
         _value(reader, "tokenizer.ggml.model"),
         _value(reader, "tokenizer.ggml.pre", "default"),
     )
-    if kind != "gpt2" or cut not in _SPLITS:
+    unsaid = kind == "gpt2" and cut in (None, "default")
+    if not unsaid and (kind != "gpt2" or cut not in _SPLITS):
         raise UserError(
             f"{key}: the GGUF file has a tokenizer {kind!r} of type {cut!r}; supported: 'gpt2' of"
             f" type {', '.join(_SPLITS)}"
@@ -251,6 +251,11 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
     merges = _value(reader, "tokenizer.ggml.merges")
     if not tokens or merges is None:
         raise UserError(f"{key}: the GGUF file has no tokenizer.ggml.{'merges' if tokens else 'tokens'}")
+    if unsaid:
+        raise UserError(
+            f"{key}: the GGUF file does not say how its tokenizer splits text (tokenizer.ggml.pre); convert"
+            " the model again with a current llama.cpp, or load the Hugging Face folder"
+        )
     merges = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3 keeps a piece that is a token whole, whatever the merges would give.

@@ -20,6 +20,14 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import hf_config, safetensors_out, weights
 
 # Largest weight file that `save` writes, bytes.
+EMBEDDING = "model.embed_tokens.weight"
+ROWS = 8192  # of a matrix that is compared at a time
+# Weights in other forms, and what to do with them.
+OTHER_WEIGHTS = {
+    "adapter_model.*": "merge the adapter into its model with PEFT's merge_and_unload, and save that",
+    "pytorch_model*.bin": "open the model with transformers and save it with save_pretrained, as safetensors",
+    "*.gguf": "give the path of the .gguf file itself",
+}
 SHARD_BYTES = 5 * 10**9  # of a weight file; a single larger tensor gets a file of its own
 _DTYPES = ("F32", "F16", "BF16")
 
@@ -59,13 +67,14 @@ def load(
                 files[file] = stack.enter_context(safe_open(folder / file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{where}/{file} cannot be read ({_line(error)}); copy it again") from error
-        part_of, shapes, file_of = {}, {}, {}
+        part_of, shapes, file_of, copied_head = {}, {}, {}, None
         for file_name, file in files.items():
             for name in list(file.keys()):
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # Old exports store this constant of rope_theta.
                 if name == "lm_head.weight" and config.tie_embeddings:
-                    continue  # A copy of the embedding.
+                    copied_head = file.get_slice(name)  # a copy of the embedding
+                    continue
                 if name in file_of:
                     raise UserError(
                         f"{where}: {name} is in both {file_of[name]} and {file_name}; copy the folder again"
@@ -81,6 +90,8 @@ def load(
                     raise UserError(f"{where}: {name} is {part.get_dtype()}; supported: {', '.join(_DTYPES)}")
                 part_of[name], shapes[name] = part, part.get_shape()
         weights.check_shapes(config, "hf", shapes, where)
+        if config.tie_embeddings and copied_head is not None:
+            _check_tied(copied_head, part_of[EMBEDDING], where)
         config = config.replace(weights=stored)
         params = weights.read_tree(
             config,
@@ -287,6 +298,15 @@ def _leaf(tree: dict, path: tuple[str, ...]) -> Any:
 def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
     """Returns (names of the safetensors files, file of each tensor by the index or None without an index)."""
     index = folder / "model.safetensors.index.json"
+    alone = (folder / "model.safetensors").is_file()
+    if index.is_file() and alone:
+        raise UserError(
+            f"{where} holds model.safetensors and an index of several files; remove the weights that are old"
+        )
+    if not alone and not index.is_file():
+        for name, remedy in OTHER_WEIGHTS.items():
+            if found := sorted(path.name for path in folder.glob(name)):
+                raise UserError(f"{where} holds {found[0]}, which is not read; {remedy}")
     if not index.is_file():
         if not (folder / "model.safetensors").is_file():
             raise UserError(
@@ -303,6 +323,24 @@ def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
         if not (folder / file).is_file():
             raise UserError(f"{where} lacks {file}, which its index names; is it a complete download?")
     return files, weight_map
+
+
+def _check_tied(head, embedding, where: str):
+    """Refuses a head that is said to be the embedding and is not.
+
+    Raises:
+      UserError: they differ.
+    """
+    rows = embedding.get_shape()[0]
+    same = list(head.get_shape()) == list(embedding.get_shape())
+    for first in range(0, rows if same else 0, ROWS):
+        part = slice(first, min(first + ROWS, rows))
+        same = same and bool(np.array_equal(head[part], embedding[part]))
+    if not same:
+        raise UserError(
+            f"{where}: config.json says tie_word_embeddings, and lm_head.weight is another matrix than"
+            f" {EMBEDDING}; set tie_word_embeddings to false in config.json, or remove lm_head.weight"
+        )
 
 
 def _tokenizer_length(folder: Path, key: str) -> int | None:

@@ -18,6 +18,14 @@ from opd_jax.errors import UserError
 from opd_jax.models import int8, transformer
 from opd_jax.models.config import ModelConfig
 
+# Beginnings of tensor names that wrappers of a model leave in a checkpoint.
+PREFIXES = {
+    "module.": "PyTorch's DistributedDataParallel puts there",
+    "_orig_mod.": "torch.compile puts there",
+    "base_model.model.": "PEFT puts there",
+    "model.language_model.": "a model of images and text puts there",
+}
+
 
 class Stored(NamedTuple):
     """A parameter in a checkpoint.
@@ -136,6 +144,14 @@ def check_shapes(config: ModelConfig, file_format: str, found: dict, where: str)
       UserError: names the first such tensor and how many more there are.
     """
     wanted = {tensor.name: tensor.shape for tensor in tensors(config, file_format)}
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in found) and not any(
+            name.startswith(prefix) for name in wanted
+        ):
+            raise UserError(
+                f"{where}: the names of its tensors begin with {prefix!r}, which {PREFIXES[prefix]}; save the"
+                " model itself"
+            )
     problems = (
         ("has no tensor", [name for name in wanted if name not in found]),
         (
