@@ -64,6 +64,7 @@ def write(file, name, quantise=None, omit=(), arch=None, extra=None, divisors=No
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+    add[list] = writer.add_array
     for key, value in (extra or {}).items():
         add[type(value)](key, value)
     if divisors is not None:
