@@ -159,6 +159,21 @@ def test_a_transfer_planted_in_the_loop_is_caught(finished, job, tmp_path):
         train(planted, tmp_path)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "gup"])
+def test_a_platform_that_is_not_there_is_one_line(models, tmp_path, platform):
+    """CUDA's plugin raises an AssertionError without a word, the others a RuntimeError."""
+    config = Path(__file__).parents[1] / "configs" / "demo.py"
+    done = tiny.entry(
+        "opd_jax.train",
+        f"--config={config}",
+        f"--workdir={tmp_path}",
+        env={"JAX_PLATFORMS": platform, "PYTHONPATH": ""},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device here (")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(finished, job, tmp_path, step):
     """Step 4 is to be evaluated, which waits until the run goes on."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 from opd_jax.parallel.layouts import AXES, DEFAULT, Layout, mesh_sizes
 
 BATCH = P(("data", "fsdp"))
@@ -29,7 +30,7 @@ def make_mesh(sizes, devices=None) -> Mesh:
     Raises:
       UserError: the sizes do not fit the number of devices or slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     slices = slice_count(devices)
     shape = mesh_sizes(sizes, slices)
     named = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, shape, strict=True))
@@ -56,6 +57,22 @@ def make_mesh(sizes, devices=None) -> Mesh:
         inside, (slices, 1, 1), devices, allow_split_physical_axes=True
     )
     return Mesh(grid, AXES, axis_types=types)
+
+
+def all_devices() -> list:
+    """The devices of all processes.
+
+    Raises:
+      UserError: JAX cannot use the platform that it is told to.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter is all that a missing CUDA plugin raises
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such device here ({reason(error)}); unset it to take what"
+            " there is, install JAX for that platform, or end the process that holds the device"
+        ) from error
 
 
 def slice_count(devices) -> int:

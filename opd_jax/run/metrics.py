@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -80,7 +80,7 @@ class MetricWriter:
         self.recorded: frozenset[tuple[str, str | None]] = frozenset()
         if not self.active:
             return
-        workdir = Path(workdir)
+        self._workdir = workdir = Path(workdir)
         if config.metrics.wandb:
             self._wandb = _start_wandb(workdir, {"project": config.metrics.wandb}, resume_step)
             self._closing.callback(self._wandb.finish)
@@ -146,9 +146,19 @@ class MetricWriter:
         self._append_all(EVALUATIONS_FILE, answers)
 
     def sync(self) -> None:
-        """Puts what was written on the disk, so that no checkpoint outlives the records of its steps."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        """Puts what was written on the disk, so that no checkpoint outlives the records of its steps.
+
+        Raises:
+          UserError: the disk is full, or the folder is gone.
+        """
+        for name, file in self._files.items():
+            with self._writing(name):
+                os.fsync(file.fileno())
+            if not (self._workdir / name).exists():
+                raise UserError(
+                    f"{self._workdir / name} was removed while the run was writing it; the run ends, since"
+                    " what it would write would be lost"
+                )
 
     def say(self, text: str) -> None:
         """Shows one line among the progress."""
@@ -173,8 +183,19 @@ class MetricWriter:
                 self._append(name, {key: _plain(value) for key, value in line.items()})
 
     def _append(self, name: str, plain: Mapping[str, Any]) -> None:
-        self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
-        self._files[name].flush()
+        with self._writing(name):
+            self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
+            self._files[name].flush()
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._workdir / name} can't be written ({error.strerror}); make room or restore access,"
+                " and start again with the same --workdir to continue from the newest checkpoint"
+            ) from error
 
     def close(self) -> None:
         self._closing.close()
@@ -250,14 +271,21 @@ def import_wandb() -> Any:
     """The module wandb.
 
     Raises:
-      UserError: it is not installed.
+      UserError: it is not installed, or has no key to log with.
     """
     try:
-        return importlib.import_module("wandb")
+        wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise UserError(
             "metrics.wandb: the package wandb is missing; pip install wandb, or unset metrics.wandb"
         ) from error
+    key = os.environ.get("WANDB_API_KEY") or getattr(getattr(wandb, "api", None), "api_key", None)
+    if not key and os.environ.get("WANDB_MODE", "online") in ("online", "run"):
+        raise UserError(
+            "metrics.wandb: W&B has no key here; run `wandb login`, or set WANDB_API_KEY or"
+            " WANDB_MODE=offline"
+        )
+    return wandb
 
 
 def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | None) -> Any:

@@ -1,8 +1,10 @@
 """The records of a run: what is written, what a resumed run keeps, and the phase clock."""
 
+import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -126,6 +128,25 @@ def test_sync_puts_every_record_on_the_disk(tmp_path, monkeypatch):
     assert sorted(synced) == sorted(str(tmp_path / name) for name in names)
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+    """/dev/full takes nothing, as a full disk."""
+    full = open("/dev/full", "w")  # noqa: SIM115
+    with tiny.writer(tmp_path) as out:
+        out._files["metrics.jsonl"] = full
+        with pytest.raises(UserError, match=r"metrics.jsonl can't be written \(No space left on device\)"):
+            out.write(train_line(1))
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+def test_a_folder_that_is_removed_meanwhile_ends_the_run_at_the_next_save(tmp_path):
+    with tiny.writer(tmp_path / "run") as out:
+        out.write(train_line(1))
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(UserError, match=r"metrics.jsonl was removed while the run was writing it"):
+            out.sync()
+
+
 def test_tensorboard_file_holds_the_scalars(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
@@ -156,6 +177,17 @@ def test_wandb_is_imported_only_when_asked_for_and_missing_is_one_line(tmp_path,
         pass
 
 
+def test_wandb_without_a_key_is_one_line_before_anything_is_read(monkeypatch):
+    nothing = types.SimpleNamespace(api=types.SimpleNamespace(api_key=None))
+    monkeypatch.setitem(sys.modules, "wandb", nothing)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="no key here; run `wandb login`"):
+        metrics.import_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert metrics.import_wandb() is nothing
+
+
 def test_wandb_gets_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
     calls, logged = [], []
 
@@ -169,6 +201,7 @@ def test_wandb_gets_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeyp
         )
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("WANDB_API_KEY", "key")
     for resume_step in (None, 1):
         with tiny.writer(tmp_path, wandb="p", resume_step=resume_step) as out:
             out.write(train_line((resume_step or 0) + 1))
