@@ -194,9 +194,10 @@ def test_a_template_that_refuses_a_system_role_can_be_used_and_says_so_where_one
         data.load(config.data, student)
 
 
-def test_a_broken_template_is_one_line(tmp_path):
+def test_a_template_that_is_broken_or_reaches_for_python_is_one_line(tmp_path):
     tokenizer = tiny.tokenizer()
-    for template in ("{% for", "{{ messages[9].content }}", "{{ 1 / 0 }}"):
+    python = "{{ messages.__class__.__base__.__subclasses__() }}"
+    for template in ("{% for", "{{ messages[9].content }}", "{{ 1 / 0 }}", python):
         tokenizer.chat_template = template
         with pytest.raises(UserError, match="here: the chat template refuses") as caught:
             tokenizers.render(tokenizer, [USER], "here")
