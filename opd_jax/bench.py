@@ -38,7 +38,7 @@ from opd_jax.distill import (
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
-from opd_jax.preflight import costs, hlo
+from opd_jax.preflight import costs, jaxprs
 from opd_jax.progress import Progress
 from opd_jax.release.segments import SegmentTable, segment
 
@@ -203,7 +203,7 @@ def _measure(
     )
     sampled = best_seconds(sample, params, *prompts, progress=progress, name="the sampler")
     rounds = t // flags.FLAGS.cache_stages
-    products = hlo.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds)
+    products = jaxprs.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds)
     batch = costs.MicroBatch(b, p, t, ONE)
     measured("sample", sampled, products, costs.sample_bytes(student, batch, flags.FLAGS.cache_stages))
     if flags.FLAGS.sample_only:
@@ -250,7 +250,7 @@ def _train_seconds(
     score = jax.jit(lambda weights, rollouts: scoring.score(teacher, weights, rollouts, how))
 
     def products(fn, *args):
-        return hlo.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+        return jaxprs.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
     b, length = rollouts.tokens_BL.shape
     t = rollouts.mask_BT.shape[1]

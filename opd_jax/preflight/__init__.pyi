@@ -1,3 +1,3 @@
 from . import costs as costs
-from . import hlo as hlo
+from . import jaxprs as jaxprs
 from . import notebook as notebook

@@ -19,13 +19,13 @@ from absl import flags
 
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.preflight import check, dump, search, table, topology
+from opd_jax.preflight import check, dump, reports, search, table, topology
 from opd_jax.preflight.build import Built, built
 from opd_jax.preflight.plan import plan
 from opd_jax.progress import Progress
 
 
-def as_dict(report: check.StepReport) -> dict:
+def as_dict(report: reports.StepReport) -> dict:
     """The report that --json prints."""
     return dataclasses.asdict(report) | {"ok": report.ok, "assumed": check.ASSUMED}
 

@@ -13,7 +13,7 @@ class Built:
     """A compiled program: its memory in bytes on one device, and its optimised text.
 
     Attributes:
-      arguments, temporaries, peak: as in check.ProgramReport.
+      arguments, temporaries, peak: as in reports.ProgramReport.
       host: bytes of arguments in the host's memory; not part of the above.
       text: optimised HLO, which hlo.Program reads.
       shortage: the compiler's message if the memory does not suffice, else "".

@@ -14,7 +14,7 @@ import jax
 from opd_jax import config
 from opd_jax.distill import train_step as training
 from opd_jax.errors import UserError, fail
-from opd_jax.preflight import costs, hlo, topology
+from opd_jax.preflight import costs, jaxprs, topology
 from opd_jax.preflight import plan as preflight
 from opd_jax.run import programs
 
@@ -30,7 +30,7 @@ def ratio(plan: programs.Programs) -> float:
     sizes = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     flops = costs.phase_flops(*models, *sizes)
     passes = flops["score"] + flops["update"] * (4 + training.recomputes(c)) / 3
-    return hlo.matmul_flops(traced.jaxpr.jaxpr, 1, experts, plan.mesh.shape["tensor"]) / passes
+    return jaxprs.matmul_flops(traced.jaxpr.jaxpr, 1, experts, plan.mesh.shape["tensor"]) / passes
 
 
 def main(paths):

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.errors import UserError
 from opd_jax.parallel import sharding
-from opd_jax.preflight import check, topology
+from opd_jax.preflight import check, reports, topology
 from opd_jax.preflight.build import Built, built
 from opd_jax.run import Programs
 
@@ -20,7 +20,7 @@ def search(
     planned: Callable[[ConfigDict, list], Programs],
     tell: Callable[[str], None] = lambda line: None,
     build: Callable[..., Built] = built,
-) -> list[tuple[dict[str, int], int, check.StepReport]]:
+) -> list[tuple[dict[str, int], int, reports.StepReport]]:
     """Compiles all programs over mesh shapes and micro-batches.
 
     On each mesh it tries micro-batches of 1, 2, 4 ... rollouts per device, up to the first that does not

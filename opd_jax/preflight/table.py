@@ -1,11 +1,11 @@
 """Preflight reports as text."""
 
-from opd_jax.preflight import check
+from opd_jax.preflight import check, reports
 
 GIB = 2**30
 
 
-def step(report: check.StepReport, where: str) -> str:
+def step(report: reports.StepReport, where: str) -> str:
     """The whole report: a table of programs, and lines about the step."""
     columns = ("", *(program.name for program in report.programs))
     rows = [columns]
@@ -67,13 +67,13 @@ def search(found) -> str:
     return "\n".join([*_aligned(rows), named])
 
 
-def _peak(r: check.ProgramReport) -> str:
+def _peak(r: reports.ProgramReport) -> str:
     if r.shortage:
         return r.shortage
     return f"{(r.peak + r.resident) / GIB:.2f} of {r.capacity / GIB:.2f}"
 
 
-def _release(train: check.ProgramReport) -> str:
+def _release(train: reports.ProgramReport) -> str:
     operations, size = train.release
     shares = operations / train.program_flops, size / train.bytes
     return "segments and release rule: at most {:.2g}% of train_step's FLOPs, {:.2g}% of its bytes".format(
@@ -85,7 +85,7 @@ def _collective(total) -> str:
     return "–" if total is None else f"{total[1] / 1e9:.3g} ({total[0]}×)"
 
 
-def _micro_batch(report: check.StepReport) -> str:
+def _micro_batch(report: reports.StepReport) -> str:
     best = report.largest_micro_batch
     if best is None:
         return f"micro-batch: {report.micro_batch}"

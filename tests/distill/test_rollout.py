@@ -13,7 +13,7 @@ from scipy import special, stats
 from opd_jax.distill import rollout
 from opd_jax.models import transformer
 from opd_jax.parallel import sharding
-from opd_jax.preflight import hlo
+from opd_jax.preflight import hlo, jaxprs
 from tests import tiny
 
 B, P, T = 8, 6, 10
@@ -286,7 +286,7 @@ def test_samples_of_one_prompt_share_its_prefill():
         sampling = rollout.Sampling(max_tokens=T, samples=samples)
         shaped = jax.ShapeDtypeStruct((prompts, P), np.int32), jax.ShapeDtypeStruct((prompts, P), bool)
         traced = sample_jit.trace(MODEL, params(), *shaped, jax.random.key(0), sampling)
-        return hlo.matmul_flops(traced.jaxpr.jaxpr)
+        return jaxprs.matmul_flops(traced.jaxpr.jaxpr)
 
     prefill = P * MODEL.matmul_flops_per_token(head=False)
     prefill += 4 * P**2 * MODEL.heads * MODEL.head_size * MODEL.layers

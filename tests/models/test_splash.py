@@ -11,7 +11,7 @@ import pytest
 from opd_jax.errors import UserError
 from opd_jax.models import attention, splash, transformer
 from opd_jax.parallel import sharding
-from opd_jax.preflight import hlo
+from opd_jax.preflight import jaxprs
 from opd_jax.run import resolve
 from tests import tiny
 
@@ -85,8 +85,8 @@ def test_a_model_gives_the_same_hidden_states_with_either(monkeypatch):
 def test_the_kernels_blocks_above_the_diagonal_are_not_counted():
     """Of three by three blocks it computes six; plain attention multiplies all, masked or not."""
     q, k, v, _ = arrays(4, 2)
-    kernel = hlo.matmul_flops(jax.make_jaxpr(interpreted)(q, k, v, MASK_BL).jaxpr)
-    assert 9 * kernel == 6 * hlo.matmul_flops(jax.make_jaxpr(plain)(q, k, v, MASK_BL).jaxpr)
+    kernel = jaxprs.matmul_flops(jax.make_jaxpr(interpreted)(q, k, v, MASK_BL).jaxpr)
+    assert 9 * kernel == 6 * jaxprs.matmul_flops(jax.make_jaxpr(plain)(q, k, v, MASK_BL).jaxpr)
 
 
 def chosen(kernel, *, platform="tpu", tensor=2):

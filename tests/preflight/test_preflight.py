@@ -20,7 +20,7 @@ from opd_jax.models.files import presets, source
 from opd_jax.parallel import sharding
 from opd_jax.preflight import build as preflight_build
 from opd_jax.preflight import check as preflight_check
-from opd_jax.preflight import costs, hlo, passes, topology
+from opd_jax.preflight import costs, hlo, jaxprs, passes, reports, topology
 from opd_jax.preflight import dump as preflight_dump
 from opd_jax.preflight import plan as preflight
 from opd_jax.preflight import search as preflight_search
@@ -110,7 +110,7 @@ def test_matrix_products_are_counted_as_often_as_loops_run_them():
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.checkpoint(jnp.dot)(x, b), five)
 
     once = 2 * 3 * 4 * 4
-    assert hlo.matmul_flops(jax.make_jaxpr(loops)(a, b).jaxpr, unknown_trips=7) == (5 + 7) * once
+    assert jaxprs.matmul_flops(jax.make_jaxpr(loops)(a, b).jaxpr, unknown_trips=7) == (5 + 7) * once
 
 
 def test_counted_flops_of_a_forward_pass_are_the_compilers():
@@ -122,7 +122,7 @@ def test_counted_flops_of_a_forward_pass_are_the_compilers():
         return transformer.logits(model, transformer.head(model, params), hidden_BLD)
 
     traced = jax.jit(logits).trace(*arguments)
-    counted = hlo.matmul_flops(traced.jaxpr.jaxpr)
+    counted = jaxprs.matmul_flops(traced.jaxpr.jaxpr)
     formula = rows * length * model.matmul_flops_per_token(head=True)
     formula += rows * 4 * length**2 * model.heads * model.head_size  # plain attention masks half of it
     assert counted == formula
@@ -151,8 +151,8 @@ def test_a_sparse_models_flops_are_those_of_the_chosen_experts_forward_and_backw
     one_pass = rows * (length * SPARSE.matmul_flops_per_token(head=False) + attention)
     arguments = transformer.abstract(SPARSE), *_tokens(rows, length)
     for fn in (loss, sharding.on(mesh, loss)):
-        assert hlo.matmul_flops(jax.make_jaxpr(fn)(*arguments).jaxpr) == one_pass
-        assert hlo.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
+        assert jaxprs.matmul_flops(jax.make_jaxpr(fn)(*arguments).jaxpr) == one_pass
+        assert jaxprs.matmul_flops(jax.make_jaxpr(jax.grad(fn))(*arguments).jaxpr) == 3 * one_pass
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,16 @@ def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each
     whole, parts = (jax.make_jaxpr(fn)(*arguments).jaxpr for fn in (hidden, cut))
     for models in ((sparse, other), (other, sparse)):
         experts = [(model.width, model.ffn, model.experts) for model in models]
-        assert hlo.matmul_flops(whole, 1, experts) == hlo.matmul_flops(whole)
-        assert hlo.matmul_flops(parts, 1, experts, tensor=4) == hlo.matmul_flops(whole)
+        assert jaxprs.matmul_flops(whole, 1, experts) == jaxprs.matmul_flops(whole)
+        assert jaxprs.matmul_flops(parts, 1, experts, tensor=4) == jaxprs.matmul_flops(whole)
 
 
 def test_a_grouped_product_of_no_sparse_model_is_refused_with_its_widths():
     product = jax.make_jaxpr(jax.lax.ragged_dot)(jnp.ones((6, 32)), jnp.ones((2, 32, 64)), jnp.array([4, 2]))
-    assert hlo.matmul_flops(product.jaxpr, 1, [(32, 64, 2)]) == 2 * 6 * 32 * 64
-    assert hlo.matmul_flops(product.jaxpr, 1, [(32, 128, 2)], tensor=2) == 2 * 6 * 32 * 64
+    assert jaxprs.matmul_flops(product.jaxpr, 1, [(32, 64, 2)]) == 2 * 6 * 32 * 64
+    assert jaxprs.matmul_flops(product.jaxpr, 1, [(32, 128, 2)], tensor=2) == 2 * 6 * 32 * 64
     with pytest.raises(ValueError, match="widths 32 and 64"):
-        hlo.matmul_flops(product.jaxpr, 1, [(32, 128, 2), (64, 128, 2)])
+        jaxprs.matmul_flops(product.jaxpr, 1, [(32, 128, 2), (64, 128, 2)])
 
 
 def test_the_splash_kernels_products_are_those_of_the_blocks_it_computes_forward_and_backward():
@@ -198,10 +198,10 @@ def test_the_splash_kernels_products_are_those_of_the_blocks_it_computes_forward
     arguments = jnp.ones((b, length, heads, c), jnp.bfloat16), kv_BLKC, kv_BLKC
     blocks = sum(range(1, length // block + 1))  # on the diagonal or below
     product = 2 * b * heads * blocks * block**2 * c
-    assert hlo.matmul_flops(jax.make_jaxpr(attend)(*arguments).jaxpr) == 2 * product
+    assert jaxprs.matmul_flops(jax.make_jaxpr(attend)(*arguments).jaxpr) == 2 * product
     backward = jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*arguments).jaxpr
     row_sums = 2 * b * heads * length * c  # of output x its gradient
-    assert hlo.matmul_flops(backward) == (2 + 3 + 4) * product + row_sums
+    assert jaxprs.matmul_flops(backward) == (2 + 3 + 4) * product + row_sums
 
 
 def test_a_decode_step_reads_the_experts_of_its_tokens_and_a_long_batch_reads_all():
@@ -380,7 +380,7 @@ def test_a_chip_too_small_fails_by_name(models):
 
 
 def test_memory_held_beside_a_program_counts(models):
-    program = preflight_check.ProgramReport("sample", peak=6, resident=5, capacity=10)
+    program = reports.ProgramReport("sample", peak=6, resident=5, capacity=10)
     assert not program.fits and dataclasses.replace(program, resident=4).fits
 
 
@@ -471,14 +471,12 @@ def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ra
 
     def sample(plan, chip, name, **how):
         sampled.append(plan.mesh.shape["tensor"])
-        return preflight_check.ProgramReport(name, memory_seconds=plan.mesh.shape["tensor"] / 2)
+        return reports.ProgramReport(name, memory_seconds=plan.mesh.shape["tensor"] / 2)
 
     def compiled(plan, chip, name, *_, **how):
         micro_batch, tensor = plan.config.train.micro_batch, plan.mesh.shape["tensor"]
         seconds = 8 / micro_batch
-        return preflight_check.ProgramReport(
-            name, peak=micro_batch, capacity=4 * tensor, memory_seconds=seconds
-        )
+        return reports.ProgramReport(name, peak=micro_batch, capacity=4 * tensor, memory_seconds=seconds)
 
     monkeypatch.setattr(preflight_check, "_sample", sample)
     monkeypatch.setattr(preflight_check, "_compile", compiled)
