@@ -198,6 +198,11 @@ def train(config, workdir, progress: Progress | None = None) -> TrainState:
 
 def _train(config, workdir, shown: Progress) -> TrainState:
     c = validate(config, teacher=False)
+    if c.train.updates_per_rollout != 1:
+        raise UserError(
+            f"train.updates_per_rollout={c.train.updates_per_rollout}: fine-tuning makes one update a step;"
+            " set it to 1"
+        )
     job.check_workdir(workdir, c)
     compile_cache.enable(c.compile.cache)
     mesh = sharding.make_mesh(c.mesh)
@@ -257,7 +262,7 @@ def _train(config, workdir, shown: Progress) -> TrainState:
         left_out = session.done is not None and due(c, c.eval.every, session.done)
         if left_out and not session.recorded([("eval", None)]):
             writer.write({"kind": "eval", "step": session.done} | evaluate(state))
-        reader = StepReader(writer, c)
+        reader = StepReader(writer, c, session.skipped)
 
         def finish(step: int):
             with shown.phase(f"step {step}/{c.train.steps}"):

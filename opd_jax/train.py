@@ -85,7 +85,7 @@ def train(
         names = [rendered.benchmark.name for rendered in job.rendered_benchmarks]
         there = session.recorded([("eval", None), *(("benchmark", name) for name in names)])
         stack.enter_context(jax.transfer_guard("disallow"))
-        read = StepReader(writer, c)
+        read = StepReader(writer, c, session.skipped)
 
         def evaluate_heldout(step: int, state, result: dict | None = None) -> float:
             result = dict(result or evaluate(job, state.params, teacher_params, shown))

@@ -13,7 +13,7 @@ from opd_jax.evaluation import quantities
 BRACE = re.compile(r"\\[{}]|(\\(?:boxed|fbox)\s*)?\{|\}")
 BARE_BOX = re.compile(r"\\boxed\s+([^\s{$.,]+)")
 ADVERB = r"(?:\s+(?:therefore|thus|hence)\b,?)?"
-MARKED = re.compile(rf"\banswer(?:\s+is|\s*:){ADVERB}\s*:?\s*", re.IGNORECASE)
+MARKED = re.compile(rf"\banswer(?:\s+is|\s*:){ADVERB}\s*(?::|\.\.\.|…)?\s*", re.IGNORECASE)
 STATED = re.compile(rf"\b(?:is|are|equals?|get|obtain){ADVERB}\s*:?\s+")
 MARKUP = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|operatorname|mbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -58,11 +58,16 @@ NUMBER_WORDS += tuple(f"{ten}-{one}".removesuffix("-zero") for ten in TENS for o
 THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>")
 THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>")
 ABOUT = re.compile(r"^(?:approximately|about|around|roughly|nearly|exactly|just|only|simply)\s+", re.I)
-ASIDE = re.compile(
-    r",\s+(?!-?\$?\d)|,?\s+or\s+(?=an?\s)|\s+and\s+(?!-?\$?\d)|\s+(?:which|so|altogether|in total)\b"
+VALUE = rf"(?:an?|half|quarters?|thirds?|plus|minus|times|{'|'.join(NUMBER_WORDS)})\b|[-−+±√\\(\d$%]"
+ASIDE = re.compile(  # what no longer says the number, if no value follows
+    rf",\s+(?!or\b|and\b|{VALUE})|\s+and\s+(?!or\b|{VALUE})|,?\s+or\s+(?=a\s+(?:dozen|score|pair)\b)"
+    r"|\s+\((?!mod|or|base)(?=[a-z])|\s+(?:which|so|altogether|in total)\b",
+    re.IGNORECASE,
 )
-ELLIPSIS = re.compile(r"\\[lc]?dots(?![a-z])|…|\.\.\.")
-TOLERANCE = 1e-6  # relative; math-verify's own is absolute
+ELLIPSIS = re.compile(r"\\[lc]?dots[cbmio]?(?![a-z])|…|\.\.\.")
+LISTED = re.compile(rf",\s*(?:{ELLIPSIS.pattern})\s*,")
+TINY = 1e-3  # math-verify compares six decimals, which say little of numbers below this
+TOLERANCE = 2e-3  # relative, of tiny numbers
 NAME = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?")
 LONGEST = 1000  # most characters of a final answer; no reference is longer
 
@@ -91,6 +96,8 @@ def grade(response: str, answer: str) -> bool:
         return _chosen(said[-1] if said else None, response) == choice[1]
     if not said:
         if quantity := quantities.read(_clean(answer)):
+            if LISTED.search((response.strip().splitlines() or [""])[-1]):
+                return False  # its last number ends a list
             number = _last_number(response)
             if number is None:
                 return False
@@ -300,8 +307,11 @@ def _same_expression(said: str, answer: str) -> bool:
     import math_verify  # the import takes a second
     import sympy
 
+    exact = "." not in said + answer
+
     def equal(one, other):
-        return bool(math_verify.verify(one, other, timeout_seconds=None)) and not _far_apart(one, other)
+        same = bool(math_verify.verify(one, other, timeout_seconds=None))
+        return same and not _far_apart(one, other, exact)
 
     # "22/7 ≈ 3.14" means the first of the two.
     said = re.split(r"\\approx|≈", re.sub(r"^(?:\\approx|≈)", "", said))[0].strip()
@@ -322,18 +332,26 @@ def _same_expression(said: str, answer: str) -> bool:
 
 def _listed(text: str) -> str:
     """A list with an ellipsis, without spaces."""
-    return re.sub(r"\s", "", ELLIPSIS.sub("…", text))
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", ELLIPSIS.sub("…", text))
+    return re.sub(r"\s", "", text)
 
 
-def _far_apart(one: list, other: list) -> bool:
-    """Whether two lists of one number each are numbers that differ, however small both are."""
+def _far_apart(one: list, other: list, exact: bool) -> bool:
+    """Whether two lists of one number each differ, though math-verify takes them for the same.
+
+    Args:
+      exact: neither is a decimal, so that any difference counts; else that of tiny numbers does.
+    """
     import sympy
 
     values = [values[0] if values else None for values in (one, other)]
     if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_real for value in values):
         return False
-    left, right = (value.evalf(30) for value in values)
-    return bool(abs(left - right) > TOLERANCE * max(abs(left), abs(right)))
+    left, right = (value.evalf(60) for value in values)
+    apart, size = abs(left - right), max(abs(left), abs(right))
+    if exact:
+        return bool(apart > size * 1e-40)
+    return bool(size < TINY and apart > TOLERANCE * size)
 
 
 def _same_in_base(said: re.Match, answer: re.Match) -> bool:

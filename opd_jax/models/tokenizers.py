@@ -261,7 +261,11 @@ def _as_the_file(tokenizer, file: Path, key: str):
         tokenizer_object=backend, **{name: token for name, token in roles.items() if token is not None}
     )
     plain.chat_template = tokenizer.chat_template
-    if found := _difference(plain, backend):
+    found = _difference(plain, backend)
+    for i, token in tokenizer.added_tokens_decoder.items():  # some stand in tokenizer_config.json alone
+        if plain.convert_tokens_to_ids(token.content) != i and token.content not in backend.get_vocab():
+            found = found or f"{token.content!r} has id {i} in tokenizer_config.json and none in the file"
+    if found:
         raise UserError(
             f"{key}: transformers reads {file} in another way: {found}; take the model's own files"
         )

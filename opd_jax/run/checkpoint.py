@@ -1,14 +1,16 @@
 """Saving and restoring what a run needs to continue exactly: state, and the position in the prompts.
 
-Every checkpoint holds a list of its files with sizes and checksums, written before it gets its final name. So
-a file that is missing, cut off or changed is found before anything is restored.
+Every checkpoint holds a list of its files with sizes and, up to SUMMED_BYTES, checksums, written before it
+gets its final name. So a file that is missing, cut off or changed is found before anything is restored.
 """
 
 import contextlib
 import json
 import math
+import os
 import shutil
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +28,7 @@ DAMAGED = "damaged_checkpoints"  # where the damaged ones are moved, for whoever
 MANIFEST = "_MANIFEST"
 UNLISTED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax writes the latter again when it is done
 BLOCK = 1 << 24
+SUMMED_BYTES = 8 << 30  # reading more back would delay a save, and the preemption that waits for it
 
 
 class _Manager(ocp.CheckpointManager):
@@ -128,46 +131,62 @@ class Checkpoints:
         folder = Path(self._manager.directory)
         begun = [path for path in folder.glob(f"{self._saving}.*") if path.is_dir()]
         for path in begun or [folder / str(self._saving)]:
-            (path / MANIFEST).write_text(json.dumps(_listing(path), indent=1) + "\n")
+            with (path / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(_listing(path), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
 
     def damage(self, step: int) -> str:
         """What is wrong with the files of a checkpoint; "" for a whole one, or one without a list of files.
 
-        Process 0 reads every byte; call it in every process.
+        Process 0 reads them; call it in every process.
         """
-        folder, found = Path(self._manager.directory) / str(step), ""
-        if jax.process_index() == 0 and (folder / MANIFEST).is_file():
-            found = _difference(json.loads((folder / MANIFEST).read_text()), _listing(folder))
+        wrong = ""
+        if jax.process_index() == 0:
+            folder = Path(self._manager.directory) / str(step)
+            try:
+                if (folder / MANIFEST).is_file():
+                    wrong = _difference(json.loads((folder / MANIFEST).read_text()), folder)
+            except (OSError, ValueError) as error:
+                wrong = f"a file can't be read: {reason(error)}"
+            if wrong and not folder.exists():
+                wrong = "it was removed while it was read: a run goes on there"
         told = np.zeros(200, np.uint8)
-        text = found.encode()[:200]
+        text = wrong.encode()[:200]
         told[: len(text)] = list(text)
         return bytes(distributed.gathered(told)[0]).rstrip(b"\0").decode(errors="replace")
 
     def newest_whole(self) -> tuple[int | None, dict[int, str]]:
         """(the newest whole checkpoint's step or None, what is wrong with newer ones by their step).
 
-        The damaged ones are moved out of the way. Call it in every process.
+        If there is a whole one, the damaged ones are moved out of the way. Call it in every process.
         """
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found = self.damage(step)
-            if not found:
-                break
-            damaged[step] = found
-        else:
-            step = None
-        for number in damaged:
-            self._set_aside(number)
-        return step, damaged
+            wrong = self.damage(step)
+            if not wrong:
+                self._set_aside(damaged)
+                return step, damaged
+            damaged[step] = wrong
+        return None, damaged
 
-    def _set_aside(self, step: int) -> None:
-        folder = Path(self._manager.directory)
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        folder, failed = Path(self._manager.directory), ""
+        if not steps:
+            return
         if jax.process_index() == 0:
             target = folder.parent / DAMAGED
-            target.mkdir(exist_ok=True)
-            shutil.rmtree(target / str(step), ignore_errors=True)
-            (folder / str(step)).rename(target / str(step))
-        distributed.gathered([0])  # no process lists the folder before
+            try:
+                target.mkdir(exist_ok=True)
+                for step in steps:
+                    shutil.rmtree(target / str(step), ignore_errors=True)
+                    (folder / str(step)).rename(target / str(step))
+            except OSError as error:
+                failed = error.strerror or "OSError"
+        if distributed.gathered([bool(failed)]).any():  # also: no process lists the folder before
+            raise UserError(
+                f"{folder} holds a damaged checkpoint that can't be moved ({failed or 'by process 0'})"
+            )
         self._manager.reload()
 
     def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
@@ -195,7 +214,7 @@ class Checkpoints:
         except Exception as error:  # of TensorStore, of the file system, of Orbax
             raise UserError(
                 f"{self._manager.directory}/{step} can't be read ({reason(error)}); move that folder away to"
-                " continue from an older checkpoint, or give --step"
+                " continue from an older checkpoint"
             ) from error
 
     def find(self, wanted) -> int:
@@ -206,10 +225,11 @@ class Checkpoints:
         """
         step = str({"latest": self.latest, "best": self.best}.get(wanted, wanted))
         if step.isdigit() and int(step) in self._manager.all_steps():
-            if found := self.damage(int(step)):
+            if wrong := self.damage(int(step)):
+                others = [str(other) for other in self._manager.all_steps() if other != int(step)]
                 raise UserError(
-                    f"--step={wanted}: {self._manager.directory}/{step} is damaged ({found}); name another"
-                    f" of {', '.join(map(str, self._manager.all_steps()))}"
+                    f"--step={wanted}: {self._manager.directory}/{step} is damaged ({wrong}); others that are"
+                    f" there: {', '.join(others) or 'none'}"
                 )
             return int(step)
         there = ", ".join(map(str, self._manager.all_steps())) or "none"
@@ -269,27 +289,36 @@ class Checkpoints:
         self.close()
 
 
-def _listing(folder: Path) -> dict[str, list[int]]:
-    """(bytes, CRC-32) of every file of a checkpoint."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
-    return {str(path.relative_to(folder)): _sum(path) for path in files}
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNLISTED)
 
 
-def _sum(path: Path) -> list[int]:
-    size = crc = 0
+def _listing(folder: Path) -> dict[str, list]:
+    """[bytes, CRC-32] of every file of a checkpoint; without the sum where there is too much to read back."""
+    files = _files(folder)
+    summed = sum(path.stat().st_size for path in files) <= SUMMED_BYTES
+    return {
+        str(path.relative_to(folder)): [path.stat().st_size, _sum(path) if summed else None] for path in files
+    }
+
+
+def _sum(path: Path) -> int:
+    crc = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
-def _difference(wanted: dict[str, list[int]], found: dict[str, list[int]]) -> str:
+def _difference(wanted: dict[str, list], folder: Path) -> str:
     """The first file that is not as it was written, and how many there are; "" if all are."""
-    wrong = [name for name in wanted if found.get(name) != wanted[name]]
-    if not wrong:
-        return ""
-    name = wrong[0]
-    what = "is missing" if name not in found else "has changed"
-    if name in found and found[name][0] != wanted[name][0]:
-        what = f"has {found[name][0]} of {wanted[name][0]} bytes"
-    return f"{name} {what}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+    found = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+    wrong = []
+    for name, (size, crc) in wanted.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif found[name] != size:
+            wrong.append(f"{name} has {found[name]} of {size} bytes")
+        elif crc is not None and _sum(folder / name) != crc:
+            wrong.append(f"{name} has changed")
+    return wrong[0] + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "") if wrong else ""

@@ -278,7 +278,7 @@ def check_workdir(workdir, config):
             " draws; set it to 1, or use an objective without A, such as reverse_kl"
         )
     if config.metrics.wandb:
-        metrics.import_wandb()
+        metrics.check_wandb()
     try:
         above = (Path(workdir), *Path(workdir).absolute().parents)
         with tempfile.TemporaryFile(dir=next(path for path in above if path.exists())):

@@ -7,6 +7,7 @@ run of several processes only process 0 writes.
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from opd_jax.errors import UserError
+from opd_jax.parallel import distributed
 from opd_jax.progress import Progress
 from opd_jax.run import alarms
 from opd_jax.run.phase_clock import PhaseClock
@@ -60,6 +62,7 @@ class MetricWriter:
     Attributes:
       active: whether this process is the one that writes, number 0.
       recorded: (kind, benchmark or None) of what process 0 found of the resume_step.
+      skipped: updates that were skipped in a row up to the resume_step, as process 0 found.
 
     Raises:
       UserError: W&B is asked for and not installed.
@@ -78,6 +81,7 @@ class MetricWriter:
         self._files: dict[str, TextIO] = {}
         self._tensorboard = self._wandb = None
         self.recorded: frozenset[tuple[str, str | None]] = frozenset()
+        self.skipped = 0
         if not self.active:
             return
         self._workdir = workdir = Path(workdir)
@@ -89,12 +93,14 @@ class MetricWriter:
         kept = _keep_until(workdir / METRICS_FILE, last)
         self.recorded = frozenset((r["kind"], r.get("benchmark")) for r in kept if r["step"] == last)
         self._alarms = alarms.Alarms(kept)
+        steps = [int(r.get("skipped_updates") or 0) for r in reversed(kept) if r["kind"] == "train"]
+        self.skipped = sum(itertools.takewhile(bool, steps))
         _keep_until(workdir / ROLLOUTS_FILE, last)
         # Answers come before the record that they are all there.
         _keep_until(workdir / EVALUATIONS_FILE, last if ("eval", None) in self.recorded else last - 1)
         for name in (METRICS_FILE, ROLLOUTS_FILE, EVALUATIONS_FILE):
-            file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
-            self._files[name] = self._closing.enter_context(file)
+            self._files[name] = file = open(workdir / name, "a", encoding="utf-8")  # noqa: SIM115
+            self._closing.callback(_close, file)
         if config.metrics.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -207,6 +213,12 @@ class MetricWriter:
         self.close()
 
 
+def _close(file: TextIO) -> None:
+    """Closes a file; what a full disk does not take has been told when it was written."""
+    with contextlib.suppress(OSError):
+        file.close()
+
+
 def _summary(record: Mapping[str, Any]) -> str:
     """The few numbers a person watches, those of them that the record has."""
     parts = []
@@ -271,7 +283,7 @@ def import_wandb() -> Any:
     """The module wandb.
 
     Raises:
-      UserError: it is not installed, or has no key to log with.
+      UserError: it is not installed.
     """
     try:
         wandb = importlib.import_module("wandb")
@@ -279,13 +291,23 @@ def import_wandb() -> Any:
         raise UserError(
             "metrics.wandb: the package wandb is missing; pip install wandb, or unset metrics.wandb"
         ) from error
+    return wandb
+
+
+def check_wandb() -> None:
+    """Refuses to log without the package or a key; call it in every process. Only process 0 needs the key.
+
+    Raises:
+      UserError: in all processes.
+    """
+    wandb, mode = import_wandb(), os.environ.get("WANDB_MODE") or "online"
     key = os.environ.get("WANDB_API_KEY") or getattr(getattr(wandb, "api", None), "api_key", None)
-    if not key and os.environ.get("WANDB_MODE", "online") in ("online", "run"):
+    lacks = jax.process_index() == 0 and not key and mode in ("online", "run")
+    if distributed.gathered([lacks]).any():
         raise UserError(
             "metrics.wandb: W&B has no key here; run `wandb login`, or set WANDB_API_KEY or"
             " WANDB_MODE=offline"
         )
-    return wandb
 
 
 def _start_wandb(workdir: Path, options: Mapping[str, Any], resume_step: int | None) -> Any:

@@ -5,7 +5,7 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -37,27 +37,32 @@ class Session:
     Attributes:
       done: steps of the checkpoint that the run continues from; None for a new run.
       writer: its MetricWriter, after `record`.
+      skipped: updates that were skipped in a row before the session, after `record`.
     """
 
     writer: MetricWriter
+    skipped: int
 
     def __init__(self, config: Any, workdir: Any, progress: Progress):
         self._config, self._workdir, self._progress = config, workdir, progress
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(_lock(Path(self._workdir)))
-        self._checkpoints = Checkpoints(self._workdir, self._config.checkpoint.keep)
-        self._stack.callback(self._close)
-        with self._progress.phase("checking the newest checkpoint"):
-            self.done, damaged = self._checkpoints.newest_whole()
-        for step, what in damaged.items():
-            self._progress.say(f"the checkpoint of step {step} is damaged: {what}; it is in {DAMAGED}/{step}")
-        if damaged and self.done is None:
-            raise UserError(
-                f"--workdir={self._workdir} has no whole checkpoint left (step {max(damaged)}:"
-                f" {damaged[max(damaged)]}); restore one into checkpoints/, or start in another folder"
-            )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_lock(Path(self._workdir)))
+            self._checkpoints = Checkpoints(self._workdir, self._config.checkpoint.keep)
+            stack.callback(self._close)
+            with self._progress.phase("checking the newest checkpoint"):
+                self.done, damaged = self._checkpoints.newest_whole()
+            if damaged and self.done is None:
+                raise UserError(
+                    f"--workdir={self._workdir} has no whole checkpoint left (step {max(damaged)}:"
+                    f" {damaged[max(damaged)]}); restore one into checkpoints/, or start in another folder"
+                )
+            for step, wrong in damaged.items():
+                self._progress.say(
+                    f"the checkpoint of step {step} is damaged: {wrong}; it is in {DAMAGED}/{step}"
+                )
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: Any) -> bool | None:
@@ -96,6 +101,7 @@ class Session:
         self._preemption = self._stack.enter_context(distributed.Preemption())
         writer = MetricWriter(self._config, self._workdir, self.done, self._progress, plain_every)
         self.writer = self._stack.enter_context(writer)
+        self.skipped = int(distributed.gathered([writer.skipped])[0, 0])
         return writer
 
     def recorded(self, kinds: Iterable[tuple[str, str | None]]) -> set[tuple[str, str | None]]:
@@ -114,8 +120,18 @@ class Session:
         return due(self._config, every, step) or (stopping and every > 0)
 
     def save(self, step: int, state: TrainState, position: dict, kl: float | None = None) -> None:
-        """Saves a step in the background, after its records are on the disk."""
-        self.writer.sync()
+        """Saves a step in the background, after its records are on the disk.
+
+        Raises:
+          UserError: in all processes, if process 0 cannot write its records.
+        """
+        try:
+            failed = None
+            self.writer.sync()
+        except UserError as error:
+            failed = error
+        if distributed.gathered([failed is not None]).any():
+            raise failed or UserError("process 0 can't write the run's records; it says why")
         with self._progress.phase(f"saving step {step}", kind="saving"):
             self._checkpoints.save(step, state, position, kl)
 
@@ -133,28 +149,41 @@ class Session:
 def _lock(workdir: Path):
     """Keeps other processes from running in the same folder; the system unlocks it when this one ends.
 
+    Process 0 holds the lock; call it in every process.
+
     Raises:
-      UserError: another process has it.
+      UserError: in all processes, if another run has it.
     """
-    if jax.process_index() != 0:
+    with contextlib.ExitStack() as stack:
+        refused = stack.enter_context(_held(workdir)) if jax.process_index() == 0 else ""
+        if distributed.gathered([bool(refused)]).any():
+            raise UserError(refused or f"--workdir={workdir} can't be used; process 0 says why")
         yield
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[str]:
+    """Holds the lock; yields why it cannot, or ""."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        yield f"--workdir={workdir}: {LOCK} can't be written ({error.strerror}); choose another folder"
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK).open("a+") as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"--workdir={workdir}: process {file.read().strip()} is running there; wait for it, or choose"
-                " another folder"
-            ) from error
+            owner = file.read().strip() or "of another run"
+            yield f"--workdir={workdir}: process {owner} is running there; wait, or take another folder"
+            return
         except OSError:  # a file system without locks
             pass
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        yield ""
 
 
 class StepReader:
@@ -163,11 +192,12 @@ class StepReader:
     Args:
       writer: where they go.
       config: the whole config; reads train.max_skips and train.updates_per_rollout.
+      skipped: updates skipped in a row before, as `Session.skipped`.
     """
 
-    def __init__(self, writer: MetricWriter, config: Any):
+    def __init__(self, writer: MetricWriter, config: Any, skipped: int = 0):
         self._writer, self._config = writer, config
-        self._pending, self._skipped = None, 0
+        self._pending, self._skipped = None, skipped
         self.restart()
 
     def restart(self) -> None:

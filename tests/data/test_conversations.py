@@ -27,7 +27,7 @@ def lines(path, *rows):
 @pytest.mark.parametrize(
     ("value", "found"),
     [
-        *((value, None) for value in (None, float("nan"), "", "  ", [None])),
+        *((value, None) for value in (None, float("nan"), "", "  ", [None], [])),
         *((value, "7") for value in ("7", " 7\n", 7, ["7"], [7], '["7"]', "['7']")),
         ("[1, 2]", "[1, 2]"),  # an interval
         ("[7]", "[7]"),
@@ -50,6 +50,14 @@ def test_messages_that_a_cell_holds_as_text_are_messages(tmp_path, text):
     quoted = '"' + text.replace('"', '""') + '"'
     (found,) = sources.read_file(write(tmp_path / "a.csv", f"messages,answer\n{quoted},\n"))
     assert found == ([USER], None, None)
+
+
+def test_messages_as_numpy_prints_them_are_refused_and_an_empty_cell_of_tools_is_none(tmp_path):
+    printed = "[{'content': 'be brief', 'role': 'system'}\\n {'content': 'hi', 'role': 'user'}]"
+    with pytest.raises(UserError, match="record 1 can't be used .*looks like a list of messages"):
+        sources.read_file(write(tmp_path / "a.csv", f'messages\n"{printed}"\n'))
+    (found,) = sources.read_file(write(tmp_path / "b.csv", "prompt,tools\nQ?,\n"))
+    assert found.tools is None
 
 
 def test_a_question_in_brackets_stays_a_question():

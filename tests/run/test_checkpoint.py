@@ -175,6 +175,21 @@ def test_a_run_without_a_whole_checkpoint_is_refused_in_one_line(three_steps, jo
     ):
         pass
     assert "\n" not in str(caught.value)
+    with (  # nothing was moved: started again, the run does not begin anew
+        Progress(io.StringIO()) as progress,
+        pytest.raises(UserError, match="no whole checkpoint left"),
+        Session(job.config, workdir, progress),
+    ):
+        pass
+
+
+def test_a_list_of_files_that_is_cut_off_is_damage(three_steps, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(three_steps, workdir)
+    (workdir / "checkpoints" / "3" / "_MANIFEST").write_text("{")
+    with Checkpoints(workdir, 3) as checkpoints:
+        step, damaged = checkpoints.newest_whole()
+    assert step == 2 and damaged[3].startswith("a file can't be read: ")
 
 
 def test_a_checkpoint_without_a_list_of_its_files_that_cannot_be_read_is_one_line(three_steps, job, tmp_path):

@@ -1,6 +1,5 @@
 """The records of a run: what is written, what a resumed run keeps, and the phase clock."""
 
-import contextlib
 import io
 import json
 import os
@@ -129,14 +128,24 @@ def test_sync_puts_every_record_on_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    """/dev/full takes nothing, as a full disk."""
-    full = open("/dev/full", "w")  # noqa: SIM115
+    """/dev/full takes nothing, as a full disk; what is left in the buffer is written again when it closes."""
+    with (
+        open("/dev/full", "w") as full,
+        pytest.raises(UserError, match=r"metrics.jsonl can't be written \(No space left on device\)"),
+        tiny.writer(tmp_path) as out,
+    ):
+        os.dup2(full.fileno(), out._files["metrics.jsonl"].fileno())
+        out.write(train_line(1))
+
+
+def test_the_updates_skipped_before_a_restart_are_counted(tmp_path):
     with tiny.writer(tmp_path) as out:
-        out._files["metrics.jsonl"] = full
-        with pytest.raises(UserError, match=r"metrics.jsonl can't be written \(No space left on device\)"):
-            out.write(train_line(1))
-    with contextlib.suppress(OSError):
-        full.close()
+        for step, skipped in enumerate((1.0, 0.0, 1.0, 1.0), 1):
+            out.write(train_line(step, skipped_updates=skipped))
+    with tiny.writer(tmp_path, resume_step=4) as out:
+        assert out.skipped == 2
+    with tiny.writer(tmp_path, resume_step=2) as out:
+        assert out.skipped == 0
 
 
 def test_a_folder_that_is_removed_meanwhile_ends_the_run_at_the_next_save(tmp_path):
@@ -183,9 +192,9 @@ def test_wandb_without_a_key_is_one_line_before_anything_is_read(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(UserError, match="no key here; run `wandb login`"):
-        metrics.import_wandb()
+        metrics.check_wandb()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert metrics.import_wandb() is nothing
+    metrics.check_wandb()
 
 
 def test_wandb_gets_the_scalars_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):

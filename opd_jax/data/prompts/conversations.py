@@ -6,6 +6,7 @@ Whatever a record holds is either read or refused by its number; nothing is left
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,6 +76,8 @@ def conversation(record: Mapping[str, Any], columns: Columns, *, replies: bool =
         raise ValueError("there is nothing to answer")
     answer = reference(records.field(record, columns.answer or "answer"))
     tools = _parsed(record.get("tools"))
+    if tools == "" or (isinstance(tools, float) and math.isnan(tools)):  # an empty cell
+        tools = None
     if tools is not None and not isinstance(tools, list):
         raise TypeError(f"tools is {type(tools).__name__}, not a list")
     return Conversation(messages, answer, tools or None)
@@ -90,8 +93,8 @@ def reference(value: Any) -> str | None:
         listed = _parsed(value)
         if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], str):
             value = listed[0]  # ["7"], as some tools write a column of lists
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    if isinstance(value, list) and len(value) <= 1:
+        value = value[0] if value else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, (list, Mapping)):
@@ -142,6 +145,8 @@ def _parsed(value: Any) -> Any:
             continue
         if isinstance(found, list) and all(isinstance(item, (Mapping, str)) for item in found):
             return found
+    if re.match(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]", value):
+        raise ValueError("it looks like a list of messages, and is neither JSON nor a Python literal")
     return value
 
 

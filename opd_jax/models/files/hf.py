@@ -19,7 +19,6 @@ from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import hf_config, safetensors_out, weights
 
-# Largest weight file that `save` writes, bytes.
 EMBEDDING = "model.embed_tokens.weight"
 ROWS = 8192  # of a matrix that is compared at a time
 # Weights in other forms, and what to do with them.
@@ -303,16 +302,13 @@ def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
         raise UserError(
             f"{where} holds model.safetensors and an index of several files; remove the weights that are old"
         )
-    if not alone and not index.is_file():
+    if not index.is_file():
+        if alone:
+            return ["model.safetensors"], None
         for name, remedy in OTHER_WEIGHTS.items():
             if found := sorted(path.name for path in folder.glob(name)):
                 raise UserError(f"{where} holds {found[0]}, which is not read; {remedy}")
-    if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise UserError(
-                f"{where} has no model.safetensors and no index of one; is it a complete download?"
-            )
-        return ["model.safetensors"], None
+        raise UserError(f"{where} has no model.safetensors and no index of one; is it a complete download?")
     weight_map = _read_json(index, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where}: model.safetensors.index.json has no weight_map; copy it again")
