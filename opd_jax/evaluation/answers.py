@@ -83,21 +83,21 @@ def grade(response: str, answer: str) -> bool:
     is allowed. Words are compared without case and closing punctuation. math-verify compares everything else
     as expressions.
     """
-    answer, response = reference(answer), spoken(response)
-    if response is None:
+    answer, reply = reference(answer), spoken(response)
+    if reply is None:
         return False
-    said = final_answers(response)
+    said = final_answers(reply)
     if choice := CHOICE.fullmatch(_clean(answer)):
-        return _chosen(said[-1] if said else None, response) == choice[1]
+        return _chosen(said[-1] if said else None, reply) == choice[1]
     if not said:
         if quantity := quantities.read(_clean(answer)):
-            number = _last_number(response)
+            number = _last_number(reply)
             if number is None:
                 return False
             return quantities.same(quantities.Quantity(number, exact=number.is_integer()), quantity)
         if len(answer.split()) > 1 and all(map(NUMBER.fullmatch, answer.split())):
-            return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
-        line = (response.strip().splitlines() or [""])[-1]
+            return _numbers(SENTENCE_BREAK.split(reply.strip())[-1]) == _numbers(answer)
+        line = (reply.strip().splitlines() or [""])[-1]
         bold = BOLD_END.search(line)
         line = bold[1] if bold else line
         return same(line, answer) or same(_first_sentence(STATED.split(line)[-1]), answer)
@@ -105,7 +105,7 @@ def grade(response: str, answer: str) -> bool:
         return True
     # "The answer is 36, altogether, so the shop keeps that many."
     head = ASIDE.split(ABOUT.sub("", said[-1].strip()), maxsplit=1)[0]
-    marked = "\\boxed" not in response and head != said[-1]
+    marked = "\\boxed" not in reply and head != said[-1]
     return marked and quantities.read(_clean(answer)) is not None and same(head, answer)
 
 
@@ -329,10 +329,11 @@ def _far_apart(one: list, other: list) -> bool:
     """Whether two lists of one number each are numbers that differ, however small both are."""
     import sympy
 
-    values = [values[0] if values else None for values in (one, other)]
-    if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_real for value in values):
+    values = [values[0] for values in (one, other) if values]
+    reals = [value for value in values if isinstance(value, sympy.Expr) and value.is_number and value.is_real]
+    if len(reals) < 2:
         return False
-    left, right = (value.evalf(30) for value in values)
+    left, right = (value.evalf(30) for value in reals)
     return bool(abs(left - right) > TOLERANCE * max(abs(left), abs(right)))
 
 
