@@ -9,7 +9,7 @@ Cost: 33 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 from ml_collections import ConfigDict
 
 from opd_jax.config import load
-from opd_jax.release import rules
+from opd_jax.release import RULES
 
 SEEDS = (0, 1, 2)
 ARMS = {"none": "full", "paper": "release"}  # other arms have their rule's name
@@ -28,7 +28,7 @@ def arms(config: ConfigDict) -> dict[str, dict]:
         "fopd": {"fopd_start": max(1, longest // 8), "fopd_end": longest, "fopd_steps": steps},
     }
     found = {}
-    for rule in rules.RULES:
+    for rule in RULES:
         fields = {f"release.{name}": value for name, value in settings.get(rule, {}).items()}
         found[ARMS.get(rule, rule)] = {"release.rule": rule} | fields
     return found

@@ -15,7 +15,7 @@ from absl import logging
 from opd_jax import data
 from opd_jax.data.prompts import Conversation
 from opd_jax.errors import UserError
-from opd_jax.evaluation import estimates
+from opd_jax.evaluation import estimates, rewards
 from opd_jax.evaluation.answers import reference
 from opd_jax.evaluation.grading import Grader, Task, Verdict
 from opd_jax.evaluation.tasks import Benchmark, Problem
@@ -200,13 +200,15 @@ def _answer(
             columns.append(sharding.gather(mesh, (batch.valid_B, *written)))
     valid_B, tokens_BL, mask_BT, finished_B = (np.concatenate(x) for x in zip(*columns, strict=True))
     response_BT = tokens_BL[:, -mask_BT.shape[1] :]
+    begun = [rewards.thought_begun(tokenizer, prompt.ids) for prompt in repeated]
     texts = [
         tokenizer.decode(row_T[on_T], skip_special_tokens=True)
         for row_T, on_T in zip(response_BT[valid_B], mask_BT[valid_B], strict=True)
     ]
     problems = [problem for problem in rendered.benchmark.problems for _ in range(samples)]
     tasks = [
-        Task(text, problem.answer, problem.generator) for text, problem in zip(texts, problems, strict=True)
+        Task(tag + text, problem.answer, problem.generator)
+        for tag, text, problem in zip(begun, texts, problems, strict=True)
     ]
     with shown.phase(f"benchmark {name}: grading response", parts=len(tasks)):
         verdicts = _grade(response_sampler.grader, tasks, shown.at)

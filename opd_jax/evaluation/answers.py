@@ -65,6 +65,8 @@ ASIDE = re.compile(  # what no longer says the number, if no value follows
     re.IGNORECASE,
 )
 ELLIPSIS = re.compile(r"\\[lc]?dots[cbmio]?(?![a-z])|…|\.\.\.")
+OTHERWISE = re.compile(r",?\s+or\s+")
+FORMULA = re.compile(r"\$([^$]+)\$")
 LISTED = re.compile(rf",\s*(?:{ELLIPSIS.pattern})\s*,")
 TINY = 1e-3  # math-verify compares six decimals, which say little of numbers below this
 TOLERANCE = 2e-3  # relative, of tiny numbers
@@ -88,32 +90,42 @@ def grade(response: str, answer: str) -> bool:
     is allowed. Words are compared without case and closing punctuation. math-verify compares everything else
     as expressions.
     """
-    answer, response = reference(answer), spoken(response)
-    if response is None:
+    answer, reply = reference(answer), spoken(response)
+    if reply is None:
         return False
-    said = final_answers(response)
+    said = final_answers(reply)
     if choice := CHOICE.fullmatch(_clean(answer)):
-        return _chosen(said[-1] if said else None, response) == choice[1]
+        return _chosen(said[-1] if said else None, reply) == choice[1]
     if not said:
         if quantity := quantities.read(_clean(answer)):
-            if LISTED.search((response.strip().splitlines() or [""])[-1]):
+            if LISTED.search((reply.strip().splitlines() or [""])[-1]):
                 return False  # its last number ends a list
-            number = _last_number(response)
+            number = _last_number(reply)
             if number is None:
                 return False
             return quantities.same(quantities.Quantity(number, exact=number.is_integer()), quantity)
         if len(answer.split()) > 1 and all(map(NUMBER.fullmatch, answer.split())):
-            return _numbers(SENTENCE_BREAK.split(response.strip())[-1]) == _numbers(answer)
-        line = (response.strip().splitlines() or [""])[-1]
+            return _numbers(SENTENCE_BREAK.split(reply.strip())[-1]) == _numbers(answer)
+        line = (reply.strip().splitlines() or [""])[-1]
         bold = BOLD_END.search(line)
         line = bold[1] if bold else line
-        return same(line, answer) or same(_first_sentence(STATED.split(line)[-1]), answer)
+        stated = _first_sentence(STATED.split(line)[-1])
+        formulas = FORMULA.findall(stated)
+        return (
+            same(line, answer) or same(stated, answer) or (len(formulas) == 1 and same(formulas[0], answer))
+        )
     if same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer)):
         return True
+    if "\\boxed" in reply or quantities.read(_clean(answer)) is None:
+        return False
     # "The answer is 36, altogether, so the shop keeps that many."
-    head = ASIDE.split(ABOUT.sub("", said[-1].strip()), maxsplit=1)[0]
-    marked = "\\boxed" not in response and head != said[-1]
-    return marked and quantities.read(_clean(answer)) is not None and same(head, answer)
+    text = ABOUT.sub("", said[-1].strip())
+    head = ASIDE.split(text, maxsplit=1)[0]
+    first, *rest = OTHERWISE.split(_first_sentence(text), maxsplit=1)  # "2.5 hours, or 150 minutes"
+    one, other = quantities.read(_clean(first)), quantities.read(_clean(rest[0])) if rest else None
+    if one and other and quantities.same(one, other):
+        head = first
+    return head != said[-1] and same(head, answer)
 
 
 def spoken(response: str) -> str | None:
@@ -344,10 +356,11 @@ def _far_apart(one: list, other: list, exact: bool) -> bool:
     """
     import sympy
 
-    values = [values[0] if values else None for values in (one, other)]
-    if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_real for value in values):
+    values = [values[0] for values in (one, other) if values]
+    reals = [value for value in values if isinstance(value, sympy.Expr) and value.is_number and value.is_real]
+    if len(reals) < 2:
         return False
-    left, right = (value.evalf(60) for value in values)
+    left, right = (value.evalf(60) for value in reals)
     apart, size = abs(left - right), max(abs(left), abs(right))
     if exact:
         return bool(apart > size * 1e-40)

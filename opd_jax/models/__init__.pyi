@@ -3,7 +3,6 @@ from . import cache as cache
 from . import cpu as cpu
 from . import few_rows as few_rows
 from . import moe as moe
-from . import splash as splash
 from . import tokenizers as tokenizers
 from . import transformer as transformer
 from .config import ModelConfig as ModelConfig

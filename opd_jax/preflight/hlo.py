@@ -7,18 +7,16 @@ often as the loop runs: by its own limit where the text shows one, else by a num
 import collections
 import dataclasses
 import itertools
-import math
 import re
+
+from opd_jax.preflight.hlo_text import Array, Instruction, group_size, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|true_computation|false_computation)=%?([^\s,})]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # What only names or groups arrays.
 _NO_WORK = ("parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional", "call")
-_BYTES = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16, "token": 0}
 # Callbacks reach the host by custom calls or by send and recv.
 _CALLS_HOST = re.compile(r'is_host_transfer=true|custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"')
 _HOST_MEMORY = 5
@@ -26,44 +24,6 @@ _HOST_MEMORY = 5
 # Collectives between slices go over the hosts' network, written as transfers that this runtime serves.
 _BETWEEN_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 _EXCHANGE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array in the text: element type, dimensions, and the memory space of its layout (0 is HBM)."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    space: int = 0
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.dims)
-
-    @property
-    def bytes(self) -> int:
-        """Without the padding of tiles."""
-        width = _BYTES.get(self.dtype) or int(re.sub(r"\D", "", self.dtype.partition("e")[0]) or 8) / 8
-        return int(self.elements * width)
-
-    def __str__(self):
-        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation; `op` is the operation's path in the traced program."""
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    text: str
-    root: bool
-
-    @property
-    def op(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +59,7 @@ class Program:
 
     def __init__(self, text: str, unknown_trips: int = 1):
         self.unknown_trips = unknown_trips
-        self.computations, self.entry = _parse(text)
+        self.computations, self.entry = parse(text)
         self.times = self._times()
 
     def __iter__(self):
@@ -115,7 +75,7 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES or not times:
                 continue
-            group = _group_size(instruction.text)
+            group = group_size(instruction.text)
             if group < 2:
                 continue
             arrays = instruction.arrays
@@ -277,54 +237,6 @@ class Program:
             if limit:
                 return int(limit[1])
         return self.unknown_trips
-
-
-def _parse(text):
-    computations, entry, current = {}, "", None
-    for line in text.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None and " = " in line:
-            name, _, rest = line.strip().partition(" = ")
-            kind = rest[: _type_end(rest)]
-            opcode = rest[len(kind) :].strip().partition("(")[0]
-            arrays = tuple(_array(*match) for match in _SHAPE.findall(kind))
-            root = name.startswith("ROOT ")
-            name = name.removeprefix("ROOT ").lstrip("%")
-            current.append(Instruction(name, opcode, arrays, rest, root))
-    return computations, entry
-
-
-def _type_end(rest: str) -> int:
-    """Where the type at the start of a line ends: at the first space outside of parentheses."""
-    depth = 0
-    for place, character in enumerate(rest):
-        depth += (character in "({") - (character in ")}")
-        if character == " " and depth == 0:
-            return place
-    return len(rest)
-
-
-def _array(dtype, dims, layout) -> Array:
-    space = re.search(r"S\((\d+)\)", layout)
-    return Array(dtype, tuple(int(n) for n in dims.split(",") if n), int(space[1]) if space else 0)
-
-
-def _group_size(text: str) -> int:
-    """Devices that one group of a collective has."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
-    if iota:
-        return int(iota[1])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
-    if listed:
-        return listed[1].count(",") + 1
-    return 2 if "source_target_pairs=" in text else 1
 
 
 def _holds(dims, v: int) -> bool:

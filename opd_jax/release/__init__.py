@@ -7,10 +7,11 @@ May import: models, parallel and the rooms before them. Needs jax alone, so anot
 # Imported at once: a function has its module's name here, and would be hidden behind the module otherwise.
 from opd_jax.release.change_point import ChangePoint, change_point
 from opd_jax.release.release import RESCALES, Margins, Release, release
-from opd_jax.release.rules import Proposal, propose, rule
+from opd_jax.release.rules import RULES, Proposal, propose, rule
 
 __all__ = [
     "RESCALES",
+    "RULES",
     "ChangePoint",
     "Margins",
     "Proposal",

@@ -47,10 +47,9 @@ def change_point(
 
     In float32, small differences of large sums would lose their digits. So residuals are merged from
     non-negative terms: those before t relative to the row's first score, those after t relative to its last
-    score. (If a
-      split
-    explains nearly everything, each side is close to its own end.) With D = n1 n2 / n (mean1 - mean2)^2,
-    BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, which is precise even if D is tiny.
+    score. (If a split explains nearly everything, each side is close to its own end.) With
+    D = n1 n2 / n (mean1 - mean2)^2, BIC0 - BIC1(t) = n log1p(D / (RSS1(t) + eps)) - 2 log n, which is precise
+    even if D is tiny.
 
     Args:
       score_BN: segment scores in nats (log scale). Entries outside valid_BN are ignored.
@@ -59,7 +58,7 @@ def change_point(
         accepted).
       eps: added to both residual sums, so that a perfect fit has a finite BIC.
 
-    Source: arXiv 2605.13643. Among equal drops the first is taken.
+    Source: arXiv 2605.13643; docs/how_it_works.md, step 4. Among equal drops the first is taken.
     """
     valid_BN = valid_BN.astype(bool)
     score_BN = jnp.where(valid_BN, score_BN, 0).astype(jnp.float32)

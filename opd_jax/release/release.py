@@ -56,7 +56,7 @@ class Release:
 def _rescale(weight_BT: jax.Array, mask_BT: jax.Array, kind: str) -> jax.Array:
     """Scales the weights so that they sum to the response tokens of the row or of the batch.
 
-    A row (or batch) with no weight at all stays 0. Source: arXiv 2605.13643.
+    A row (or batch) with no weight at all stays 0. Source: arXiv 2605.13643; docs/how_it_works.md, step 5.
     """
     if kind == "none":
         return weight_BT

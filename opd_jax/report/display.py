@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax.errors import UserError, fail
-from opd_jax.report import figures, rollout_profiles
+from opd_jax.report import canvas, figures, rollout_profiles
 from opd_jax.report import long as report_long
 from opd_jax.report import page as report_page
 from opd_jax.report.html import SIGNS
@@ -49,7 +49,7 @@ def standalone(svg: str, titles: Sequence[str] = ()) -> Svg:
     top = KEY_HEIGHT if titles else 0
     key, x = [], 8
     for number, title in enumerate(titles):
-        colour = light[f"run-{number % figures.RUN_COLOURS}"]
+        colour = light[f"run-{number % canvas.RUN_COLOURS}"]
         sign = SIGNS[number % len(SIGNS)]
         key.append(f'<text x="{x}" y="{13 - top}" fill="{colour}">{sign}</text>')
         key.append(f'<text x="{x + 13}" y="{13 - top}" fill="{light["ink"]}">{escape(title)}</text>')

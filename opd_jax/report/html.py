@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from opd_jax.report import figures
+from opd_jax.report import canvas, figures
 from opd_jax.run import Run, column
 
-SIGNS = "●■◆▲▼✚✖"  # as figures.MARKERS draws them
+SIGNS = "●■◆▲▼✚✖"  # as canvas.MARKERS draws them
 
 
 def section(title: str, *body: str) -> str:
@@ -38,7 +38,7 @@ def words(runs: Sequence[Run], lines: Sequence[str]) -> str:
 def swatch(run: int) -> str:
     """A run's mark in its colour."""
     sign = SIGNS[run % len(SIGNS)]
-    return f'<i class="swatch" style="color:var(--run-{run % figures.RUN_COLOURS})">{sign}</i>'
+    return f'<i class="swatch" style="color:var(--run-{run % canvas.RUN_COLOURS})">{sign}</i>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from opd_jax.report import answers as report_answers
-from opd_jax.report import figures, html, rollout_profiles
+from opd_jax.report import canvas, figures, html, rollout_profiles
 from opd_jax.report import gradient as report_gradient
 from opd_jax.report import rollouts as report_rollouts
 from opd_jax.run import Run, alarms, column, differences, phase_seconds
@@ -353,7 +353,7 @@ def _rollouts(runs: Sequence[Run]) -> str:
     body = []
     for i, run in enumerate(runs):
         shown = report_rollouts.articles(run.rollouts) or '<p class="empty">No rollouts were recorded.</p>'
-        colour = f"--kept: var(--run-{i % figures.RUN_COLOURS})"
+        colour = f"--kept: var(--run-{i % canvas.RUN_COLOURS})"
         body.append(
             f'<details{state} style="{colour}"><summary>{html.swatch(i)}{escape(run.title)}</summary>'
             f"{shown}</details>"

@@ -18,7 +18,10 @@ Estimate = tuple[float, float, float]  # value, and the ends of its 95% interval
 
 
 def score(sentence: Record) -> tuple[float, float]:
-    """S = log(1 + mean M) of a sentence, the score of the rule. Source: arXiv 2605.13643."""
+    """S = log(1 + mean M) of a sentence, the score of the rule.
+
+    Source: arXiv 2605.13643; docs/how_it_works.md, step 3.
+    """
     return _steady(np.log1p(_number(sentence, "contrast")))
 
 

@@ -140,9 +140,7 @@ class Job(programs.Programs):
         answers = self._answers(index_Q)[: len(rollouts.mask_BT)]
         if all(answer is None for answer in answers):
             return None
-        return rewards.graded(
-            self.tokenizer, shared_grader(), answers, rollouts.response_BT, rollouts.mask_BT
-        )
+        return rewards.graded(self.tokenizer, shared_grader(), answers, rollouts.tokens_BL, rollouts.mask_BT)
 
     def _answers(self, index_Q) -> list[str | None]:
         index_B = np.repeat(index_Q, self.config.rollout.samples_per_prompt)

@@ -13,7 +13,7 @@ from opd_jax.evaluation import answers
 from opd_jax.evaluation.grading import Grader, Task
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SETS = ("grading.jsonl", "grading_unseen.jsonl", "grading_fresh.jsonl", "grading_third.jsonl")
+SETS = tuple(f"grading{name}.jsonl" for name in ("", "_unseen", "_fresh", "_third", "_fourth"))
 HOSTILE_SECONDS = 1.0
 
 

@@ -98,3 +98,14 @@ def test_responses_to_one_prompt_are_graded_by_its_answer(models, tmp_path):
     rollouts = tiny.written(responses, tiny.STUDENT, tiny.student_params(), width=12)
     reward_B = job.reward(index_Q, sharding.put_batch(job.mesh, rollouts))
     np.testing.assert_array_equal(jax.device_get(reward_B), [1, 0] * 4)
+
+
+@pytest.mark.parametrize("ending", ["<think>\n", "<reasoning>", ""])
+def test_a_thought_that_the_prompt_begins_and_the_response_does_not_end_has_no_answer(ending):
+    tokenizer = tiny.tokenizer()
+    prompt = list(f"2+2? {ending}".encode())
+    tokens_BL = np.array([prompt + list(text.encode()) for text in ("so it is 4", "4</think>4")])
+    mask_BT = np.ones((2, 10), bool)
+    with Grader(1) as grader:
+        right = rewards.graded(tokenizer, grader, ["4", "4"], tokens_BL, mask_BT)
+    assert right == [not ending, True]

@@ -22,6 +22,8 @@ from benchmarks.segments import Comparison, Qwen3, SmolLM2, pad, segment
 from opd_jax.errors import UserError
 from opd_jax.models import tokenizers
 from opd_jax.release.segments import nltk_segments, punkt, segments, sentences
+from opd_jax.release.segments import words as word_table
+from opd_jax.release.segments.tokens import WIDE_SPACES
 from tests.golden import make_qwen3
 
 ROWS, POSITIONS = 64, 128
@@ -301,35 +303,35 @@ def test_nltk_cuts_a_sharded_batch_on_the_host_with_explicit_transfers_only():
 
 
 def test_no_two_word_types_share_a_hash():
-    types, _ = punkt.word_types(punkt.load_parameters())
-    base = punkt.hash_base(types)
-    hashes = {punkt.word_hash(word, base) for word in types}
+    types, _ = word_table.word_types(punkt.load_parameters())
+    base = word_table.hash_base(types)
+    hashes = {word_table.word_hash(word, base) for word in types}
     assert len(hashes) == len(types) > 10_000 and 0 not in hashes
 
 
 def test_words_that_share_a_hash_get_another_base():
     draw = random.Random(0)
-    first, seen = punkt.hash_base(()), {}
+    first, seen = word_table.hash_base(()), {}
     words = ("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(400_000))
     for word in words:
-        pair = [seen.setdefault(punkt.word_hash(word, first), word), word]
+        pair = [seen.setdefault(word_table.word_hash(word, first), word), word]
         if pair[0] != word:
             break
     assert pair[0] != pair[1]
-    base = punkt.hash_base(pair)
-    assert base % 2 and punkt.word_hash(pair[0], base) != punkt.word_hash(pair[1], base)
+    base = word_table.hash_base(pair)
+    assert base % 2 and word_table.word_hash(pair[0], base) != word_table.word_hash(pair[1], base)
 
 
 def test_every_word_type_is_found_on_device_with_what_is_known_of_it():
-    types, number_first = punkt.word_types(punkt.load_parameters())
-    base = punkt.hash_base(types)
+    types, number_first = word_table.word_types(punkt.load_parameters())
+    base = word_table.hash_base(types)
     table = sentences.SentenceTable(
-        jnp.zeros((1, 8), jnp.uint32), jnp.asarray(punkt.bucket_table(types, base)), number_first
+        jnp.zeros((1, 8), jnp.uint32), jnp.asarray(word_table.bucket_table(types, base)), number_first
     )
     words = [*types, "zyzzyva-not-a-word"]
-    hashes_1N = jnp.asarray([[punkt.word_hash(word, base) for word in words]], jnp.uint32)
+    hashes_1N = jnp.asarray([[word_table.word_hash(word, base) for word in words]], jnp.uint32)
     found_1N = np.asarray(sentences._look_up(table, hashes_1N))
-    assert found_1N[0].tolist() == [*types.values(), int(punkt.UNKNOWN_WORD)]
+    assert found_1N[0].tolist() == [*types.values(), int(word_table.UNKNOWN_WORD)]
 
 
 def test_words_are_split_as_nltk_splits_them():
@@ -361,7 +363,7 @@ def test_a_white_space_spelt_by_several_tokens_is_white_space():
         return ids[piece]
 
     rows = []
-    for space in punkt.WIDE_SPACES:
+    for space in WIDE_SPACES:
         cuts = [[space[:1], space[1:]]] if len(space) == 2 else []
         if len(space) == 3:
             cuts = [[space[:1], space[1:]], [space[:2], space[2:]], [space[i : i + 1] for i in range(3)]]

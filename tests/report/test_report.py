@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from opd_jax.errors import UserError
 from opd_jax.report import answers as report_answers
 from opd_jax.report import build as report
+from opd_jax.report import canvas
 from opd_jax.report import display as report_display
 from opd_jax.report import figures as report_figures
 from opd_jax.report import html as report_html
@@ -147,9 +148,9 @@ def test_both_axes_of_every_plot_are_labelled_with_their_units(drawn):
 
 
 def test_forty_runs_have_forty_looks():
-    looks = {(report_figures.colour(n), *map(str, report_figures._marks(n, 1).values())) for n in range(40)}
+    looks = {(canvas.colour(n), *map(str, canvas.marks(n, 1).values())) for n in range(40)}
     assert len(looks) == 40
-    swatches = {re.sub("<.*?>", "", report_html.swatch(n)) + report_figures.colour(n) for n in range(40)}
+    swatches = {re.sub("<.*?>", "", report_html.swatch(n)) + canvas.colour(n) for n in range(40)}
     assert len(swatches) == 40
 
 

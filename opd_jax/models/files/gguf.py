@@ -241,8 +241,9 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
         _value(reader, "tokenizer.ggml.model"),
         _value(reader, "tokenizer.ggml.pre", "default"),
     )
+    split = _SPLITS.get(cut) if kind == "gpt2" else None
     unsaid = kind == "gpt2" and cut in (None, "default")
-    if not unsaid and (kind != "gpt2" or cut not in _SPLITS):
+    if split is None and not unsaid:
         raise UserError(
             f"{key}: the GGUF file has a tokenizer {kind!r} of type {cut!r}; supported: 'gpt2' of"
             f" type {', '.join(_SPLITS)}"
@@ -251,7 +252,7 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
     merges = _value(reader, "tokenizer.ggml.merges")
     if not tokens or merges is None:
         raise UserError(f"{key}: the GGUF file has no tokenizer.ggml.{'merges' if tokens else 'tokens'}")
-    if unsaid:
+    if split is None:
         raise UserError(
             f"{key}: the GGUF file does not say how its tokenizer splits text (tokenizer.ggml.pre); convert"
             " the model again with a current llama.cpp, or load the Hugging Face folder"
@@ -260,7 +261,7 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
     vocab = {token: i for i, token in enumerate(tokens)}
     # Llama 3 keeps a piece that is a token whole, whatever the merges would give.
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=cut in _LLAMA3_PRE))
-    expression, single_digits = _SPLITS[cut]
+    expression, single_digits = split
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True)] * single_digits
         + [
