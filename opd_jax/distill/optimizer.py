@@ -1,5 +1,7 @@
 """The optimizer of the student: AdamW, its schedule, and moments in the hosts' memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,7 +42,7 @@ def from_host(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
     memory with the activations after all.
     """
 
-    def update(updates, state, params=None, *, finite, **_):
+    def update(updates, state, params=None, *, finite: Any = True, **_):
         lies = jax.tree.map(lambda x: jax.typeof(x).memory_space, state)
 
         def fetched(grads, state, params):
