@@ -170,8 +170,10 @@ def test_a_platform_that_is_not_there_is_one_line(models, tmp_path, platform):
         env={"JAX_PLATFORMS": platform, "PYTHONPATH": ""},
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device here (")
-    assert done.stderr.count("\n") == 1
+    *others, last = done.stderr.splitlines()
+    assert last.startswith(f"error: JAX_PLATFORMS={platform}: JAX finds no such device here (")
+    assert platform == "tpu" or not others  # the TPU's library says more, where it is installed
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("step", [3, 4])

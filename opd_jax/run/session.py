@@ -51,8 +51,10 @@ class Session:
             stack.enter_context(_lock(Path(self._workdir)))
             self._checkpoints = Checkpoints(self._workdir, self._config.checkpoint.keep)
             stack.callback(self._close)
-            with self._progress.phase("checking the newest checkpoint"):
-                self.done, damaged = self._checkpoints.newest_whole()
+            self.done, damaged = None, {}
+            if self._checkpoints.latest is not None:
+                with self._progress.phase("checking the newest checkpoint"):
+                    self.done, damaged = self._checkpoints.newest_whole()
             if damaged and self.done is None:
                 raise UserError(
                     f"--workdir={self._workdir} has no whole checkpoint left (step {max(damaged)}:"
