@@ -14,7 +14,7 @@ from opd_jax.models.files import gguf, source
 # Words, digits, white space, code, accents and an emoji: enough to distinguish any two merge tables.
 _PROBE = (
     "The answer is 12,345.67 (about 1e4), isn't it?\n\n  def f(x):\n\treturn x**2  # \\frac"
-    "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end.\n\n12345 don't"
+    "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end.\n\nThen don't"
 )
 _PROBE_CHATS = (
     [{"role": "user", "content": "What is 2 + 3?"}],

@@ -191,7 +191,7 @@ class _Says:
     def __init__(self, text):
         self._text = text
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, skip_special_tokens=False):
         return self._text
 
 

@@ -41,7 +41,7 @@ def test_every_product_of_a_scored_block_takes_bfloat16_and_no_other_does(rollou
     params = tiny.weights(NARROW, 3)
 
     def operands(config):
-        score = functools.partial(scoring.score, config, chunk=8)
+        score = functools.partial(scoring.score, config, scoring=scoring.Scoring(8))
         text = jax.jit(score).lower(params, rollouts).as_text()
         dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         return sum("bf16" in line for line in dots), len(dots)
@@ -66,7 +66,9 @@ def test_the_sampler_rounds_as_scoring_does():
     mask_BT = np.asarray(written.mask_BT)
     off = {}
     for config in (NARROW, tiny.TEACHER):
-        scores = jax.jit(functools.partial(scoring.score, config, chunk=6))(params, written)
+        scores = jax.jit(functools.partial(scoring.score, config, scoring=scoring.Scoring(6)))(
+            params, written
+        )
         off[config.products] = np.abs(scores.teacher_logp_BT - written.logp_BT)[mask_BT].mean()
     assert off["bfloat16"] < off["compute"] / 3
     text = jax.jit(sampled).lower(params).as_text()
@@ -91,7 +93,11 @@ def test_no_product_of_a_gradient_sums_over_the_rows_of_both_operands():
 def test_log_probabilities_differ_by_less_than_those_of_a_bfloat16_model(rollouts):
     params = tiny.weights(NARROW, 3)
     plain, narrow, low = (
-        np.asarray(jax.jit(functools.partial(scoring.score, c, chunk=8))(params, rollouts).teacher_logp_BT)
+        np.asarray(
+            jax.jit(functools.partial(scoring.score, c, scoring=scoring.Scoring(8)))(
+                params, rollouts
+            ).teacher_logp_BT
+        )
         for c in (tiny.TEACHER, NARROW, tiny.TEACHER.replace(compute_dtype="bfloat16"))
     )
     mask_BT = np.asarray(rollouts.mask_BT)

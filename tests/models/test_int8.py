@@ -158,7 +158,7 @@ def test_scores_are_those_of_the_dequantised_model_in_float64(rollouts):
 def test_a_mesh_scores_as_one_device_and_gathers_weights_in_int8(config, rollouts):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     places = programs.param_shardings(mesh, config), sharding.batch(mesh)
-    score = functools.partial(scoring.score, config, chunk=8)
+    score = functools.partial(scoring.score, config, scoring=scoring.Scoring(8))
     arguments = jax.device_put((quantised(config), rollouts), places)
     score = jax.jit(sharding.on(mesh, score), in_shardings=places).lower(*arguments).compile()
     got, want = score(*arguments), scorer(config)(quantised(config), rollouts)
