@@ -264,19 +264,20 @@ def _train(config, workdir, shown: Progress) -> TrainState:
             writer.write({"kind": "eval", "step": session.done} | evaluate(state))
         reader = StepReader(writer, c, session.skipped)
 
-        def finish(step: int):
-            with shown.phase(f"step {step}/{c.train.steps}"):
-                reader.finish()
+        def finish():
+            if reader.step is not None:
+                with shown.phase(f"step {reader.step}/{c.train.steps}"):
+                    reader.finish()
 
         for step in ahead:
             with shown.compiling("the training step", step_fn):
                 state, measured = step_fn(state, placed(exchanges, next(prompts)))
-            finish(step - 1)  # while the device works on this one
+            finish()  # the step before, while the device works on this one
             reader.begin(step, measured)
             stopping = session.stopping()
             evaluating, saving = due(c, c.eval.every, step) and not stopping, session.saves(step, stopping)
             if evaluating or saving or stopping or step == c.train.steps:
-                finish(step)
+                finish()
             if evaluating:
                 writer.write({"kind": "eval", "step": step} | evaluate(state))
                 reader.restart()

@@ -152,14 +152,14 @@ def train(
             )
             stopping = session.stopping()
             evaluating = due(c, c.eval.every, step) and not stopping
-            examining = bool(names) and due(c, c.eval.benchmark_every, step) and not stopping
+            benchmarking = bool(names) and due(c, c.eval.benchmark_every, step) and not stopping
             saving = session.saves(step, stopping)
-            if evaluating or examining or saving:
+            if evaluating or benchmarking or saving:
                 read.finish()
             kl = evaluate_heldout(step, state) if evaluating else None
             if saving:
                 session.save(step, state, prompts.state(), kl)
-            if examining:  # last, since it takes longest; a run that ends here makes it up later
+            if benchmarking:  # last, since it takes longest; a run that ends here makes it up later
                 answer_benchmarks(step, state)
             if stopping:
                 session.stop(step)

@@ -128,9 +128,7 @@ class Checkpoints:
         """Lists the files of the checkpoint that is about to get its name; runs in Orbax's thread."""
         if jax.process_index() != 0:
             return
-        folder = Path(self._manager.directory)
-        begun = [path for path in folder.glob(f"{self._saving}.*") if path.is_dir()]
-        for path in begun or [folder / str(self._saving)]:
+        for path in Path(self._manager.directory).glob(f"{self._saving}.*tmp*"):
             with (path / MANIFEST).open("w", encoding="utf-8") as file:
                 json.dump(_listing(path), file, indent=1)
                 file.flush()

@@ -206,6 +206,11 @@ class StepReader:
         """Starts the clock of the next step now: what came before was no training."""
         self._last = time.perf_counter()
 
+    @property
+    def step(self) -> int | None:
+        """The step whose metrics are pending, if any are."""
+        return self._pending and self._pending[0]
+
     def begin(self, step: int, measured: dict, more: Callable[[], dict] = dict) -> None:
         """Keeps a step's metrics on the devices; once they are there, `more` returns what else to record."""
         self._pending = step, measured, more

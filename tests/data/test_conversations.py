@@ -61,7 +61,7 @@ def test_messages_as_numpy_prints_them_are_refused_and_an_empty_cell_of_tools_is
 
 
 def test_a_question_in_brackets_stays_a_question():
-    for text in ("[1, 2, 3] sorted is", "[What is this?]", "[1, 2, 3]"):
+    for text in ("[1, 2, 3] sorted is", "[What is this?]", "[1, 2, 3]", '["cat", "dog"]'):
         assert conversation({"prompt": text}, Columns()).messages == [{"role": "user", "content": text}]
 
 

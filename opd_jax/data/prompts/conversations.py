@@ -60,7 +60,7 @@ def conversation(record: Mapping[str, Any], columns: Columns, *, replies: bool =
       ValueError, TypeError, KeyError, AttributeError: it holds none; the error says why.
     """
     names = (columns.prompt,) if columns.prompt else PROMPT_COLUMNS
-    prompt = _parsed(records.first_field(record, names))
+    prompt = _parsed(records.first_field(record, names), Mapping)
     if prompt is None:
         raise KeyError(" or ".join(names))
     if isinstance(prompt, str):
@@ -75,7 +75,7 @@ def conversation(record: Mapping[str, Any], columns: Columns, *, replies: bool =
     if not replies and messages[-1]["role"] == "assistant":
         raise ValueError("there is nothing to answer")
     answer = reference(records.field(record, columns.answer or "answer"))
-    tools = _parsed(record.get("tools"))
+    tools = _parsed(record.get("tools"), Mapping)
     if tools == "" or (isinstance(tools, float) and math.isnan(tools)):  # an empty cell
         tools = None
     if tools is not None and not isinstance(tools, list):
@@ -90,8 +90,8 @@ def reference(value: Any) -> str | None:
       TypeError: it is an object, or several answers.
     """
     if isinstance(value, str):
-        listed = _parsed(value)
-        if isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], str):
+        listed = _parsed(value, str)
+        if isinstance(listed, list) and len(listed) == 1:
             value = listed[0]  # ["7"], as some tools write a column of lists
     if isinstance(value, list) and len(value) <= 1:
         value = value[0] if value else None
@@ -134,8 +134,8 @@ def _content(content: Any) -> str:
     return "".join(texts)
 
 
-def _parsed(value: Any) -> Any:
-    """A list that a cell of a table holds as text, in JSON or as Python prints it; else the value."""
+def _parsed(value: Any, kind: type) -> Any:
+    """A list of `kind` that a cell holds as text, in JSON or as Python prints it; else the value."""
     if not isinstance(value, str) or not value.lstrip().startswith("[") or not value.rstrip().endswith("]"):
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -143,7 +143,7 @@ def _parsed(value: Any) -> Any:
             found = parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        if isinstance(found, list) and all(isinstance(item, (Mapping, str)) for item in found):
+        if isinstance(found, list) and all(isinstance(item, kind) for item in found):
             return found
     if re.match(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]", value):
         raise ValueError("it looks like a list of messages, and is neither JSON nor a Python literal")
