@@ -84,7 +84,7 @@ map: $(VENV)/.installed
 
 # A row of docs/convergence.md: the demo's recipe on this machine, evaluated every six steps.
 row: $(VENV)/.installed
-	$(BIN)/python -m opd_jax.train --config=configs/demo.py --workdir=runs/row --config.eval.every=6 $(ARGS)
+	$(BIN)/python -m opd_jax.train --config=configs/demo.py --workdir=runs/row --config.eval.every=6 --config.train.steps=36 $(ARGS)
 	$(BIN)/python -m benchmarks.row runs/row --add
 
 # Three rules with one seed, on the demo's models; ARGS=--seeds=0,1,2 gives intervals over seeds.

@@ -41,7 +41,7 @@ def export(workdir, out, step="latest", dtype: str = "float32") -> tuple[int, Mo
     hf.check_unused(out)
     config = run_config(workdir)
     model = source.config(config.student.path, "student.path")
-    model = model.replace(layers=model.layers - len(set(config.student.drop_layers)))
+    model = model.without(config.student.drop_layers)
     tokenizer = tokenizers.load(config.student.path, "student.path")
     chosen = config.rollout.get("end_ids", ())  # older runs have no such field
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, chosen))

@@ -58,12 +58,18 @@ NUMBER_WORDS += tuple(f"{ten}-{one}".removesuffix("-zero") for ten in TENS for o
 THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>")
 THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>")
 ABOUT = re.compile(r"^(?:approximately|about|around|roughly|nearly|exactly|just|only|simply)\s+", re.I)
-VALUE = rf"(?:an?|half|quarters?|thirds?|plus|minus|times|{'|'.join(NUMBER_WORDS)})\b|[-−+±√\\(\d$%]"
+AMOUNT = "half|third|quarter|fifth|tenth|dozen|hundred|thousand|million"
+VALUE = rf"(?:an?(?=\s(?:{AMOUNT}))|half|quarters?|thirds?|plus|minus|times|{'|'.join(NUMBER_WORDS)})\b|[-−+±√\\(\d$%]"
 ASIDE = re.compile(  # what no longer says the number, if no value follows
-    rf",\s+(?!or\b|and\b|{VALUE})|\s+and\s+(?!or\b|{VALUE})|,?\s+or\s+(?=a\s+(?:dozen|score|pair)\b)"
+    rf",\s+(?!or\b|and\b|{VALUE})|\s+and\s+(?!or\b|{VALUE})"
+    r"|,?\s+or\s+(?=[\w -]+\s(?:dozens?|scores?|pairs?)\b)"
     r"|\s+\((?!mod|or|base)(?=[a-z])|\s+(?:which|so|altogether|in total)\b",
     re.IGNORECASE,
 )
+NO_ANSWER = re.compile(
+    r"\b(?:do not|don't|cannot|can't|could not|couldn't) (?:know|solve|tell|determine|find)\b"
+)
+DOLLARS = re.compile(r"\s*(?:\\\$|\$(?!.*\$))\s*[-\d.]")  # not a formula between dollar signs
 ELLIPSIS = re.compile(r"\\[lc]?dots[cbmio]?(?![a-z])|…|\.\.\.")
 OTHERWISE = re.compile(r",?\s+or\s+")
 FORMULA = re.compile(r"\$([^$]+)\$")
@@ -98,8 +104,11 @@ def grade(response: str, answer: str) -> bool:
         return _chosen(said[-1] if said else None, reply) == choice[1]
     if not said:
         if quantity := quantities.read(_clean(answer)):
-            if LISTED.search((reply.strip().splitlines() or [""])[-1]):
+            last = (reply.strip().splitlines() or [""])[-1]
+            if LISTED.search(last):
                 return False  # its last number ends a list
+            if NO_ANSWER.search(SENTENCE_BREAK.split(last)[-1]):
+                return False
             number = _last_number(reply)
             if number is None:
                 return False
@@ -114,10 +123,10 @@ def grade(response: str, answer: str) -> bool:
         return (
             same(line, answer) or same(stated, answer) or (len(formulas) == 1 and same(formulas[0], answer))
         )
-    if same(said[-1], answer) or (len(said) > 1 and same(", ".join(said), answer)):
+    if len(said) > 1 and same(", ".join(said), answer):
         return True
     if "\\boxed" in reply or quantities.read(_clean(answer)) is None:
-        return False
+        return same(said[-1], answer)
     # "The answer is 36, altogether, so the shop keeps that many."
     text = ABOUT.sub("", said[-1].strip())
     head = ASIDE.split(text, maxsplit=1)[0]
@@ -125,7 +134,7 @@ def grade(response: str, answer: str) -> bool:
     one, other = quantities.read(_clean(first)), quantities.read(_clean(rest[0])) if rest else None
     if one and other and quantities.same(one, other):
         head = first
-    return head != said[-1] and same(head, answer)
+    return same(head, answer)
 
 
 def spoken(response: str) -> str | None:
@@ -145,7 +154,9 @@ def same(said: str, answer: str) -> bool:
     """Whether two final answers, without the text around them, are equal."""
     if len(said) > LONGEST:
         return False
-    said, answer = LEAD.sub("", _clean(said), count=1), _clean(answer)
+    said = LEAD.sub("", said, count=1)
+    dollars = bool(DOLLARS.match(said)), bool(DOLLARS.match(answer))
+    said, answer = _clean(said), _clean(answer)
     if not said:
         return not answer
     if said == answer or _plain(said) == _plain(answer):
@@ -161,7 +172,10 @@ def same(said: str, answer: str) -> bool:
     left, right = HALF_DAY.search(_plain(said)), HALF_DAY.search(_plain(answer))
     if left and right and left[1] != right[1]:
         return False
-    said_quantity, quantity = quantities.read(said), quantities.read(answer)
+    said_quantity, quantity = (
+        value and value._replace(unit=value.unit or "dollars" * dollar)
+        for value, dollar in zip(map(quantities.read, (said, answer)), dollars, strict=True)
+    )
     if said_quantity and quantity:
         return quantities.same(said_quantity, quantity)
     if WORDS.fullmatch(_plain(answer)):

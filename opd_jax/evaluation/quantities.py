@@ -65,7 +65,7 @@ class Quantity(NamedTuple):
 
 def read(text: str) -> Quantity | None:
     """The number that a final answer consists of, with or without a unit; None for any other text."""
-    text = re.sub(r"[$€£]", "", text).strip()
+    text = re.sub(r"[$€£]", "", text.replace("¢", " cents")).strip()
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°|\\degree", " degrees", text)
     text = re.split(r"(?<![<>!=])=(?!=)", text)[-1].strip()
     exact, match = "." not in text, QUANTITY.fullmatch(decimal(text))

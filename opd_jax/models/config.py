@@ -88,6 +88,17 @@ class ModelConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def without(self, layers) -> "ModelConfig":
+        """The config of a model without some of its blocks, given by their 0-based indices.
+
+        Raises:
+          ValueError: an index is outside 0..layers-1, or no block is left.
+        """
+        dropped = set(layers)
+        if not dropped <= set(range(self.layers)) or len(dropped) == self.layers:
+            raise ValueError(f"cannot remove layers {sorted(dropped)} from a model of {self.layers}")
+        return self.replace(layers=self.layers - len(dropped))
+
     def parameter_count(self) -> int:
         """Number of parameters; a tied head counts once."""
         attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)

@@ -366,9 +366,7 @@ def prune(config: ModelConfig, params: dict, layers) -> tuple[ModelConfig, dict]
     Raises:
       ValueError: an index is outside 0..config.layers-1, or no block is left.
     """
-    dropped = set(layers)
-    if not dropped <= set(range(config.layers)) or len(dropped) == config.layers:
-        raise ValueError(f"cannot remove layers {sorted(dropped)} from a model of {config.layers}")
-    kept = jnp.array([i for i in range(config.layers) if i not in dropped])
+    pruned = config.without(layers)
+    kept = jnp.array([i for i in range(config.layers) if i not in set(layers)])
     blocks = jax.tree.map(lambda w: jnp.take(w, kept, axis=0), params["blocks"])
-    return config.replace(layers=len(kept)), params | {"blocks": blocks}
+    return pruned, params | {"blocks": blocks}

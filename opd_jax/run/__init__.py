@@ -1,6 +1,8 @@
 """A run: its programs, its folder, checkpoints, metrics, records, and all that is checked before it starts.
 
 In: a config and a workdir. Out: a `Job`, and what a run leaves behind.
+Which file: `programs` compiles; `job` reads models and data; `session` begins, saves and ends a run's folder;
+`draw` turns prompts into rollouts; `resolve` settles the models' configs.
 May import: config, evaluation and the rooms before them.
 """
 

@@ -40,7 +40,6 @@ class Job(programs.Programs):
       shared: the training prompts that are evaluated on too: `answering.shared_with_training`.
       table: the SegmentTable, on the mesh; with segments.kind=nltk, the host's SentenceSplitter.
       probe: what products of auto were settled by, or None.
-      others: see `programs.Programs`.
     """
 
     tokenizer: Any

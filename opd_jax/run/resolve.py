@@ -32,13 +32,14 @@ def student_model(config, mesh) -> ModelConfig:
     """The student of `models`."""
     student = model(config.student.path, "student.path", mesh, config.student.compute_dtype)
     drop = config.student.drop_layers
-    if drop and not (set(drop) < set(range(student.layers))):
+    try:
+        pruned = student.without(drop)
+    except ValueError:
         raise UserError(
             f"student.drop_layers={tuple(drop)} does not fit a model of {student.layers} layers; "
             f"give indices from 0 to {student.layers - 1}, and keep at least one"
-        )
-    return student.replace(
-        layers=student.layers - len(set(drop)),
+        ) from None
+    return pruned.replace(
         products=config.student.products,
         layout=layout(config, "student"),
         attention=attention_kernel(config, mesh, "student.path", student),
