@@ -18,6 +18,7 @@ import numpy as np
 from opd_jax.data.prompts import sources
 from opd_jax.errors import UserError, nearest
 from opd_jax.models import tokenizers
+from opd_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +218,7 @@ class Batching:
       rows: the numbers of this process's rows of a batch, from `sharding.local_rows`; None is all of them.
       buckets: further widths that a training batch may have. It takes the smallest that holds the longest
         prompt of all its rows, including those of other processes, so every process takes the same.
+      least: a smaller batch is a multiple of this.
     """
 
     batch: int
@@ -224,6 +226,17 @@ class Batching:
     pad_id: int
     rows: np.ndarray | None = None
     buckets: Sequence[int] = ()
+    least: int = 1
+
+    def fitting(self, mesh, count: int) -> "Batching":
+        """For `count` prompts: a smaller batch if they fill at most half of this one, else this one.
+
+        A batch of another size is another program to compile, once.
+        """
+        batch = -(-count // self.least) * self.least
+        if 2 * batch > self.batch:
+            return self
+        return dataclasses.replace(self, batch=batch, rows=sharding.local_rows(mesh, batch))
 
     def own_rows(self) -> np.ndarray:
         """The numbers of this process's rows."""

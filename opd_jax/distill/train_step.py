@@ -146,9 +146,16 @@ def importance(rollouts: Rollouts, scores: scoring.Scores, config):
 
 
 def recomputes(config) -> bool:
-    """Whether scoring runs the student too: where configured, and on responses that the teacher wrote."""
-    writer = objectives.OBJECTIVES[config.objective.name].writer
-    return config.scoring.student == "recompute" or writer == "teacher"
+    """Whether scoring runs the student too: where configured, and on responses that the teacher wrote.
+
+    auto does where the sampler's rounding would count: a second update on the same rollouts begins from a
+    ratio S / S_old of 1, and an int8 cache rounds coarsely.
+    """
+    if objectives.OBJECTIVES[config.objective.name].writer == "teacher":
+        return True
+    if config.scoring.student == "auto":
+        return config.train.updates_per_rollout > 1 or config.rollout.cache_dtype == "int8"
+    return config.scoring.student == "recompute"
 
 
 def make_update(loss_fn, optimizer: optax.GradientTransformation, micro_batches: int):

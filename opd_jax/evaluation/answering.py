@@ -190,7 +190,7 @@ def _answer(
     repeated = [prompt for prompt in rendered.prompts for _ in range(samples)]
     columns = []
     mesh, tokenizer = response_sampler.mesh, response_sampler.tokenizer
-    batching = response_sampler.batching
+    batching = response_sampler.batching.fitting(mesh, len(repeated))
     parts = -(-len(repeated) // batching.batch)
     with shown.phase(f"benchmark {name}: sampling, batch", parts=parts):
         for number, local in enumerate(data.heldout_batches(repeated, batching)):

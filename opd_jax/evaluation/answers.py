@@ -59,7 +59,8 @@ THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>")
 THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>")
 ABOUT = re.compile(r"^(?:approximately|about|around|roughly|nearly|exactly|just|only|simply)\s+", re.I)
 AMOUNT = "half|third|quarter|fifth|tenth|dozen|hundred|thousand|million"
-VALUE = rf"(?:an?(?=\s(?:{AMOUNT}))|half|quarters?|thirds?|plus|minus|times|{'|'.join(NUMBER_WORDS)})\b|[-−+±√\\(\d$%]"
+NUMBERS = "|".join(NUMBER_WORDS)
+VALUE = rf"(?:an?(?=\s(?:{AMOUNT}))|half|quarters?|thirds?|plus|minus|times|{NUMBERS})\b|[-−+±√\\(\d$%]"
 ASIDE = re.compile(  # what no longer says the number, if no value follows
     rf",\s+(?!or\b|and\b|{VALUE})|\s+and\s+(?!or\b|{VALUE})"
     r"|,?\s+or\s+(?=[\w -]+\s(?:dozens?|scores?|pairs?)\b)"

@@ -31,10 +31,11 @@ def evaluate(job, params: dict, teacher_params: dict, progress: Progress | None 
     """
     started = time.perf_counter()
     out, seconds = [], []
-    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
-    label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // batch_size)
+    count = len(job.prompts.heldout)
+    batching = job.batching.fitting(job.mesh, count)
+    label, parts = f"evaluating on {count} held-out prompts, batch", -(-count // batching.batch)
     with own(progress) as shown, shown.work("evaluation", label, parts):
-        for number, local in enumerate(data.heldout_batches(job.prompts.heldout, job.batching)):
+        for number, local in enumerate(data.heldout_batches(job.prompts.heldout, batching)):
             shown.at(number + 1)
             clock = [time.perf_counter()]
             batch, rollouts = jax.block_until_ready(job.evaluation_draw(params, local, number, shown))
@@ -100,10 +101,11 @@ def evaluate_teacher(job, teacher_params: dict, progress: Progress | None = None
     """
     started = time.perf_counter()
     out = []
-    count, batch_size = len(job.prompts.heldout), job.config.rollout.batch
-    label, parts = f"the teacher answers {count} held-out prompts, batch", -(-count // batch_size)
+    count = len(job.prompts.heldout)
+    batching = job.batching.fitting(job.mesh, count)
+    label, parts = f"the teacher answers {count} held-out prompts, batch", -(-count // batching.batch)
     with own(progress) as shown, shown.phase(label, parts=parts):
-        for number, local in enumerate(data.heldout_batches(job.prompts.heldout, job.batching)):
+        for number, local in enumerate(data.heldout_batches(job.prompts.heldout, batching)):
             shown.at(number + 1)
             batch, rollouts = job.teacher_evaluation_draw(teacher_params, local, number, shown)
             read = batch.valid_B, rollouts.tokens_BL, rollouts.mask_BT, rollouts.finished_B

@@ -4,6 +4,7 @@ What the sampler does is in `distill/rollout.py`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -50,7 +51,8 @@ class Draw:
 
 
 def batching_of(config, mesh, model: ModelConfig) -> Batching:
-    """The batches of rollout.batch prompts that evaluations and benchmarks ask a model."""
+    """The batches of rollout.batch prompts, or fewer, that evaluations and benchmarks ask a model."""
     batch = config.rollout.batch
     rows = sharding.local_rows(mesh, batch)
-    return Batching(batch, config.data.prompt_tokens, model.pad_id, rows)
+    least = math.lcm(config.train.micro_batch or batch, sharding.pieces(mesh))
+    return Batching(batch, config.data.prompt_tokens, model.pad_id, rows, least=least)

@@ -235,8 +235,9 @@ class Programs:
         repeated_B (`repeats.repeated_tail`).
         """
         c = self.config
-        how = scoring.Scoring(c.scoring.chunk, c.rollout.batch // c.train.micro_batch)
-        return _divergence_program(self.mesh, self.student, self.teacher, how)
+        return _divergence_program(
+            self.mesh, self.student, self.teacher, c.scoring.chunk, c.train.micro_batch
+        )
 
 
 def sampling(config, samples: int = 1) -> rollout.Sampling:
@@ -273,8 +274,9 @@ def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
 
 
 @functools.lru_cache(maxsize=8)
-def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, how: scoring.Scoring):
+def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int, micro_batch: int):
     def divergence(params, teacher_params, rollouts):
+        how = scoring.Scoring(chunk, len(rollouts.mask_BT) // micro_batch)
         kl_BT, teacher_logp_BT = scoring.distance(student, params, teacher, teacher_params, rollouts, how)
         return {
             "kl_B": kl_BT.sum(axis=1),

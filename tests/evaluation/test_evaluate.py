@@ -2,6 +2,7 @@
 
 import json
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,22 @@ def test_every_held_out_prompt_is_answered_once(equal, job):
     assert equal["tokens"] == sum(row["tokens"] for row in equal["rows"])
     assert equal["response_length"] == equal["tokens"] / 11
     assert equal["finished_share"] == np.mean([row["finished"] for row in equal["rows"]])
+
+
+def test_an_evaluation_pays_for_its_prompts_not_for_a_training_batch(models, equal, job):
+    teacher = str(models / "student")
+    sizes = {"data.heldout": 11, "rollout.batch": 32, "train.micro_batch": 4}
+    large = prepare(tiny.config(models, **{"teacher.path": teacher, **sizes}))
+    batching = large.batching.fitting(large.mesh, 11)
+    assert batching.batch == len(batching.own_rows()) == 16
+    assert large.batching.fitting(large.mesh, 17) is large.batching  # two programs would be no cheaper
+    params = large.start().params
+    large.evaluation_draw = unittest.mock.Mock(wraps=large.evaluation_draw)
+    theirs = evaluate(large, params, large.teacher_params())
+    assert [call.args[1].tokens_BP.shape[0] for call in large.evaluation_draw.call_args_list] == [16]
+    assert [row["text"] for row in theirs["rows"]] == [row["text"] for row in equal["rows"]]
+    # Row b of a batch draws from (key, batch, b): the first eight rows of both are the same draws.
+    assert [row["response"] for row in theirs["rows"]][:8] == [row["response"] for row in equal["rows"]][:8]
 
 
 def test_the_teacher_in_the_students_place_answers_as_an_equal_student(job, equal):

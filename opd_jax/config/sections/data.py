@@ -132,7 +132,7 @@ FIELDS = {
         "auto",
         """Dtype of cached keys and values. `auto` is the compute dtype. `int8` stores one float32 scale for
         each token and head: 1 + 4 / head_size bytes a value. The sampler's log-probabilities are then
-        those of the rounded model, so `scoring.student=recompute` is required, except with
+        those of the rounded model, so `scoring.student=sampler` is refused, except with
         `objective.name=sft`, where the teacher writes.""",
         allowed=("auto", "int8"),
     ),
@@ -151,11 +151,13 @@ FIELDS = {
         most=128,
     ),
     "scoring.student": Field(
-        "sampler",
+        "auto",
         """Where the candidates and the advantage's log p_S come from. `sampler` reuses the sampler's numbers
-        and is free. `recompute` costs one more forward pass of the student and gives the same numbers up
-        to rounding.""",
-        allowed=("sampler", "recompute"),
+        and is free. `recompute` costs one more forward pass of the student and gives the same numbers up to
+        rounding; in bfloat16 that is a noise (docs/sampling.md, "Rounding"). `auto` is `recompute` where the
+        noise would count: with `train.updates_per_rollout` above 1, whose first ratio must be 1, and with an
+        int8 cache; else `sampler`.""",
+        allowed=("auto", "sampler", "recompute"),
     ),
     "scoring.chunk": Field(
         128,
