@@ -35,6 +35,7 @@ from opd_jax.distill import (
     make_train_step,
     rollout,
     scoring,
+    widths,
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
@@ -145,6 +146,7 @@ def main(argv):
     config.update_from_flattened_dict(
         {
             "rollout.batch": b,
+            "rollout.max_tokens": t,
             "train.micro_batch": flags.FLAGS.micro_batch or b,
             "train.remat": flags.FLAGS.remat,
             "scoring.chunk": flags.FLAGS.chunk,
@@ -246,7 +248,7 @@ def _train_seconds(
         teacher_params = jax.block_until_ready(transformer.init(teacher, jax.random.key(1), teacher.dtype))
     table = SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
-    how = scoring.Scoring(chunk=config.scoring.chunk, micro_batches=micro_batches)
+    how = scoring.Scoring(config.scoring.chunk, micro_batches, widths=widths.of(config))
     score = jax.jit(lambda weights, rollouts: scoring.score(teacher, weights, rollouts, how))
 
     def products(fn, *args):

@@ -29,6 +29,7 @@ from opd_jax.distill import (
     scoring,
     train_step,
     trainable,
+    widths,
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, tokenizers, transformer
@@ -153,7 +154,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     schedule = learning_rate(config)
     loss = Loss.of(model, None, config, "sft")
     plain_loss = dataclasses.replace(loss, remat="none")
-    update = train_step.make_update(loss, optimizer, micro_batches)
+    update = train_step.make_update(loss, optimizer, micro_batches, widths.of(config))
 
     def inputs(rollouts: Rollouts) -> LossInputs:
         weight_BT = rollouts.mask_BT.astype(jnp.float32)
@@ -162,7 +163,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     def step(state: TrainState, rollouts: Rollouts):
         tokens = train_step.response_tokens(rollouts)
         trained, frozen = trainable.split(state.params, config.train.frozen)
-        (trained, opt_state), (mean_loss, norm, skipped, load) = update(
+        (trained, opt_state), (mean_loss, norm, skipped, load, _) = update(
             (trained, state.opt_state), inputs(rollouts), frozen, None, tokens
         )
         measured = {

@@ -142,8 +142,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
 
     sgd = optax.sgd(1.0)
     carry = params, sgd.init(params)
-    (one, _), (value, norm, skipped, _) = train_step.make_update(loss, sgd, 1)(carry, x)
-    (four, _), (value_of_four, norm_of_four, _, aux) = train_step.make_update(loss, sgd, 4)(carry, x)
+    (one, _), (value, norm, skipped, *_) = train_step.make_update(loss, sgd, 1)(carry, x)
+    (four, _), (value_of_four, norm_of_four, _, aux, _) = train_step.make_update(loss, sgd, 4)(carry, x)
     np.testing.assert_allclose(value, value_of_four, rtol=1e-6)
     assert not skipped
     np.testing.assert_allclose(norm, norm_of_four, rtol=1e-5)

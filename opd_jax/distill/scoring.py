@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.distill import divergences, vocabulary
+from opd_jax.distill import divergences, vocabulary, widths
 from opd_jax.distill.types import Rollouts, Scores, Targets, TeacherTop
 from opd_jax.models import ModelConfig, moe, transformer
 
@@ -25,12 +25,15 @@ class Scoring:
       keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
         `top_k` most likely tokens and its entropy.
       top_k: how many tokens `keep="top"` keeps.
+      widths: ascending, below T. A micro-batch is computed at the smallest that holds its responses, or
+        at T (widths.py). () is T always, and leaves the rows in their order.
     """
 
     chunk: int
     micro_batches: int = 1
     keep: Literal["logits", "top"] | None = None
     top_k: int = 0
+    widths: tuple[int, ...] = ()
 
 
 def score(
@@ -93,12 +96,50 @@ def score(
         targets = Targets(hidden_BTD=hidden_BTD if scoring.keep == "logits" else None, top=top)
         return scores.replace(targets=targets), load
 
+    (scores, load), width = by_width(one, rollouts, scoring)
+    load = jax.tree.map(lambda x: x.sum(axis=0), load)
+    return scores.replace(teacher_load=load, width=width)
+
+
+def by_width(one, rollouts: Rollouts, scoring: Scoring):
+    """one(micro-batch) for each micro-batch, at the width that it needs.
+
+    Args:
+      one: returns (a pytree of [B, T, ...] arrays, which are 0 or without meaning outside the response, or
+        anything else).
+
+    Returns:
+      ((the pytree for the whole batch, the rest stacked along a first axis), the mean width).
+    """
+    t = rollouts.mask_BT.shape[1]
+    order_SR = None
+    if scoring.widths and scoring.micro_batches > 1:
+        order_SR = widths.order(widths.last_position(rollouts.mask_BT), scoring.micro_batches)
+        rollouts = widths.taken(rollouts, order_SR)
+
+    def at_width(width: int):
+        def padded(r: Rollouts):
+            found, rest = one(r.narrow(width))
+            return jax.tree.map(lambda x: _padded(x, t), found), rest
+
+        return padded
+
+    def piece(r: Rollouts):
+        return widths.narrowest((*scoring.widths, t), widths.last_position(r.mask_BT), at_width, r)
+
     if scoring.micro_batches == 1:
-        scores, load = one(rollouts)
-    else:
-        scores, loads = jax.lax.map(one, split(rollouts, scoring.micro_batches))
-        scores, load = join(scores), jax.tree.map(lambda x: x.sum(axis=0), loads)
-    return scores.replace(teacher_load=load)
+        (found, rest), width = piece(rollouts)
+        return (found, jax.tree.map(lambda x: x[None], rest)), width
+    (found, rest), width = jax.lax.map(piece, split(rollouts, scoring.micro_batches))
+    found = join(found)
+    if order_SR is not None:
+        found = widths.put_back(found, order_SR)
+    return (found, rest), width.mean()
+
+
+def _padded(x_BT, length: int):
+    """Zeros after the last position, up to `length`."""
+    return jnp.pad(x_BT, [(0, 0), (0, length - x_BT.shape[1])] + [(0, 0)] * (x_BT.ndim - 2))
 
 
 def _student_chunk(config, candidates, head_VD, chunk):
@@ -196,7 +237,7 @@ def over_chunks(fn, chunk: int, head_VD, arrays):
 
     Args:
       fn: returns a pytree of [B, chunk, ...] arrays.
-      arrays: pytree of [B, T, ...]; T is padded with zeros to a multiple of chunk.
+      arrays: pytree of [B, T, ...]; see `chunked`.
 
     Returns:
       The pytree of [B, T, ...].
@@ -207,10 +248,11 @@ def over_chunks(fn, chunk: int, head_VD, arrays):
 
 
 def chunked(arrays, chunk: int):
-    """[B, T, ...] -> [T/chunk, B, chunk, ...], zeros after T."""
+    """[B, T, ...] -> [n, B, T/n, ...] with n = T/chunk rounded up, so that little is filled with zeros."""
 
     def cut(x):
-        chunk_ = min(chunk, x.shape[1])
+        pieces = -(-x.shape[1] // chunk)
+        chunk_ = -(-x.shape[1] // pieces)
         padding = [(0, 0)] * x.ndim
         padding[1] = (0, -x.shape[1] % chunk_)
         x = jnp.pad(x, padding)
@@ -240,7 +282,7 @@ def distance(
     """How far the student is from the teacher at each position of its responses, in nats, 0 outside them.
 
     Both models must share ids; ids that either tokenizer lacks carry no mass in the student. The models
-    may have different numbers of vocabulary rows. Of `scoring` only chunk and micro_batches are read.
+    may have different numbers of vocabulary rows. Of `scoring` keep and top_k are not read.
 
     Returns:
       (KL(student || teacher) over the whole vocabulary [B, T], the teacher's log-probability of the token
@@ -264,6 +306,4 @@ def distance(
         )
         return tuple(jnp.where(r.mask_BT, x_BT, 0) for x_BT in over_chunks(one, scoring.chunk, heads, arrays))
 
-    if scoring.micro_batches == 1:
-        return piece(rollouts)
-    return join(jax.lax.map(piece, split(rollouts, scoring.micro_batches)))
+    return by_width(lambda r: (piece(r), ()), rollouts, scoring)[0][0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax import release as releasing
-from opd_jax.distill import loss, objectives, scoring, trainable
+from opd_jax.distill import loss, objectives, scoring, trainable, widths
 from opd_jax.distill.optimizer import learning_rate
 from opd_jax.distill.repeats import repeated_tail
 from opd_jax.distill.types import Ends, LossInputs, Rollouts, StepInputs, Supervision, TrainState
@@ -33,7 +33,10 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
     objective = objectives.OBJECTIVES[config.objective.name]
     schedule = learning_rate(config)
     update = make_update(
-        loss.Loss.of(student, teacher, config), optimizer, config.rollout.batch // train.micro_batch
+        loss.Loss.of(student, teacher, config),
+        optimizer,
+        config.rollout.batch // train.micro_batch,
+        widths.of(config),
     )
 
     def train_step(state: TrainState, inputs: StepInputs):
@@ -44,12 +47,12 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         trained, frozen = trainable.split(state.params, train.frozen)
         carry, fixed = (trained, state.opt_state), (frozen, inputs.teacher_params, tokens)
         if train.updates_per_rollout == 1:
-            carry, (mean_loss, norm, skipped, load) = update(carry, loss_inputs, *fixed)
+            carry, (mean_loss, norm, skipped, load, width) = update(carry, loss_inputs, *fixed)
         else:
             carry, measured = jax.lax.scan(
                 lambda carry, _: update(carry, loss_inputs, *fixed), carry, length=train.updates_per_rollout
             )
-            mean_loss, norm, _, load = jax.tree.map(lambda x: x[0], measured)
+            mean_loss, norm, _, load, width = jax.tree.map(lambda x: x[0], measured)
             skipped = measured[2].sum()
         metrics = measure(rollouts, supervision) | {
             "loss": mean_loss,
@@ -57,6 +60,8 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
         }
+        if width is not None:
+            metrics |= {"scored_width": scores.width, "gradient_width": width}
         if weighs_draws(config):
             weight_BT = importance(rollouts, scores, config)
             metrics["kl"] = -(weight_BT * scores.advantage_BT).sum() / tokens
@@ -97,6 +102,7 @@ def supervise(
                 micro_batches=config.rollout.batch // config.train.micro_batch,
                 keep=objective.teacher,
                 top_k=config.objective.top_k,
+                widths=widths.of(config),
             ),
             student=(student, params) if recomputes(config) else None,
         )
@@ -158,39 +164,57 @@ def recomputes(config) -> bool:
     return config.scoring.student == "recompute"
 
 
-def make_update(loss_fn, optimizer: optax.GradientTransformation, micro_batches: int):
+def make_update(
+    loss_fn, optimizer: optax.GradientTransformation, micro_batches: int, narrower: tuple[int, ...] = ()
+):
     """Builds update(carry, batch, *fixed): the gradient, summed over micro-batches, then the optimizer.
 
     If the loss or the gradient is not finite, the update is skipped: parameters and optimizer state stay.
 
     Args:
       loss_fn: loss_fn(trained, part of the batch, *fixed) -> (scalar to differentiate, any pytree of arrays).
+      narrower: of a batch of `LossInputs`, the widths below T, as `Scoring.widths`: what follows a row's last
+        weight costs nothing. () takes any batch, as it is.
 
     Returns:
       A function ((trained, opt_state), batch, *fixed) -> (the same after the update, (the loss summed over
-      the micro-batches, the gradient's norm, whether the update was skipped, the sum of the pytrees)).
+      the micro-batches, the gradient's norm, whether the update was skipped, the sum of the pytrees, the mean
+      width or None)).
     """
     optimizer = optax.with_extra_args_support(optimizer)
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
     def update(carry, batch, *fixed) -> tuple[Any, Any]:
         trained, opt_state = carry
+
+        def of_piece(piece):
+            """((the piece's loss, its pytree), gradient, width)."""
+            if not narrower:
+                return *gradient(trained, piece, *fixed), None
+
+            def at_width(width: int):
+                return lambda piece: gradient(trained, piece.narrow(width), *fixed)
+
+            need_B = widths.last_position(piece.weighed_BT)
+            all_widths = *narrower, piece.weight_BT.shape[1]
+            (value, grads), width = widths.narrowest(all_widths, need_B, at_width, piece)
+            return value, grads, width
+
         with jax.named_scope("gradient"):
             if micro_batches == 1:
-                (value, aux), grads = gradient(trained, batch, *fixed)
+                (value, aux), grads, width = of_piece(batch)
             else:
+                if narrower:
+                    need_B = widths.last_position(batch.weighed_BT)
+                    batch = widths.taken(batch, widths.order(need_B, micro_batches))
                 pieces = scoring.split(batch, micro_batches)
-                first = jax.tree.map(lambda x: x[0], pieces)
-                (_, aux), _ = jax.eval_shape(gradient, trained, first, *fixed)
-                zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux)
-                (value, aux), grads = jax.lax.scan(
-                    lambda total, piece: (
-                        jax.tree.map(jnp.add, total, gradient(trained, piece, *fixed)),
-                        None,
-                    ),
-                    ((jnp.float32(0), zero), jax.tree.map(jnp.zeros_like, trained)),
-                    pieces,
+                shapes = jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces))
+                zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+                zero = zero[0], jax.tree.map(jnp.zeros_like, trained), zero[2]
+                (value, aux), grads, width = jax.lax.scan(
+                    lambda total, piece: (jax.tree.map(jnp.add, total, of_piece(piece)), None), zero, pieces
                 )[0]
+                width = jax.tree.map(lambda x: x / micro_batches, width)
         with jax.named_scope("update"):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -202,7 +226,7 @@ def make_update(loss_fn, optimizer: optax.GradientTransformation, micro_batches:
 
             trained = jax.tree.map(accept, optax.apply_updates(trained, changes), trained)
             opt_state = jax.tree.map(accept, next_state, opt_state)
-        return (trained, opt_state), (value, norm, ~finite, aux)
+        return (trained, opt_state), (value, norm, ~finite, aux, width)
 
     return update
 

@@ -6,6 +6,7 @@ T response positions, L = P + T, D model width, K candidates.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -49,6 +50,13 @@ class Rollouts(struct.PyTreeNode):
         """Ids of the response."""
         return self.tokens_BL[:, self.prompt_mask_BP.shape[1] :]
 
+    def narrow(self, width: int) -> "Rollouts":
+        """The same rows with the first `width` response positions alone."""
+        rows = "prompt_mask_BP", "finished_B"
+        cut = {name: x[:, :width] for name, x in vars(self).items() if name not in rows}
+        tokens_BL = self.tokens_BL[:, : self.prompt_mask_BP.shape[1] + width]
+        return self.replace(**cut | {"tokens_BL": tokens_BL})
+
 
 class TeacherTop(struct.PyTreeNode):
     """The teacher's own most likely tokens; finite and without meaning outside the response.
@@ -88,6 +96,7 @@ class Scores(struct.PyTreeNode):
       teacher_stop_BT: the teacher's probability of an end token at each position.
       targets: what `score` was asked to keep for the objective.
       teacher_load: how the teacher's routers spread the batch's tokens; None without experts.
+      width: response positions that were computed, the mean over micro-batches.
     """
 
     advantage_BT: Array
@@ -100,6 +109,7 @@ class Scores(struct.PyTreeNode):
     teacher_stop_BT: Array
     targets: Targets = Targets()
     teacher_load: moe.Load | None = None
+    width: Array | None = None
 
     def per_token(self) -> "Scores":
         """The scores without what only rules and objectives read: nothing of it need leave a program."""
@@ -109,6 +119,7 @@ class Scores(struct.PyTreeNode):
             overlap_BT=None,
             targets=Targets(),
             teacher_load=None,
+            width=None,
         )
 
 
@@ -140,6 +151,18 @@ class LossInputs(struct.PyTreeNode):
     weight_BT: Array
     targets: Targets = Targets()
     ends: Ends | None = None
+
+    @property
+    def weighed_BT(self):
+        """Where a loss is taken at all."""
+        ends_BT = self.ends.weight_BT != 0 if self.ends is not None else False
+        return (self.weight_BT != 0) | ends_BT
+
+    def narrow(self, width: int) -> "LossInputs":
+        """The same rows with the first `width` response positions alone."""
+        rest = self.advantage_BT, self.weight_BT, self.targets, self.ends
+        advantage_BT, weight_BT, targets, ends = jax.tree.map(lambda x: x[:, :width], rest)
+        return LossInputs(self.rollouts.narrow(width), advantage_BT, weight_BT, targets, ends)
 
     @property
     def per_token(self) -> tuple:

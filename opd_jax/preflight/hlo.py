@@ -215,6 +215,11 @@ class Program:
             called = dict(_CALLED.findall(instruction.text))
             branches = _BRANCHES.search(instruction.text)
             names = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else []
+            if instruction.opcode == "conditional":
+                names += called.values()
+                yield max(names, key=self._written), 1
+                yield from ((name, 0) for name in names)  # looked through, but not taken
+                continue
             trips = 1
             if instruction.opcode == "while":
                 trips = self._trips(instruction, called["condition"])
@@ -223,6 +228,10 @@ class Program:
             for callee in [*called.values(), *names]:
                 if callee in self.computations:
                     yield callee, trips
+
+    def _written(self, computation: str) -> int:
+        """Bytes of all results of a computation."""
+        return sum(array.bytes for i in self.computations[computation] for array in i.arrays)
 
     def _trips(self, loop: Instruction, condition: str) -> int:
         known = re.search(r'known_trip_count":?\{"n":"?(\d+)', loop.text)

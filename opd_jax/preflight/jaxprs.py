@@ -1,5 +1,6 @@
 """What a traced program does, read from its jaxpr: calls of the host, and FLOPs of matrix products."""
 
+import functools
 import math
 
 
@@ -8,7 +9,7 @@ def host_calls(jaxpr) -> list[str]:
     return sorted(
         {
             e.primitive.name
-            for e, _ in _equations(jaxpr, 1, 1)
+            for e, _ in _equations(jaxpr)
             if "callback" in e.primitive.name or e.primitive.name in ("infeed", "outfeed", "debug_print")
         }
     )
@@ -18,7 +19,7 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts=(), tensor: int = 1) -> 
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
     A grouped product multiplies each row by one group, and a device that holds some of the experts its share
-    of the rows it is given, each expert as likely as another.
+    of the rows it is given, each expert as likely as another. Of branches the one with most FLOPs is taken.
 
     Args:
       unknown_trips: rounds of a loop whose limit the program does not show.
@@ -30,7 +31,8 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts=(), tensor: int = 1) -> 
       ValueError: a grouped product is of no such model.
     """
     total = 0
-    for e, times in _equations(jaxpr, 1, unknown_trips):
+    costliest = functools.partial(matmul_flops, unknown_trips=unknown_trips, experts=experts, tensor=tensor)
+    for e, times in _equations(jaxpr, unknown_trips=unknown_trips, choose=costliest):
         if e.primitive.name == "dot_general":
             (contract, _), _ = e.params["dimension_numbers"]
             lhs = e.invars[0].aval.shape
@@ -60,8 +62,8 @@ def _experts(grouped, experts, tensor: int) -> int:
     return min(found)[-1]
 
 
-def _equations(jaxpr, times: int, unknown_trips: int):
-    """Every equation with the number of times it runs."""
+def _equations(jaxpr, times: int = 1, unknown_trips: int = 1, choose=None):
+    """Every equation with the number of times it runs; of branches those with the highest choose(jaxpr)."""
     for e in jaxpr.eqns:
         yield e, times
         inner = times
@@ -76,8 +78,11 @@ def _equations(jaxpr, times: int, unknown_trips: int):
             inner *= math.prod(grid)
             if e.params["name"].startswith("splash"):  # of n x n blocks those above the diagonal are skipped
                 inner = inner * (grid[-1] + 1) // (2 * grid[-1])
-        for value in e.params.values():
+        values = list(e.params.values())
+        if e.primitive.name == "cond" and choose:
+            values = [max((branch.jaxpr for branch in e.params["branches"]), key=choose)]
+        for value in values:
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 part = getattr(part, "jaxpr", part)
                 if hasattr(part, "eqns"):
-                    yield from _equations(part, inner, unknown_trips)
+                    yield from _equations(part, inner, unknown_trips, choose)

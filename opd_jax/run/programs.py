@@ -26,6 +26,7 @@ from opd_jax.distill import (
     rollout,
     scoring,
     trainable,
+    widths,
 )
 from opd_jax.models import ModelConfig, transformer
 from opd_jax.parallel import sharding
@@ -236,7 +237,7 @@ class Programs:
         """
         c = self.config
         return _divergence_program(
-            self.mesh, self.student, self.teacher, c.scoring.chunk, c.train.micro_batch
+            self.mesh, self.student, self.teacher, c.train.micro_batch, (c.scoring.chunk, widths.of(c))
         )
 
 
@@ -274,9 +275,11 @@ def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
 
 
 @functools.lru_cache(maxsize=8)
-def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, chunk: int, micro_batch: int):
+def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, micro_batch: int, sizes):
+    chunk, widths = sizes
+
     def divergence(params, teacher_params, rollouts):
-        how = scoring.Scoring(chunk, len(rollouts.mask_BT) // micro_batch)
+        how = scoring.Scoring(chunk, len(rollouts.mask_BT) // micro_batch, widths=widths)
         kl_BT, teacher_logp_BT = scoring.distance(student, params, teacher, teacher_params, rollouts, how)
         return {
             "kl_B": kl_BT.sum(axis=1),

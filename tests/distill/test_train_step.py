@@ -290,7 +290,7 @@ def test_a_reward_raises_the_likelihood_of_right_answers_and_lowers_that_of_wron
         jax.value_and_grad(functools.partial(tiny.naive_loss, tiny.STUDENT)),
         compiler_options=tiny.OPTIMISED,
     )(student, rollouts, advantage_BT.astype(np.float32))
-    np.testing.assert_allclose(measured["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(measured["loss"], loss, rtol=0, atol=1e-6)  # of terms of about 1
     assert_close(gradient(state), grads, 2e-6)
 
 
@@ -385,7 +385,10 @@ def with_a_nan(rollouts):
     return rollouts.replace(logp_BT=jnp.asarray(rollouts.logp_BT).at[0, last].set(jnp.nan))
 
 
-@pytest.mark.parametrize("overrides", [{}, {"train__micro_batch": 2, "train__updates_per_rollout": 2}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"train__micro_batch": 2, "train__updates_per_rollout": 2, "scoring__student": "sampler"}],
+)
 def test_an_update_that_is_not_finite_is_skipped_and_leaves_every_bit_of_the_state(
     overrides, student, teacher, rollouts, table
 ):

@@ -135,6 +135,13 @@ FIELDS = {
         batch. Lower it to save memory.""",
         least=0,
     ),
+    "train.widths": Field(
+        (0.25, 0.5),
+        """Shares of `rollout.max_tokens`: a micro-batch is scored, and its gradient taken, at the smallest
+        width that holds what its rows need, the response for scoring and the part up to the last supervised
+        token for the gradient. Rows are sorted for this. Widths are rounded up to multiples of 128; each
+        compiles its own copy of the forward and backward pass. `()` computes `rollout.max_tokens` always.""",
+    ),
     "train.updates_per_rollout": Field(
         1,
         "Optimizer updates on each rollout batch. More than 1 uses the clipped importance ratio.",
