@@ -4,8 +4,10 @@
     make bench SHAPE="6 384 1024 6 2 64 8192 32 64 192"
     make bench SHAPE="27 576 1536 9 3 64 49152 8 200 96" ARGS=--teacher_layers=30
 
-Weights are random, no response ends early, and every program runs once before it is timed. FLOPs are computed
-from the shapes: multiplications and additions of matrix products and attention only.
+Weights are random, and every program runs once before it is timed. No response ends early, unless `--lengths`
+says how long they are: then the phases after sampling are timed on such ones. FLOPs are computed from the
+shapes, as if every response were at its limit: multiplications and additions of matrix products and attention
+only.
 
 Each line of the table is printed as soon as it is measured.
 
@@ -39,7 +41,7 @@ from opd_jax.distill import (
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
-from opd_jax.preflight import costs, jaxprs
+from opd_jax.preflight import costs, jaxprs, lengths
 from opd_jax.progress import Progress
 from opd_jax.release.segments import SegmentTable, segment
 
@@ -118,6 +120,7 @@ def main(argv):
         raise UserError(f"give ten whole numbers: {' '.join(NAMES)}") from None
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
     _check(sizes, flags.FLAGS.micro_batch or b)
+    length_B = lengths.response_lengths(flags.FLAGS.lengths, b, t)
     usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     student = ModelConfig(
         family="llama",
@@ -150,21 +153,28 @@ def main(argv):
             "train.micro_batch": flags.FLAGS.micro_batch or b,
             "train.remat": flags.FLAGS.remat,
             "scoring.chunk": flags.FLAGS.chunk,
+            "train.widths": tuple(map(float, flags.FLAGS.widths)),
         }
     )
 
     with Progress() as progress:
-        _measure(config, student, teacher, sizes, progress)
+        _measure(config, (student, teacher), sizes, length_B, progress)
 
 
 def _measure(
     config: ConfigDict,
-    student: ModelConfig,
-    teacher: ModelConfig,
+    models: tuple[ModelConfig, ModelConfig],
     sizes: dict[str, int],
+    length_B: np.ndarray,
     progress: Progress,
 ):
-    """Times each phase, and prints its line of the table at once."""
+    """Times each phase, and prints its line of the table at once.
+
+    Args:
+      models: student and teacher.
+      length_B: tokens of each response that is scored and trained on.
+    """
+    student, teacher = models
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
     say = functools.partial(progress.say, file=sys.stdout)
     rate, copied = matmul_rate(student.dtype, progress), copy_rate(progress)
@@ -211,7 +221,9 @@ def _measure(
     if flags.FLAGS.sample_only:
         return
     with progress.phase("sampling what is scored"):
-        rollouts = jax.block_until_ready(sample(params, *prompts))
+        rollouts = jax.block_until_ready(cut(sample(params, *prompts), length_B, student.pad_id))
+    if flags.FLAGS.lengths != "full":
+        say(f"sampling is timed at the limit; the other phases on responses of {length_B.mean():.1f} tokens")
     step, added = _train_seconds(config, (student, teacher), params, rollouts, progress, measured)
     whole = seconds["sample"] + step
     expected = predicted["sample"] + predicted["score"] + predicted["update"]
@@ -223,6 +235,15 @@ def _measure(
         f"median of {PAIRS} train_steps with release.rule=paper, each less one with none and no sentences, "
         "run in turn"
     )
+
+
+def cut(rollouts: Rollouts, length_B, pad_id: int) -> Rollouts:
+    """The rollouts as if their responses had ended after these many tokens."""
+    p, t = rollouts.prompt_mask_BP.shape[1], rollouts.mask_BT.shape[1]
+    mask_BT = jnp.arange(t)[None] < jnp.asarray(length_B)[:, None]
+    token_BT = jnp.where(mask_BT, rollouts.response_BT, pad_id)
+    tokens_BL = jnp.concatenate([rollouts.tokens_BL[:, :p], token_BT], axis=1)
+    return rollouts.replace(tokens_BL=tokens_BL, mask_BT=mask_BT)
 
 
 def _train_seconds(
@@ -262,6 +283,8 @@ def _train_seconds(
     scoring_bytes = micro_batches * costs.score_bytes(student, teacher, batch)
     measured("score", scored, scoring_products, scoring_bytes)
     scores = score(teacher_params, rollouts)
+    if how.widths:
+        progress.say(f"scoring computes {float(scores.width):.0f} of {t} positions", file=sys.stdout)
 
     @jax.jit
     def decide(scores, rollouts):
@@ -326,6 +349,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("teacher_weights", "float", ["float", "int8"], "As teacher.weights.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
     flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")
+    flags.DEFINE_string("lengths", "full", f"How long responses are: {lengths.FORMS}.")
+    flags.DEFINE_list("widths", ["0.25", "0.5"], "As train.widths; empty for none.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")
     flags.DEFINE_enum("remat", "none", ["none", "dots", "full"], "As train.remat.")
     flags.DEFINE_enum(
