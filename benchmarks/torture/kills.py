@@ -50,7 +50,7 @@ class Runner:
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
             "GRACE": "1",
-            "DEVICES": "2",
+            "DEVICES": "1",
         }
         folder.mkdir(parents=True, exist_ok=True)
 

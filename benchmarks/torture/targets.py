@@ -71,7 +71,7 @@ def write_inputs(folder: Path) -> None:
     recipes = {
         "train.py": train | asked,
         "sft.py": train | sft,
-        "pod.py": train | {"train.steps": 8, "data.heldout": 3},
+        "pod.py": train | {"train.steps": 8, "checkpoint.every": 2, "data.heldout": 3},
         "sweep.py": train | {"train.steps": 6, "checkpoint.every": 2},
     }
     for name, values in recipes.items():

@@ -80,7 +80,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
         raise UserError(
             f"{path} is not readable as JSON ({error}); restore it, or start in another --workdir"
         ) from error
@@ -185,7 +185,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON ({error}); fix it") from error
     return records
