@@ -79,7 +79,7 @@ def _file(whole: Path, other: Path) -> Iterator[str]:
 
 
 def _lines(whole: str, other: str) -> Iterator[str]:
-    if not other.endswith("\n"):
+    if other and not other.endswith("\n"):
         yield "ends in a torn line"
     ours, theirs = whole.splitlines(), other.splitlines()
     if len(ours) != len(theirs):

@@ -44,6 +44,7 @@ class Target:
       records: the first file that says that it has begun its work, in that folder; "" for none.
       processes: how many it starts.
       cold: it starts with an empty compilation cache.
+      done: what it says if it is started again after it was done, and ends with a status.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     records: str = ""
     processes: int = 1
     cold: bool = False
+    done: str = ""
 
 
 def write_inputs(folder: Path) -> None:
@@ -94,7 +96,7 @@ def targets(inputs: Path, whole: Path) -> list[Target]:
         Target("train-cold", command("opd_jax.train", "train.py"), "metrics.jsonl", cold=True),
         Target("sft", command("opd_jax.sft", "sft.py"), "metrics.jsonl"),
         Target("sweep", command("opd_jax.sweep", "sweep.py", "--out"), "full/seed-0/metrics.jsonl"),
-        Target("export", export),
+        Target("export", export, done="exists and is not an empty folder"),
         Target("demo-prompts", (sys.executable, str(inputs / "demo_prompts.py"), "{out}")),
         Target("sorting-data", (*python, "studies.sorting", "--out={out}"), "worked.jsonl"),
         Target(

@@ -221,8 +221,16 @@ def test_a_workdir_below_a_file_is_refused(models, tmp_path):
     assert "another folder" in message
 
 
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that even root cannot write to")
+def test_a_workdir_that_is_read_only_is_refused(models):
+    message = refusal(tiny.config(models), Path("/sys/kernel/run"))
+    assert "--workdir=/sys/kernel/run cannot be written" in message
+    assert "another folder" in message
+
+
 def test_a_workdir_with_a_run_of_another_config_is_refused(models, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny.config(models).to_dict()))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     other = tiny.config(models, **{"optimizer.learning_rate": 0.5, "train.micro_batch": 8})
     message = refusal(other, tmp_path)
     assert "another --workdir" in message
@@ -232,6 +240,7 @@ def test_a_workdir_with_a_run_of_another_config_is_refused(models, tmp_path):
 def test_more_steps_are_no_other_config(models, tmp_path):
     first = config.validate(tiny.config(models))
     (tmp_path / "config.json").write_text(json.dumps(first.to_dict()))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     job.prepare(tiny.config(models, **{"train.steps": 9}), tmp_path)
 
 
