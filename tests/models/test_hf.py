@@ -319,6 +319,11 @@ def test_an_index_whose_file_name_is_too_long_is_refused(sharded_folder):
     refused(lambda: hf.load(sharded_folder), "lacks xxx", "complete download")
 
 
+def test_more_blocks_than_there_are_tensors_are_refused_at_once(folder):
+    edit_json(folder / "config.json", num_hidden_layers=2**31 - 1)
+    refused(lambda: hf.load(folder), "tensors, fewer than the 2147483647", "complete llama model")
+
+
 def test_a_truncated_weight_file_is_refused(folder):
     file = folder / "model.safetensors"
     for length in (file.stat().st_size - 1, 100, 0):

@@ -143,6 +143,12 @@ def check_shapes(config: ModelConfig, file_format: str, found: dict, where: str)
     Raises:
       UserError: names the first such tensor and how many more there are.
     """
+    least = config.layers * max(config.experts, 1)
+    if least > len(found):
+        raise UserError(
+            f"{where} has {len(found)} tensors, fewer than the {least} that its config asks for; is it"
+            f" a complete {config.family} model?"
+        )
     wanted = {tensor.name: tensor.shape for tensor in tensors(config, file_format)}
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in found) and not any(
