@@ -161,5 +161,5 @@ def _reading_parquet(where: Path, key: str):
         raise UserError(f"{key}={where}: the package pyarrow is missing; pip install pyarrow") from error
     try:
         yield pyarrow.parquet
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{key}={where}: not a readable parquet file ({reason(error)})") from error
