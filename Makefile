@@ -1,4 +1,5 @@
-# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · row · map · ablations · study · smollm2 · preflight
+# make demo · test · parity · lint · types · docs · serve · dev · lock · bench · row · torture · map · ablations · study · smollm2
+# · preflight
 # Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ s=0; while sleep 1 && kill -0 $$$$ 2>/dev/null; do s=$$((s + 1)); [ $$((s % 20))
 beat=$$!; trap "kill $$beat" EXIT; $(1)/bin/pip install -q $(2)
 endef
 
-.PHONY: demo test parity lint types docs serve dev lock bench row map ablations study smollm2 preflight clean
+.PHONY: demo test parity lint types docs serve dev lock bench row torture map ablations study smollm2 preflight clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.demo $(ARGS)
@@ -86,6 +87,11 @@ map: $(VENV)/.installed
 row: $(VENV)/.installed
 	$(BIN)/python -m opd_jax.train --config=configs/demo.py --workdir=runs/row --config.eval.every=6 --config.train.steps=36 $(ARGS)
 	$(BIN)/python -m benchmarks.row runs/row --add
+
+# Kills and damaged inputs, hours on two cores; the kills go on where they stopped. No part of CI.
+torture: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.torture.fuzz $(ARGS)
+	$(BIN)/python -m benchmarks.torture.kills
 
 # Three rules with one seed, on the demo's models; ARGS=--seeds=0,1,2 gives intervals over seeds.
 ablations: $(VENV)/.installed

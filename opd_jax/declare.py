@@ -23,6 +23,7 @@ class Field:
       doc: what it is, its unit and what it costs, as Markdown.
       allowed: the words it may be, or a function that returns them; None is no limit.
       least, most: its range, both ends included; None is no limit.
+      items: of a tuple, the type of its items; None is no limit.
     """
 
     default: Any
@@ -30,6 +31,7 @@ class Field:
     allowed: Collection[str] | Callable[[], Collection[str]] | None = None
     least: float | None = None
     most: float | None = None
+    items: type | None = None
 
     def words(self) -> Collection[str] | None:
         """The words it may be, or None."""
@@ -46,6 +48,9 @@ class Field:
             raise UserError(
                 f"{key}={value} is not known{nearest(value, words)}; use one of {', '.join(words)}"
             )
+        if self.items is not None and not all(type(item) is self.items for item in value):
+            what = {int: "whole numbers", str: "strings"}.get(self.items, self.items.__name__)
+            raise UserError(f"{key}={value!r}: give {what}, with commas between them")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is no finite number; the default is {self.default}")
         low, high = self.least, self.most

@@ -286,6 +286,7 @@ def _train(config, workdir, shown: Progress) -> TrainState:
                 session.save(step, state, prompts.state())
             if stopping:
                 session.stop(step)
+        session.sync()
     return state
 
 

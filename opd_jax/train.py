@@ -162,8 +162,10 @@ def train(
             if benchmarking:  # last, since it takes longest; a run that ends here makes it up later
                 answer_benchmarks(step, state)
             if stopping:
+                read.finish()
                 session.stop(step)
         read.finish()
+        session.sync()
     return state
 
 

@@ -154,10 +154,12 @@ def write_problems(out: Path) -> None:
                 {"role": "assistant", "content": solution(numbers, upwards)},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
-    with (out / "prompts.jsonl").open("w") as file:
+    scratch = out / ".prompts.jsonl.new"  # the last file: make study takes it for all of them
+    with scratch.open("w") as file:
         for numbers, upwards in fresh:
             order = " ".join(sorted(numbers, key=int, reverse=not upwards))
             file.write(json.dumps({"prompt": question(numbers, upwards), "answer": order}) + "\n")
+    scratch.replace(out / "prompts.jsonl")
 
 
 def main(_):

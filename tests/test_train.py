@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax.errors import UserError
 from opd_jax.parallel import distributed, sharding
 from opd_jax.progress.progress import Progress
 from opd_jax.run.checkpoint import Checkpoints
@@ -279,6 +280,44 @@ def test_gradient_noise_and_grades_are_recorded_and_change_no_step(models, tmp_p
     odd = [int("".join(filter(str.isdigit, r["prompt"]))) % 2 for r in shown]
     assert [r["right"] for r in shown] == [False if n else None for n in odd]
     assert 0 < sum(odd) < len(odd) == 16
+
+
+def test_a_start_that_fails_before_its_first_step_does_not_keep_the_workdir(models, tmp_path, finished):
+    settings = {"train.steps": 5, "optimizer.learning_rate": 0.5}
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    wrong = prepare(tiny.config(models, **settings), tmp_path)
+    wrong.__dict__["train_step"] = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(wrong, tmp_path)
+    assert [r["kind"] for r in lines(tmp_path / "metrics.jsonl")] == ["eval"]
+
+    right = prepare(tiny.config(models, **{"train.steps": 5}), tmp_path)
+    state = train(right, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, state, finished[1])
+    assert losses(tmp_path) == losses(finished[0])
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl") if r["kind"] == "eval"] == [0, 2, 4, 5]
+    with pytest.raises(UserError, match="holds a run with another config"):
+        prepare(tiny.config(models, **settings), tmp_path)
+
+
+def test_a_clock_that_goes_backwards_changes_no_record(models, job, tmp_path, finished, monkeypatch):
+    """Within a run by a minute a look, and by a day between two starts."""
+    now = itertools.count(time.time(), -60)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    train(prepare(tiny.config(models, **{"train.steps": 3, "metrics.tensorboard": True})), tmp_path)
+    earlier = itertools.count(next(now) - 86_400, -60)
+    monkeypatch.setattr(time, "time", lambda: next(earlier))
+    progress = quiet(job.config)
+    state = train(job, tmp_path, progress=progress)
+    assert not any(pieces.left for pieces in progress._plan.pieces.values()), "what is left of the plan"
+    jax.tree.map(np.testing.assert_array_equal, state, finished[1])
+    assert losses(tmp_path) == losses(finished[0])
+    records = lines(tmp_path / "metrics.jsonl")
+    seconds = [r[key] for r in records for key in r if key.startswith(("seconds", "tokens_per_second"))]
+    assert seconds and min(seconds) >= 0
 
 
 LONG = {"train.steps": 40, "checkpoint.every": 5, "eval.every": 20}

@@ -41,7 +41,7 @@ def run(main, *, config: str | None = None, without_file: bool = False):
                 known = _flat(load(path, *arguments))
                 _check_fields(argv, known)
             return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, OSError, ValueError, TypeError) as error:
+        except (flags.Error, AttributeError, LookupError, OSError, ValueError, TypeError) as error:
             fail(error)
 
     def guarded(argv):
@@ -51,6 +51,12 @@ def run(main, *, config: str | None = None, without_file: bool = False):
             main(argv)
         except UserError as error:
             fail(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            fail(
+                f"{error.filename}: {error.strerror or type(error).__name__}; restore access, or name another"
+            )
 
     app.run(guarded, flags_parser=parse)
 

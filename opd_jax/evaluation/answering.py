@@ -149,9 +149,10 @@ def say_shared(shared: Sequence[dict[str, Any]]) -> str:
 
 def write_shared(folder: str | Path, shared: Sequence[dict[str, Any]]) -> None:
     """Writes FOLDER/shared_prompts.jsonl, a line a pair; no file where there is none."""
-    if jax.process_index() == 0 and shared:
-        lines = "".join(json.dumps(record) + "\n" for record in shared)
-        (Path(folder) / SHARED_FILE).write_text(lines, encoding="utf-8")
+    file = Path(folder) / SHARED_FILE
+    lines = "".join(json.dumps(record) + "\n" for record in shared)
+    if shared:
+        distributed.by_first(lambda: file.write_text(lines, encoding="utf-8"), str(file))
 
 
 def answer(
@@ -269,9 +270,12 @@ def write(folder: str | Path, label: str | int, result: dict) -> Path:
     """Writes FOLDER/NAME-LABEL.jsonl, a line a problem, and the summary next to it; returns the former."""
     folder = Path(folder)
     path = folder / f"{result['benchmark']}-{label}.jsonl"
-    if jax.process_index() == 0:
+
+    def write_both():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in result["rows"]), encoding="utf-8")
         summary = {name: value for name, value in result.items() if name != "rows"}
         path.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    distributed.by_first(write_both, str(path))
     return path

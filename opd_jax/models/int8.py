@@ -69,7 +69,7 @@ def quantise(weight, summed: tuple[int, ...]):
         return weight
     weight = weight.astype(jnp.float32)
     largest = jnp.abs(weight).max(axis=summed, keepdims=True)
-    scale = jnp.where(largest > 0, largest / 127, 1)
+    scale = jnp.where(largest == 0, 1, largest / 127)  # NaN stays NaN
     return Quantised(jnp.clip(jnp.round(weight / scale), -127, 127).astype(jnp.int8), scale)
 
 

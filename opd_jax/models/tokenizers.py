@@ -1,9 +1,12 @@
 """Tokenizers of model folders and GGUF files, and the checks that a student and a teacher agree."""
 
+import contextlib
 import functools
 import itertools
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ _PROBE = (
     "The answer is 12,345.67 (about 1e4), isn't it?\n\n  def f(x):\n\treturn x**2  # \\frac"
     "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end.\n\nThen don't"
 )
+RENDER_SECONDS = 5.0  # of a chat template, which takes a thousandth of that unless it loops without end
 _PROBE_CHATS = (
     [{"role": "user", "content": "What is 2 + 3?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}],
@@ -52,7 +56,7 @@ def template_options(text: str, tokenizer) -> dict:
     """
     try:
         options = json.loads(text) if text.strip() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
         raise UserError(f'data.template={text} is not a JSON object, such as {{"enable_thinking": false}}')
@@ -111,19 +115,39 @@ def render(
 
     failures = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=not answered,
-            **(options or {}),
-        )
-    except (*failures, RecursionError) as error:
+        with _within(RENDER_SECONDS):
+            return tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=not answered,
+                **(options or {}),
+            )
+    except (*failures, RecursionError, MemoryError, TimeoutError) as error:
         roles = ", ".join(message["role"] for message in messages[:6])
         raise UserError(
             f"{where}: the chat template refuses a conversation of the roles {roles} ({reason(error)});"
             " change it, data.system_prompt, or the model's chat template"
         ) from error
+
+
+@contextlib.contextmanager
+def _within(seconds: float):
+    """Raises TimeoutError in a block that takes longer; only the main thread can be interrupted."""
+
+    def ring(*_):
+        raise TimeoutError(f"it did not end within {seconds:.0f} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_pair(student, teacher, options: dict | None = None):
@@ -231,7 +255,12 @@ def _from_folder(folder, key: str):
     # transformers raises many kinds of errors for a missing or damaged tokenizer.
     except Exception as error:
         raise UserError(f"{key}: no tokenizer can be read from {folder} ({reason(error)})") from error
-    return _as_the_file(tokenizer, Path(folder) / "tokenizer.json", key)
+    try:
+        return _as_the_file(tokenizer, Path(folder) / "tokenizer.json", key)
+    except UserError:
+        raise
+    except Exception as error:  # a field of tokenizer_config.json that is read when a text is
+        raise UserError(f"{key}: the tokenizer of {folder} reads no text ({reason(error)})") from error
 
 
 def _as_the_file(tokenizer, file: Path, key: str):

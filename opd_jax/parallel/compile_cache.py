@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from opd_jax.errors import UserError
+from opd_jax.parallel import sharding
 
 
 def enable(setting: str) -> str | None:
@@ -27,6 +28,7 @@ def enable(setting: str) -> str | None:
         named: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
         if named:
             return named
+        sharding.all_devices()  # says so if there is none
         if jax.default_backend() == "cpu":
             return None
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

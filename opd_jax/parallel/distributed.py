@@ -11,13 +11,14 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 
 # JAX stops all processes at the point after the last one that any process has reached. So the numbers of
 # points go on through all runs of a process: a notice between two runs would otherwise wait for a step that
@@ -80,6 +81,29 @@ def gathered(values: Any) -> np.ndarray:
     """Collects the values of all processes, one row each. Call it in every process, with equal shapes."""
     with jax.transfer_guard("allow"):  # the values are host numbers
         return multihost_utils.process_allgather(np.asarray(values))
+
+
+def by_first(act: Callable[[], Any], what: str) -> None:
+    """Runs act() in process 0 alone. It succeeds or raises in all processes alike; call it in every process.
+
+    Args:
+      what: is written, for the message.
+
+    Raises:
+      UserError: process 0 could not write.
+    """
+    failed = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except OSError as error:
+            failed = UserError(
+                f"{what} can't be written ({reason(error)}); make room or restore access, and start again"
+            )
+    if jax.process_count() > 1 and gathered([failed is not None]).any():
+        raise failed or UserError(f"{what} can't be written by process 0, which says why")
+    if failed is not None:
+        raise failed
 
 
 class Preemption:

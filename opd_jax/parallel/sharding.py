@@ -6,6 +6,7 @@ import os
 
 import jax
 import numpy as np
+from jax._src import xla_bridge
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,6 +15,7 @@ from opd_jax.errors import UserError, reason
 from opd_jax.parallel.layouts import AXES, DEFAULT, Layout, mesh_sizes
 
 BATCH = P(("data", "fsdp"))
+IN_USE = ("already in use", "libtpu_lockfile", "multi-process lockfile")  # how libtpu says so
 
 
 def make_mesh(sizes, devices=None) -> Mesh:
@@ -63,12 +65,21 @@ def all_devices() -> list:
     """The devices of all processes.
 
     Raises:
-      UserError: JAX cannot use the platform that it is told to.
+      UserError: JAX cannot use the platform that it is told to, or another process holds the TPU.
     """
     try:
-        return jax.devices()
+        devices = jax.devices()
+        failed = getattr(xla_bridge, "_backend_errors", {}).get("tpu", "")  # where JAX has fallen back to CPU
+        if any(text in failed for text in IN_USE):
+            raise RuntimeError(failed)
+        return devices
     except (RuntimeError, AssertionError) as error:  # the latter is all that a missing CUDA plugin raises
         asked = os.environ.get("JAX_PLATFORMS", "")
+        if any(text in str(error) for text in IN_USE):
+            raise UserError(
+                f"another process holds the TPU ({reason(error)}); end that process, and if there is none,"
+                " remove /tmp/libtpu_lockfile"
+            ) from error
         raise UserError(
             f"JAX_PLATFORMS={asked}: JAX finds no such device here ({reason(error)}); unset it to take what"
             " there is, install JAX for that platform, or end the process that holds the device"

@@ -5,6 +5,7 @@ run of several processes only process 0 writes.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import itertools
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,7 @@ from opd_jax.parallel import distributed
 from opd_jax.progress import Progress
 from opd_jax.run import alarms
 from opd_jax.run.phase_clock import PhaseClock
-from opd_jax.run.run_record import read_config
+from opd_jax.run.run_record import has_steps, read_config
 
 __all__ = ["MetricWriter", "PhaseClock", "config_conflict", "write_run_files"]
 
@@ -78,6 +80,7 @@ class MetricWriter:
     ):
         self.active = jax.process_index() == 0
         self._closing = contextlib.ExitStack()
+        self._failed: UserError | None = None
         self._files: dict[str, TextIO] = {}
         self._tensorboard = self._wandb = None
         self.recorded: frozenset[tuple[str, str | None]] = frozenset()
@@ -154,9 +157,13 @@ class MetricWriter:
     def sync(self) -> None:
         """Puts what was written on the disk, so that no checkpoint outlives the records of its steps.
 
+        In a run of several processes this also raises what a write before could not do.
+
         Raises:
           UserError: the disk is full, or the folder is gone.
         """
+        if self._failed is not None:
+            raise self._failed
         for name, file in self._files.items():
             with self._writing(name):
                 os.fsync(file.fileno())
@@ -189,6 +196,8 @@ class MetricWriter:
                 self._append(name, {key: _plain(value) for key, value in line.items()})
 
     def _append(self, name: str, plain: Mapping[str, Any]) -> None:
+        if self._failed is not None:  # nothing may follow what is missing
+            return
         with self._writing(name):
             self._files[name].write(json.dumps(plain, allow_nan=False) + "\n")
             self._files[name].flush()
@@ -198,10 +207,17 @@ class MetricWriter:
         try:
             yield
         except OSError as error:
-            raise UserError(
+            failed = UserError(
                 f"{self._workdir / name} can't be written ({error.strerror}); make room or restore access,"
                 " and start again with the same --workdir to continue from the newest checkpoint"
-            ) from error
+            )
+            if jax.process_count() == 1:
+                raise failed from error
+            # The other processes wait for this one at every step: all are told to stop, and end together.
+            if self._failed is None:
+                self._failed = failed
+                self.say(f"{failed}: all processes stop after their step")
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
         self._closing.close()
@@ -332,10 +348,15 @@ def write_run_files(
     Args:
       prompts: how many prompts there are and were left out, by name; no file without them.
       measured: what was measured of the machine, for versions.json.
+
+    Raises:
+      UserError: in all processes, if process 0 cannot write them.
     """
-    if jax.process_index() != 0:
-        return
-    workdir = Path(workdir)
+    write = functools.partial(_write_run_files, Path(workdir), config, prompts, measured)
+    distributed.by_first(write, f"--workdir={workdir}: {CONFIG_FILE}")
+
+
+def _write_run_files(workdir: Path, config: Any, prompts: Any, measured: Any) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     devices = jax.devices()
     versions = {
@@ -359,13 +380,15 @@ def write_run_files(
 def config_conflict(workdir: str | Path, config: Any) -> UserError | None:
     """Whether `workdir` holds a run of another config: None, or the first difference as an error to raise.
 
+    A start that ended before its first step is no run: what it left is written anew.
+
     Keys in `FREE_KEYS` may differ; those that end in "." stand for everything below them. Products of auto
     are those that the run began with.
 
     Raises:
       UserError: the workdir's config.json is damaged.
     """
-    found = read_config(workdir)
+    found = read_config(workdir) if has_steps(workdir) else None
     if found is None:
         return None
     old = _flatten(found)

@@ -9,7 +9,7 @@ from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows
 from opd_jax.models.files import source
 from opd_jax.parallel import Layout, distributed
-from opd_jax.run.run_record import read_config
+from opd_jax.run.run_record import has_steps, read_config
 
 
 def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
@@ -62,7 +62,7 @@ def settle_products(config, mesh, workdir=None) -> cpu.Probe | None:
     probe, taken = None, dict.fromkeys(models, "compute")
     if models and mesh.devices.flat[0].platform == "cpu":
         probe = cpu.probe()
-        begun = (read_config(workdir) if workdir is not None else None) or {}
+        begun = (read_config(workdir) if workdir is not None and has_steps(workdir) else None) or {}
         found = [begun.get(name, {}).get("products", probe.choice) for name in models]
         narrow = [name == "bfloat16" for name in found]
         if jax.process_count() > 1:

@@ -70,6 +70,19 @@ def read_config(workdir: str | Path) -> dict[str, Any] | None:
     return read_object(Path(workdir) / "config.json")
 
 
+def has_steps(workdir: str | Path) -> bool:
+    """Whether a workdir holds a step: a checkpoint, whole or damaged, or the record of one."""
+    workdir = Path(workdir)
+    saved = (path for name in ("checkpoints", "damaged_checkpoints") for path in (workdir / name).glob("*"))
+    if any(path.name.isdigit() for path in saved):
+        return True
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return any('"kind": "train"' in line for line in file)
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object of a file of a workdir; None where there is none.
 
@@ -80,7 +93,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too
         raise UserError(
             f"{path} is not readable as JSON ({error}); restore it, or start in another --workdir"
         ) from error
@@ -185,7 +198,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not JSON ({error}); fix it") from error
     return records

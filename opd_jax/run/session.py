@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self
 import jax
 
 from opd_jax.distill import TrainState
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 from opd_jax.parallel import distributed
 from opd_jax.progress import Progress
 from opd_jax.run.checkpoint import DAMAGED, Checkpoints
@@ -99,11 +99,29 @@ class Session:
 
         Args:
           plain_every: as the MetricWriter's.
+
+        Raises:
+          UserError: in all processes, if process 0 cannot open them.
         """
         self._preemption = self._stack.enter_context(distributed.Preemption())
-        writer = MetricWriter(self._config, self._workdir, self.done, self._progress, plain_every)
+        writer = self._opened(plain_every)
         self.writer = self._stack.enter_context(writer)
         self.skipped = int(distributed.gathered([writer.skipped])[0, 0])
+        return writer
+
+    def _opened(self, plain_every: int) -> MetricWriter:
+        writer, failed = None, None
+        try:
+            writer = MetricWriter(self._config, self._workdir, self.done, self._progress, plain_every)
+        except OSError as error:
+            failed = UserError(
+                f"--workdir={self._workdir}: the run's records can't be opened ({reason(error)}); make room"
+                " or restore access, and start again"
+            )
+        except UserError as error:
+            failed = error
+        if distributed.gathered([failed is not None]).any() or writer is None:
+            raise failed or UserError("process 0 can't open the run's records; it says why")
         return writer
 
     def recorded(self, kinds: Iterable[tuple[str, str | None]]) -> set[tuple[str, str | None]]:
@@ -127,6 +145,16 @@ class Session:
         Raises:
           UserError: in all processes, if process 0 cannot write its records.
         """
+        self.sync()
+        with self._progress.phase(f"saving step {step}", kind="saving"):
+            self._checkpoints.save(step, state, position, kl)
+
+    def sync(self) -> None:
+        """Puts the run's records on the disk. Call it in every process.
+
+        Raises:
+          UserError: in all processes, if process 0 cannot write them.
+        """
         try:
             failed = None
             self.writer.sync()
@@ -134,15 +162,15 @@ class Session:
             failed = error
         if distributed.gathered([failed is not None]).any():
             raise failed or UserError("process 0 can't write the run's records; it says why")
-        with self._progress.phase(f"saving step {step}", kind="saving"):
-            self._checkpoints.save(step, state, position, kl)
 
     def stop(self, step: int) -> NoReturn:
         """Ends the run after a step, with its exit status.
 
         Raises:
-          distributed.Preempted: always.
+          distributed.Preempted: unless process 0 cannot write the run's records.
+          UserError: in all processes, in that case.
         """
+        self.sync()
         self.writer.say(f"told to stop after step {step}; start again with the same --workdir to continue")
         raise distributed.Preempted
 

@@ -94,6 +94,14 @@ def refusal(settings, workdir=None) -> str:
         ("train.micro_batch", 3, "rollout.batch=8"),
         ("train.frozen", ("embeding",), "did you mean embedding?"),
         ("train.frozen", EVERY_NAME, "leave one to train"),
+        ("train.frozen", (1,), "give strings"),
+        ("eval.benchmark", (-1,), "give strings"),
+        ("rollout.end_ids", ("258",), "give whole numbers"),
+        ("student.drop_layers", (0.5,), "give whole numbers"),
+        ("student.path", "x" * 5000, "File name too long"),
+        ("student.path", "~nobody_of_this_name/x", "home directory"),
+        ("data.path", "x" * 5000 + ".jsonl", "File name too long"),
+        ("data.template", "[" * 100_000, "JSON object"),
         ("data.heldout", 0, "eval.every=0"),
         ("student.path", "", "model folder"),
         ("teacher.path", "/nowhere/at/all", "no folder"),
@@ -213,8 +221,16 @@ def test_a_workdir_below_a_file_is_refused(models, tmp_path):
     assert "another folder" in message
 
 
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="a folder that even root cannot write to")
+def test_a_workdir_that_is_read_only_is_refused(models):
+    message = refusal(tiny.config(models), Path("/sys/kernel/run"))
+    assert "--workdir=/sys/kernel/run cannot be written" in message
+    assert "another folder" in message
+
+
 def test_a_workdir_with_a_run_of_another_config_is_refused(models, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny.config(models).to_dict()))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     other = tiny.config(models, **{"optimizer.learning_rate": 0.5, "train.micro_batch": 8})
     message = refusal(other, tmp_path)
     assert "another --workdir" in message
@@ -224,6 +240,7 @@ def test_a_workdir_with_a_run_of_another_config_is_refused(models, tmp_path):
 def test_more_steps_are_no_other_config(models, tmp_path):
     first = config.validate(tiny.config(models))
     (tmp_path / "config.json").write_text(json.dumps(first.to_dict()))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     job.prepare(tiny.config(models, **{"train.steps": 9}), tmp_path)
 
 
@@ -253,6 +270,8 @@ def test_every_recipe_has_the_fields_of_the_default():
         ([DEMO, "--config.release.rule=papr"], "did you mean paper?"),
         (["--config=configs/dem.py"], "configs/dem.py: no such file"),
         (["--config=configs/ablations/rule.py:configs/none.py"], "--config=configs/none.py: no such file or"),
+        ([DEMO, "--config.rollout.batch[0]=1"], "does not support integer indexing"),
+        ([DEMO, "--config.student.drop_layers[0]=1"], "is not a valid index"),
         ([], "--config is not set"),
         ([DEMO, "--workdir="], "--workdir is not set"),
     ],

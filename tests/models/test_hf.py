@@ -275,6 +275,55 @@ def test_a_missing_extra_or_misshapen_tensor_is_named(edit, words, folder):
     refused(lambda: hf.load(folder, key="teacher.path"), "teacher.path", str(folder), *words)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(folder, name, said, value):
+    def damage(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name].flat[-1] = value
+
+    edit_weights(folder, damage)
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    for options in ({}, {"stored": "int8"}, {"mesh": mesh}):
+        refused(lambda options=options: hf.load(folder, **options), said, "not finite")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"model": 7}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": "x"}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0.5}}}'),
+        ("tokenizer.json", '{"added_tokens": [7]}'),
+        ("tokenizer.json", '{"added_tokens": [{"content": "a"}]}'),
+        ("tokenizer.json", '{"added_tokens": 7}'),
+        ("vocab.json", '{"a": {"id": 1}}'),
+        ("config.json", '{"x":' * 100_000),
+    ],
+)
+def test_a_file_of_another_form_is_named_in_one_line(folder, file, text):
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / file).write_text(text)
+    refused(lambda: hf.read_config(folder, "teacher.path"), "teacher.path", file, "copy it again")
+
+
+def test_an_index_whose_file_name_is_too_long_is_refused(sharded_folder):
+    edit_json(sharded_folder / "model.safetensors.index.json", weight_map={"model.norm.weight": "x" * 5000})
+    refused(lambda: hf.load(sharded_folder), "lacks xxx", "complete download")
+
+
+def test_more_blocks_than_there_are_tensors_are_refused_at_once(folder):
+    edit_json(folder / "config.json", num_hidden_layers=2**31 - 1)
+    refused(lambda: hf.load(folder), "tensors, fewer than the 2147483647", "complete llama model")
+
+
 def test_a_truncated_weight_file_is_refused(folder):
     file = folder / "model.safetensors"
     for length in (file.stat().st_size - 1, 100, 0):

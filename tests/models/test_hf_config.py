@@ -254,3 +254,8 @@ def test_large_models_have_as_many_parameters_as_their_publishers_say(name):
     assert config.parameter_count() == published
     stored = weights.tensors(config, "hf")
     assert sum(math.prod(tensor.shape) for tensor in stored) == published
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers", "head_dim"])
+def test_a_size_that_no_array_has_is_refused(name):
+    assert f"positive int {name!r}, it has {2**63}" in refusal(raw_config("tiny_llama") | {name: 2**63})

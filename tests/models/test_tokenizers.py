@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import signal
 import socket
 from pathlib import Path
 
@@ -188,6 +189,32 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(smollm2, tmp_path):
     plain.chat_template = None
     plain.save_pretrained(tmp_path)
     refused(lambda: tokenizers.load(tmp_path, "teacher.path"), "teacher.path", "chat template")
+
+
+def test_settings_with_which_no_text_can_be_read_are_refused(smollm2, tmp_path):
+    smollm2.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": [1]}))
+    refused(lambda: tokenizers.load(tmp_path, "teacher.path"), "teacher.path", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_end_is_refused_and_the_alarm_is_put_back(monkeypatch, endless):
+    monkeypatch.setattr(tokenizers, "RENDER_SECONDS", 0.5)
+    tokenizer, before = tiny.tokenizer(), signal.getsignal(signal.SIGALRM)
+    tokenizer.chat_template = endless
+    chat = [{"role": "user", "content": "a"}]
+    refused(lambda: tokenizers.render(tokenizer, chat, "data.path=x: record 1"), "record 1", "did not end")
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    tokenizer.chat_template = "{{ 'x' * 99999999999999 }}"
+    refused(lambda: tokenizers.render(tokenizer, chat, "data.path=x: record 1"), "record 1", "MemoryError")
 
 
 CL100K = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"

@@ -177,6 +177,51 @@ def test_a_notice_between_two_runs_of_a_sweep_stops_the_second_at_its_first_step
     assert "[True, False, False]" in done.stdout
 
 
+# Process 0's transcripts go to a disk that is full, from the second step on.
+FULL_DISK = """
+import os, runpy, sys
+from opd_jax.run.metrics import MetricWriter
+
+write_rollouts = MetricWriter.write_rollouts
+def on_a_full_disk(self, rollouts):
+    if self.active and rollouts[0]["step"] == 2:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), self._files["rollouts.jsonl"].fileno())
+    write_rollouts(self, rollouts)
+MetricWriter.write_rollouts = on_a_full_disk
+sys.argv[0] = "train"
+runpy.run_module("opd_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("save_every", [0, 100])
+def test_a_disk_that_is_full_in_process_0_ends_every_process_in_one_line(models, sizes, tmp_path, save_every):
+    (tmp_path / "full_disk.py").write_text(FULL_DISK)
+    (tmp_path / "recipe.py").write_text(
+        "from pathlib import Path\nfrom tests import tiny\n\n\ndef get_config():\n"
+        f"    return tiny.config(Path({str(models)!r}), **{sizes!r})\n"
+    )
+    changes = "train.steps=500 eval.every=0 eval.benchmark_every=1000 metrics.rollouts_every=2"
+    changes += f" checkpoint.every={save_every}"
+    words = [f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}"]
+    words += [f"--config.{change}" for change in changes.split()]
+    # After GRACE the script would kill a process that is left waiting.
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{tmp_path}", "GRACE": "600"}
+    with (tmp_path / "said").open("w") as said:
+        done = subprocess.run(
+            ["bash", "launch/local_pod.sh", "2", "full_disk", *words],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=said,
+            stderr=said,
+            timeout=300,
+        )
+    text = (tmp_path / "said").read_text()
+    assert done.returncode == 2, text
+    assert "rollouts.jsonl can't be written (No space left on device)" in text
+    assert "Traceback" not in text
+    assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
+
+
 def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text(

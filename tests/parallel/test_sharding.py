@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src import xla_bridge
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.distill import Loss, LossInputs, Rollouts, objectives
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
-from opd_jax.parallel import layouts, sharding
+from opd_jax.parallel import compile_cache, layouts, sharding
 from tests import tiny
 
 MODEL = tiny.STUDENT.replace(
@@ -73,6 +74,39 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line_that_names_the_keys(asked
     message = str(error.value)
     assert problem in message and "\n" not in message
     assert "mesh.data={}, mesh.fsdp={}, mesh.tensor={}".format(*asked) in message
+
+
+# What libtpu says, through JAX.
+HELD = (
+    "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 4711. Not"
+    " attempting to load libtpu.so in this process. (set JAX_PLATFORMS='' to choose an available backend)",
+    "Unable to initialize backend 'tpu': ABORTED: Internal error when accessing libtpu multi-process"
+    ' lockfile. Run "$ sudo rm /tmp/libtpu_lockfile".\nmore lines',
+)
+
+
+@pytest.mark.parametrize("said", HELD)
+@pytest.mark.parametrize("falls_back", [False, True])
+def test_a_tpu_that_another_process_holds_is_one_line_before_anything_else(monkeypatch, said, falls_back):
+    """Without JAX_PLATFORMS JAX goes on with the CPU and keeps libtpu's words to itself."""
+
+    def devices():
+        raise RuntimeError(said)
+
+    if falls_back:
+        monkeypatch.setitem(xla_bridge._backend_errors, "tpu", said.partition(": ")[2])
+    else:
+        monkeypatch.setattr(jax, "devices", devices)
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        for ask in (sharding.all_devices, lambda: compile_cache.enable("auto")):
+            with pytest.raises(UserError, match="another process holds the TPU") as caught:
+                ask()
+            assert said.partition("ABORTED: ")[2][:40] in str(caught.value)
+            assert "remove /tmp/libtpu_lockfile" in str(caught.value)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def test_a_batch_that_the_mesh_cannot_cut_is_refused_with_its_config_key():

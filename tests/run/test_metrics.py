@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -297,6 +298,7 @@ def decaying(steps, decay_steps=0, schedule="cosine"):
 
 def test_a_longer_run_does_not_bend_the_schedule_of_the_steps_done(tmp_path):
     metrics.write_run_files(tmp_path, decaying(10))
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     conflict = str(metrics.config_conflict(tmp_path, decaying(20)))
     assert "optimizer.decay_steps is 10 there and 20 here" in conflict
     assert metrics.config_conflict(tmp_path, decaying(20, decay_steps=10)) is None
@@ -307,6 +309,7 @@ def test_a_longer_run_does_not_bend_the_schedule_of_the_steps_done(tmp_path):
 def test_same_config_and_changed_length_are_no_conflict(tmp_path):
     assert metrics.config_conflict(tmp_path, base_config()) is None  # nothing there yet
     metrics.write_run_files(tmp_path, base_config())
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     changed = base_config()
     changed.train.steps, changed.eval.every = 20, 1
     changed.metrics = {"wandb": None}
@@ -317,6 +320,7 @@ def test_same_config_and_changed_length_are_no_conflict(tmp_path):
 
 def test_first_other_key_is_named_with_both_values(tmp_path):
     metrics.write_run_files(tmp_path, base_config())
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     changed = base_config()
     changed.rollout.batch = 4
     conflict = metrics.config_conflict(tmp_path, changed)
@@ -324,6 +328,43 @@ def test_first_other_key_is_named_with_both_values(tmp_path):
     added = base_config()
     added.train.steps_more = 1  # begins like a free key, and is none
     assert "train.steps_more is not set there" in str(metrics.config_conflict(tmp_path, added))
+
+
+@pytest.mark.parametrize("step", ["checkpoints/3", "damaged_checkpoints/3", "metrics.jsonl"])
+def test_a_workdir_is_protected_once_it_has_a_step_and_not_by_a_start_that_failed(tmp_path, step):
+    metrics.write_run_files(tmp_path, base_config())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "tr')
+    changed = base_config()
+    changed.rollout.batch = 4
+    assert metrics.config_conflict(tmp_path, changed) is None
+    if step == "metrics.jsonl":
+        with tiny.writer(tmp_path) as out:
+            out.write(train_line(1))
+    else:
+        (tmp_path / step).mkdir(parents=True)
+    assert "rollout.batch is 8 there and 4 here" in str(metrics.config_conflict(tmp_path, changed))
+
+
+def test_files_of_a_run_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"config.json can't be written \(Not a directory|File exists"):
+        metrics.write_run_files(tmp_path / "file", base_config())
+
+
+def test_with_several_processes_a_full_disk_tells_all_to_stop_and_writes_nothing_more(tmp_path, monkeypatch):
+    told = []
+    with open("/dev/full", "w") as full, tiny.writer(tmp_path) as out:
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(metrics.os, "kill", lambda pid, number: told.append((pid, number)))
+        os.dup2(full.fileno(), out._files["metrics.jsonl"].fileno())
+        out.write(train_line(1))
+        out.write_rollouts([{"step": 2}])
+        with pytest.raises(UserError, match=r"metrics.jsonl can't be written \(No space left on device\)"):
+            out.sync()
+    assert told == [(os.getpid(), signal.SIGTERM)]
+    assert (tmp_path / "rollouts.jsonl").read_text() == ""
 
 
 @jax.jit

@@ -87,6 +87,21 @@ def test_pruning_sets_the_least_entries_of_a_matrix_to_zero_and_leaves_vectors()
     assert prune.pruned(weight[0], 0.5).tolist() == [-4.0, 1.0]
 
 
+def test_prompts_appear_when_all_files_are_complete(tmp_path, monkeypatch):
+    """make study takes the file for a sign that nothing is left to write."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sorting.write_problems(tmp_path)
+    assert not (tmp_path / "prompts.jsonl").exists()
+    monkeypatch.undo()
+    sorting.write_problems(tmp_path)
+    assert sum(1 for _ in (tmp_path / "prompts.jsonl").open()) > 3000
+
+
 def test_problems_to_learn_from_and_to_distil_on_differ(tmp_path):
     sorting.write_problems(tmp_path)
     worked = [json.loads(line)["messages"][0]["content"] for line in (tmp_path / "worked.jsonl").open()]

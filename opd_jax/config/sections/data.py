@@ -35,6 +35,7 @@ FIELDS = {
         """For `mixture`: its sources, each as `"WEIGHT KIND:PATH [prompt=COLUMN] [answer=COLUMN]"`. Example:
         `("3 rg:chain_sum", "1 jsonl:a.jsonl")`. Each source gets rows in proportion to its weight,
         whatever its size.""",
+        items=str,
     ),
     "data.generated": Field(1000, "For `rg:TASK`: the number of problems that are generated.", least=1),
     "data.generated_seed": Field(0, "For `rg:TASK`: the seed that the problems are generated from."),
@@ -109,6 +110,7 @@ FIELDS = {
         (),
         """Ids that end a response. `()` takes those that the student's config.json, generation_config.json,
         tokenizer and chat template name. If the teacher's are different, the run is refused.""",
+        items=int,
     ),
     "rollout.top_k": Field(
         0,

@@ -76,6 +76,7 @@ FIELDS = {
         """Benchmarks that are answered and graded during training with the same compiled sampler, such as
         `("gsm8k:FILE", "champ", "rg:chain_sum", "heldout")`. docs/evaluation.md has the names. `()` is
         off.""",
+        items=str,
     ),
     "eval.benchmark_every": Field(
         50, "Steps between benchmarks. They also run after the last step.", least=1

@@ -166,6 +166,7 @@ FIELDS = {
         "key")`. A name is that weight in every block. If the head is tied, `embedding` is the head too.
         Frozen parameters need no gradient and no optimizer state: 12 bytes a parameter less with a float32
         first moment. `()` trains all.""",
+        items=str,
     ),
     "train.remat": Field(
         "full",

@@ -26,7 +26,9 @@ FIELDS = {
         inside an installed Python package. It has no default: set it.""",
     ),
     "student.drop_layers": Field(
-        (), "Blocks to remove from the student before training, by index from 0. `()` keeps all."
+        (),
+        "Blocks to remove from the student before training, by index from 0. `()` keeps all.",
+        items=int,
     ),
     "student.compute_dtype": Field(
         "auto",

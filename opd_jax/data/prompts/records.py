@@ -42,6 +42,13 @@ def names(path: str, key: str) -> list[str]:
 
 
 def _files(path: str, key: str) -> list[Path]:
+    try:
+        return _found(path, key)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder without access, no such home
+        raise UserError(f"{key}={path} cannot be opened ({reason(error)}); give another path") from error
+
+
+def _found(path: str, key: str) -> list[Path]:
     where = Path(path).expanduser()
     if "*" in where.name:
         found = sorted(where.parent.glob(where.name))
@@ -62,6 +69,8 @@ def _read(where: Path, key: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
         if where.suffix == ".csv":
             return _csv(where, key)
         return _json(where, key) if where.suffix == ".json" else list(_lines(where, key))
+    except OSError as error:
+        raise UserError(f"{key}={where} cannot be read ({error.strerror}); restore access") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except csv.Error as error:
@@ -152,5 +161,5 @@ def _reading_parquet(where: Path, key: str):
         raise UserError(f"{key}={where}: the package pyarrow is missing; pip install pyarrow") from error
     try:
         yield pyarrow.parquet
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{key}={where}: not a readable parquet file ({reason(error)})") from error

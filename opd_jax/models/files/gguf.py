@@ -3,6 +3,7 @@
 Architectures: llama, qwen2 and qwen3, dense, with a byte-level BPE tokenizer.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import weights
@@ -87,6 +88,11 @@ def load(
     Raises:
       UserError: a damaged file, an unsupported architecture, or tensors that do not fit it.
     """
+    with _reading(file, key):
+        return _load(file, mesh, shardings, dtype, key=key, stored=stored)
+
+
+def _load(file, mesh, shardings, dtype, *, key: str, stored: str):
     reader = _open(file, key)
     config = config_from_gguf(reader, key)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -103,6 +109,7 @@ def load(
         return rows[:, index[1]] if len(index) == 2 else rows
 
     params = weights.read_tree(config, "gguf", read, dtype=dtype, mesh=mesh, shardings=shardings)
+    weights.check_finite(params, "gguf", f"{key}: {file}", mesh)
     return config, params
 
 
@@ -114,7 +121,22 @@ def read_rows(tensor: gguf.ReaderTensor, rows: slice) -> np.ndarray:
 
 def read_config(file, key: str = "student.path") -> ModelConfig:
     """The ModelConfig of a file; reads no weights."""
-    return config_from_gguf(_open(file, key), key)
+    with _reading(file, key):
+        return config_from_gguf(_open(file, key), key)
+
+
+@contextlib.contextmanager
+def _reading(file, key: str):
+    """Turns what a damaged file makes a reader raise, which may be anything, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{key}: {file} cannot be read ({type(error).__name__}: {reason(error)}); copy it again, or"
+            " convert the model again"
+        ) from error
 
 
 def config_from_gguf(reader: gguf.GGUFReader, key: str = "student.path") -> ModelConfig:
@@ -233,6 +255,11 @@ def tokenizer_from_gguf(file, key: str = "student.path"):
     Raises:
       UserError: it is not a byte-level BPE tokenizer, or splits text in an unsupported way.
     """
+    with _reading(file, key):
+        return _tokenizer(file, key)
+
+
+def _tokenizer(file, key: str):
     import transformers
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 

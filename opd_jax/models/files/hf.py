@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import operator
 import os
 import shutil
 from pathlib import Path
@@ -100,6 +101,7 @@ def load(
             mesh=mesh,
             shardings=shardings,
         )
+        weights.check_finite(params, "hf", where, mesh)
     return config, params
 
 
@@ -312,11 +314,11 @@ def _weight_files(folder: Path, where: str) -> tuple[list[str], dict | None]:
     weight_map = _read_json(index, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where}: model.safetensors.index.json has no weight_map; copy it again")
-    files = sorted(set(map(str, weight_map.values())))
+    files, there = sorted(set(map(str, weight_map.values()))), {path.name for path in folder.iterdir()}
     for file in files:
         if Path(file).name != file:
             raise UserError(f"{where}: model.safetensors.index.json points outside the folder, at {file!r}")
-        if not (folder / file).is_file():
+        if file not in there:
             raise UserError(f"{where} lacks {file}, which its index names; is it a complete download?")
     return files, weight_map
 
@@ -341,23 +343,44 @@ def _check_tied(head, embedding, where: str):
 
 def _tokenizer_length(folder: Path, key: str) -> int | None:
     """Largest token id + 1 in the tokenizer's files, None without them."""
-    ids = []
+    ids, length = [], 0
     if (folder / "tokenizer.json").is_file():
-        tokenizer = _read_json(folder / "tokenizer.json", key)
-        vocab = tokenizer.get("model", {}).get("vocab", {})
-        ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-        ids += [token["id"] for token in tokenizer.get("added_tokens", ())]
+        file = folder / "tokenizer.json"
+        tokenizer = _read_json(file, key)
+        with _ids_of(file, key):
+            vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+            ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+            ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
+            length = max(map(operator.index, ids), default=-1) + 1
     elif (folder / "vocab.json").is_file():
-        ids += _read_json(folder / "vocab.json", key).values()
-    if ids and (folder / "tokenizer_config.json").is_file():
-        ids += map(int, _read_json(folder / "tokenizer_config.json", key).get("added_tokens_decoder", ()))
-    return max(ids) + 1 if ids else None
+        file = folder / "vocab.json"
+        vocab = _read_json(file, key)
+        with _ids_of(file, key):
+            length = max(map(operator.index, vocab.values()), default=-1) + 1
+    if length and (folder / "tokenizer_config.json").is_file():
+        file = folder / "tokenizer_config.json"
+        added = _read_json(file, key).get("added_tokens_decoder") or ()
+        with _ids_of(file, key):
+            length = max(length, 1 + max(map(int, added), default=-1))
+    return length or None
+
+
+@contextlib.contextmanager
+def _ids_of(file: Path, key: str):
+    """Turns the error of a tokenizer's file that lists its ids in another form into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{key}: {file} does not list its tokens and ids as a tokenizer's file does ({_line(error)});"
+            " copy it again"
+        ) from error
 
 
 def _read_json(path: Path, key: str) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: {path} cannot be read as JSON ({_line(error)}); copy it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{key}: {path} is not a JSON object; copy it again")

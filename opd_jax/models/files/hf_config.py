@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+LARGEST = 1 << 31  # of a size: what an index of 32 bits reaches
 # transformers' defaults of absent fields. In the other families an absent head_dim is hidden_size / heads.
 _DEFAULTS = {
     "llama": {"max_position_embeddings": 2048},
@@ -66,7 +67,8 @@ def from_json(raw: dict, key: str = "student.path") -> ModelConfig:
     def checked(name: str, default: float | None, *kinds: type) -> Any:
         value: Any = raw.get(name)
         value = default if value is None else value
-        if type(value) not in kinds or not 0 < value < math.inf:
+        limit = math.inf if float in kinds else LARGEST
+        if type(value) not in kinds or not 0 < value < limit:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise UserError(f"{key}: config.json needs a positive {names} {name!r}, it has {value!r}")
         return value

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from opd_jax.errors import UserError
+from opd_jax.errors import UserError, reason
 from opd_jax.models import transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import gguf, hf, presets
@@ -48,14 +48,18 @@ def resolve(path, key: str = "student.path") -> Source:
         return Source("gguf", _in_package(text.removeprefix("pkg:"), key))
     if text.startswith("random:"):
         return Source("random", resolve(text.removeprefix("random:"), key).path)
-    where = Path(text).expanduser()
     if not text.strip():
         raise UserError(f"{key} is empty; give a model folder, a .gguf file or pkg:NAME")
+    try:
+        where = Path(text).expanduser()
+        is_file, is_dir = where.is_file(), where.is_dir()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder without access, no such home
+        raise UserError(f"{key}: {text} cannot be opened ({reason(error)}); give another path") from error
     if where.suffix == ".gguf":
-        if not where.is_file():
+        if not is_file:
             raise UserError(f"{key}: no file {where}; give a model folder, a .gguf file or pkg:NAME")
         return Source("gguf", where)
-    if not where.is_dir():
+    if not is_dir:
         raise UserError(f"{key}: no folder {where}; give a model folder, a .gguf file or pkg:NAME")
     return Source("folder", where)
 

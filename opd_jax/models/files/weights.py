@@ -143,6 +143,12 @@ def check_shapes(config: ModelConfig, file_format: str, found: dict, where: str)
     Raises:
       UserError: names the first such tensor and how many more there are.
     """
+    least = config.layers * max(config.experts, 1)
+    if least > len(found):
+        raise UserError(
+            f"{where} has {len(found)} tensors, fewer than the {least} that its config asks for; is it"
+            f" a complete {config.family} model?"
+        )
     wanted = {tensor.name: tensor.shape for tensor in tensors(config, file_format)}
     for prefix in PREFIXES:
         if any(name.startswith(prefix) for name in found) and not any(
@@ -224,6 +230,41 @@ def read_tree(
         return jax.block_until_ready(whole)
 
     return jax.tree_util.tree_map_with_path(build, declared, axes, shardings)
+
+
+def check_finite(params: dict, file_format: str, where: str, mesh=None):
+    """Refuses parameters of which one holds NaN or infinity. Call it in every process of the mesh.
+
+    Args:
+      params: the tree that `read_tree` returned.
+      where: the config key and the path, with which the message starts.
+
+    Raises:
+      UserError: names the first such parameter as the file does.
+    """
+    floats = [
+        (path, x)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    whole = mesh and NamedSharding(mesh, PartitionSpec())
+    found = _all_finite(whole)([x for _, x in floats])
+    for (path, x), finite in zip(floats, jax.device_get(found), strict=True):
+        if not finite:
+            names = [key.key for key in path if hasattr(key, "key")]
+            tables = (TOP,) if names[0] != "blocks" else (BLOCKS, EXPERTS)
+            stored = next(table[name] for table in tables for name in names if name in table)
+            name = getattr(stored, file_format).replace("{layer}", "*").replace("{expert}", "*")
+            raise UserError(
+                f"{where}: {name} holds a number that is not finite as {x.dtype}; copy the file again, or"
+                " export the model from an earlier checkpoint"
+            )
+
+
+@functools.cache
+def _all_finite(sharding):
+    """Compiled: whether each of a list of arrays is finite."""
+    return jax.jit(lambda arrays: jnp.stack([jnp.isfinite(x).all() for x in arrays]), out_shardings=sharding)
 
 
 def _ways(sharding: NamedSharding | None) -> int:

@@ -1,0 +1,99 @@
+"""The campaigns of benchmarks/torture find what they look for."""
+
+import json
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.torture import compare, fuzz, fuzz_inputs, kills, mutate
+from opd_jax.distill import TrainState
+from opd_jax.run.checkpoint import Checkpoints
+
+RECORDS = [
+    {"kind": "eval", "step": 0, "kl": 0.5, "seconds": 1.0},
+    {"kind": "train", "step": 1, "loss": 0.25, "seconds_step": 2.0},
+    {"kind": "train", "step": 2, "loss": 0.125, "tokens_per_second": 3.0},
+]
+
+
+def write_run(folder, records=RECORDS, weight=1.0):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.json").write_text('{"eval": {"every": 2}, "train": {"steps": 4}}')
+    (folder / ".lock").write_text(str(folder))
+    array = jax.numpy.full((2, 3), weight, jax.numpy.float32)
+    with Checkpoints(folder, 2) as checkpoints:
+        checkpoints.save(2, TrainState(jax.numpy.int32(2), {"w": array}, {"m": array}), {"step": 2}, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("torture") / "whole")
+
+
+def test_runs_that_differ_in_times_alone_are_the_same(whole, tmp_path):
+    later = [{key: 9.0 if "second" in key else value for key, value in r.items()} for r in RECORDS]
+    assert compare.differences(whole, write_run(tmp_path / "other", later)) == []
+
+
+def test_a_changed_bit_of_a_checkpoint_is_found(whole, tmp_path):
+    other = write_run(tmp_path / "other", weight=np.nextafter(np.float32(1), np.float32(2)))
+    (found, again) = compare.differences(whole, other)
+    assert "checkpoints/2: " in found and "has other bits" in found and "has other bits" in again
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[:-9], "ends in a torn line"),
+        (lambda text: "".join(text.splitlines(True)[:-1]), "has 2 lines, not 3"),
+        (lambda text: text + text.splitlines(True)[-1], "has 4 lines, not 3"),
+        (lambda text: text.replace("0.25", "0.5"), "line 2 differs"),
+    ],
+)
+def test_a_gap_a_duplicate_a_torn_line_and_another_value_are_found(whole, tmp_path, damage, said):
+    shutil.copytree(whole, tmp_path / "other")
+    file = tmp_path / "other" / "metrics.jsonl"
+    file.write_text(damage(file.read_text()))
+    assert any(said in text for text in compare.differences(whole, tmp_path / "other"))
+
+
+def test_a_file_that_is_missing_or_too_much_is_found(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "other")
+    shutil.move(tmp_path / "other" / "checkpoints" / "2", tmp_path / "other" / "checkpoints" / "1")
+    found = compare.differences(whole, tmp_path / "other")
+    assert found == ["checkpoints/2 is missing", "checkpoints/1 is too much"]
+
+
+def test_the_moment_of_a_kill_is_told_by_what_it_left(whole, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(whole, folder)
+    assert kills.moment(folder, began=False) == "start"
+    assert kills.moment(folder, began=True) == "evaluation"
+    (folder / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    assert kills.moment(folder, began=True) == "checkpoint"
+
+
+@pytest.mark.slow
+def test_a_fault_is_told_from_an_input_that_is_read_and_one_that_is_refused(tmp_path):
+    fuzz_inputs.write(tmp_path / "sound")
+    worker = fuzz.Worker(("JSONL", tmp_path / "sound"))
+    try:
+        assert worker.read("JSONL", tmp_path / "sound") == ("read", "")
+        fuzz_inputs.place("JSONL", tmp_path / "sound", tmp_path / "now", b"[" * 100_000)
+        outcome, said = worker.read("JSONL", tmp_path / "now")
+        assert (outcome, "line 1 is not JSON" in said) == ("refused", True)
+        assert worker.read("no such kind", tmp_path / "now")[0] == "fault"
+    finally:
+        worker.end()
+
+
+def test_an_input_is_drawn_from_its_seed_and_number_alone():
+    sound = json.dumps({"a": [1, {"b": "c"}], "d": None}).encode()
+    drawn = [mutate.mutate("config.json", sound, random.Random(f"0/{n}")) for n in range(50)]
+    assert drawn == [mutate.mutate("config.json", sound, random.Random(f"0/{n}")) for n in range(50)]
+    assert len(set(drawn)) > 40
