@@ -3,10 +3,12 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from benchmarks.torture import compare, fuzz, fuzz_inputs, kills, mutate
 from opd_jax.distill import TrainState
@@ -67,6 +69,35 @@ def test_a_file_that_is_missing_or_too_much_is_found(whole, tmp_path):
     shutil.move(tmp_path / "other" / "checkpoints" / "2", tmp_path / "other" / "checkpoints" / "1")
     found = compare.differences(whole, tmp_path / "other")
     assert found == ["checkpoints/2 is missing", "checkpoints/1 is too much"]
+
+
+class Rows(tfds.core.GeneratorBasedBuilder):
+    """A data set of the texts that it is given."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    texts: tuple[str, ...] = ()
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"prompt": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": ((n, {"prompt": text}) for n, text in enumerate(self.texts))}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+def test_a_data_set_with_another_record_is_found(tmp_path):
+    def build(name, texts):
+        builder = Rows(data_dir=tmp_path / name, file_format="array_record")
+        builder.texts = texts
+        builder.download_and_prepare()
+        return Path(builder.data_path)
+
+    whole = build("whole", ("a", "b", "c"))
+    assert compare.differences(whole, build("same", ("a", "b", "c"))) == []
+    assert any("other records" in text for text in compare.differences(whole, build("new", ("a", "c", "b"))))
 
 
 def test_the_moment_of_a_kill_is_told_by_what_it_left(whole, tmp_path):
