@@ -23,7 +23,7 @@ import optax
 
 from opd_jax import data
 from opd_jax.config import load
-from opd_jax.distill import StepInputs, loss, train_step, trainable
+from opd_jax.distill import Loss, StepInputs, train_step, trainable
 from opd_jax.parallel import sharding
 from opd_jax.run import prepare
 
@@ -57,7 +57,7 @@ def measured(dtype: str, options) -> str:
             params = trainable.join(trained, frozen)
             scores, _, read = train_step.supervise(job.student, job.teacher, own, params, 0, inputs)
             tokens = train_step.response_tokens(inputs.rollouts)
-            loss_fn = loss.Loss.of(job.student, job.teacher, own)
+            loss_fn = Loss.of(job.student, job.teacher, own)
             grads = jax.grad(loss_fn, has_aux=True)(trained, read, frozen, inputs.teacher_params, tokens)[0]
             return scores.advantage_BT, grads
 

@@ -12,6 +12,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from opd_jax import config, export
+from opd_jax.distill import train_step
 from opd_jax.errors import UserError
 from opd_jax.models import transformer
 from opd_jax.run import job
@@ -72,7 +73,6 @@ def refusal(settings, workdir=None) -> str:
         ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
         ("rollout.cache_stages", 13, "rollout.max_tokens=12"),
         ("rollout.cache_dtype", "int4", "auto, int8"),
-        ("rollout.cache_dtype", "int8", "set scoring.student=recompute"),
         ("data.prompt_buckets", (16, 64), "data.prompt_tokens=48"),
         ("data.prompt_buckets", (0,), "from 1 to"),
         ("data.prompt_buckets", ("16",), "from 1 to"),
@@ -130,6 +130,15 @@ def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(models, no
     said_instead = refusal(tiny.config(models, **{key: value}))
     assert key in said_instead
     assert said in said_instead
+
+
+def test_an_int8_cache_has_the_student_run_again_unless_the_samplers_numbers_are_asked_for(models):
+    rounded = {"rollout.cache_dtype": "int8"}
+    assert train_step.recomputes(job.prepare(tiny.config(models, **rounded)).config)
+    said = refusal(tiny.config(models, **rounded, **{"scoring.student": "sampler"}))
+    assert "rollout.cache_dtype" in said and "set scoring.student=recompute" in said
+    assert not train_step.recomputes(tiny.config(models))
+    assert train_step.recomputes(tiny.config(models, **{"train.updates_per_rollout": 2}))
 
 
 def test_a_teacher_that_more_ids_end_is_refused_unless_the_config_says_which_count(models, tmp_path):

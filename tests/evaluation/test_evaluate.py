@@ -55,7 +55,7 @@ def test_an_evaluation_pays_for_its_prompts_not_for_a_training_batch(models, equ
     large = prepare(tiny.config(models, **{"teacher.path": teacher, **sizes}))
     batching = large.batching.fitting(large.mesh, 11)
     assert batching.batch == len(batching.own_rows()) == 16
-    assert large.batching.fitting(large.mesh, 17) is large.batching  # two programs would be no cheaper
+    assert large.batching.fitting(large.mesh, 17).batch == 32  # two programs would be no cheaper
     params = large.start().params
     large.evaluation_draw = unittest.mock.Mock(wraps=large.evaluation_draw)
     theirs = evaluate(large, params, large.teacher_params())
