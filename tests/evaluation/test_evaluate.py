@@ -16,6 +16,7 @@ from opd_jax.evaluation.estimates import bootstrap_ratio
 from opd_jax.evaluation.heldout import evaluate, evaluate_teacher
 from opd_jax.run import metrics
 from opd_jax.run.checkpoint import Checkpoints
+from opd_jax.run.draw import Draw
 from opd_jax.run.job import prepare
 from opd_jax.run.restore import restore_params, run_config
 from tests import tiny
@@ -57,9 +58,9 @@ def test_an_evaluation_pays_for_its_prompts_not_for_a_training_batch(models, equ
     assert batching.batch == len(batching.own_rows()) == 16
     assert large.batching.fitting(large.mesh, 17).batch == 32  # two programs would be no cheaper
     params = large.start().params
-    large.evaluation_draw = unittest.mock.Mock(wraps=large.evaluation_draw)
-    theirs = evaluate(large, params, large.teacher_params())
-    assert [call.args[1].tokens_BP.shape[0] for call in large.evaluation_draw.call_args_list] == [16]
+    with unittest.mock.patch.object(Draw, "__call__", autospec=True, side_effect=Draw.__call__) as drawn:
+        theirs = evaluate(large, params, large.teacher_params())
+    assert [call.args[2].tokens_BP.shape[0] for call in drawn.call_args_list] == [16]
     assert [row["text"] for row in theirs["rows"]] == [row["text"] for row in equal["rows"]]
     # Row b of a batch draws from (key, batch, b): the first eight rows of both are the same draws.
     assert [row["response"] for row in theirs["rows"]][:8] == [row["response"] for row in equal["rows"]][:8]
