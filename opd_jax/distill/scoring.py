@@ -105,11 +105,12 @@ def by_width(one, rollouts: Rollouts, scoring: Scoring):
     """one(micro-batch) for each micro-batch, at the width that it needs.
 
     Args:
-      one: returns (a pytree of [B, T, ...] arrays, which are 0 or without meaning outside the response, or
-        anything else).
+      one: returns (a pytree of [B, T, ...] arrays, which are 0 or without meaning outside the response, any
+        other pytree).
 
     Returns:
-      ((the pytree for the whole batch, the rest stacked along a first axis), the mean width).
+      ((the first pytree for the whole batch, the second with an axis of micro-batches in front), the mean
+      width in positions).
     """
     t = rollouts.mask_BT.shape[1]
     order_SR = None

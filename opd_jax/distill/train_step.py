@@ -208,9 +208,9 @@ def make_update(
                     need_B = widths.last_position(batch.weighed_BT)
                     batch = widths.taken(batch, widths.order(need_B, micro_batches))
                 pieces = scoring.split(batch, micro_batches)
-                shapes = jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces))
-                zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-                zero = zero[0], jax.tree.map(jnp.zeros_like, trained), zero[2]
+                value, _, width = jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces))
+                value, width = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, width))
+                zero = value, jax.tree.map(jnp.zeros_like, trained), width
                 (value, aux), grads, width = jax.lax.scan(
                     lambda total, piece: (jax.tree.map(jnp.add, total, of_piece(piece)), None), zero, pieces
                 )[0]

@@ -29,9 +29,13 @@ def last_position(mask_BT):
 
 
 def order(need_B, pieces: int):
-    """[B] row numbers, such that `scoring.split` into pieces gives each piece rows of similar need.
+    """For `taken`: an order after which `scoring.split` into pieces gives each piece rows of similar need.
 
-    The order is within the rows of each device of the mesh that the program is traced for.
+    Args:
+      need_B: positions that each row needs.
+
+    Returns:
+      [S, B / S] row numbers within each of the S shards that the traced mesh cuts the batch into.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]

@@ -230,8 +230,9 @@ class Program:
                     yield callee, trips
 
     def _written(self, computation: str) -> int:
-        """Bytes of all results of a computation."""
-        return sum(array.bytes for i in self.computations[computation] for array in i.arrays)
+        """Bytes of all results of a computation and of what it calls, as often as loops run it."""
+        own = sum(array.bytes for i in self.computations[computation] for array in i.arrays)
+        return own + sum(trips * self._written(name) for name, trips in self._callees(computation))
 
     def _trips(self, loop: Instruction, condition: str) -> int:
         known = re.search(r'known_trip_count":?\{"n":"?(\d+)', loop.text)

@@ -180,6 +180,27 @@ def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each
         assert jaxprs.matmul_flops(parts, 1, experts, tensor=4) == jaxprs.matmul_flops(whole)
 
 
+def test_of_branches_the_costliest_is_counted_and_the_others_are_looked_through():
+    """A micro-batch may be computed at any of its widths; the widest is predicted."""
+    a, b = jnp.ones((64, 32)), jnp.ones((32, 32))
+
+    def branches(which, a, b):
+        def at(width):  # the products stand in a loop, and a narrow result is filled up
+            def narrow(a, b):
+                x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ b), None), a[:width], length=4)[0]
+                return jnp.pad(x, ((0, 64 - width), (0, 0)))
+
+            return narrow
+
+        return jax.lax.switch(which, [at(8), at(64), at(16)], a, b)
+
+    traced = jax.jit(branches).trace(jnp.int32(0), a, b)
+    assert jaxprs.matmul_flops(traced.jaxpr.jaxpr) == 4 * 2 * 64 * 32 * 32
+    program = hlo.Program(traced.lower().compile().as_text())
+    rows = {array.dims[0]: times for i, times, _ in program if i.opcode == "dot" for array in i.arrays}
+    assert rows == {8: 0, 16: 0, 64: 4}
+
+
 def test_a_grouped_product_of_no_sparse_model_is_refused_with_its_widths():
     product = jax.make_jaxpr(jax.lax.ragged_dot)(jnp.ones((6, 32)), jnp.ones((2, 32, 64)), jnp.array([4, 2]))
     assert jaxprs.matmul_flops(product.jaxpr, 1, [(32, 64, 2)]) == 2 * 6 * 32 * 64
