@@ -40,7 +40,6 @@ def get_config():
     c.rollout.batch = 512
     c.data.prompt_tokens = 1024
     c.rollout.max_tokens = 7168
-    c.rollout.cache_stages = 4
     c.mesh.tensor = 4  # a decode step reads a quarter of the weights
     c.scoring.chunk = 1024
     c.train.micro_batch = 64

@@ -38,7 +38,6 @@ def get_config():
     c.teacher.path = "preset:Qwen3-1.7B"
     c.rollout.batch = 32
     c.rollout.max_tokens = 768
-    c.rollout.cache_stages = 4
     c.data.prompt_tokens = 256
     c.optimizer.mu_dtype = "bfloat16"
     c.train.micro_batch = 4

@@ -66,7 +66,6 @@ def get_config():
     c.data.prompt_tokens = 1024
     c.rollout.max_tokens = 15360
     c.rollout.cache_dtype = "int8"
-    c.rollout.cache_stages = 4
     c.mesh.tensor = 2  # a decode step reads half of the weights
     c.scoring.student = "recompute"
     c.scoring.chunk = 2048

@@ -43,7 +43,6 @@ def get_config():
     c.rollout.batch = 256
     c.data.prompt_tokens = 512
     c.rollout.max_tokens = 3584
-    c.rollout.cache_stages = 4
     c.mesh.tensor = 4  # a decode step reads a quarter of the weights
     c.scoring.chunk = 1024
     c.train.micro_batch = 16

@@ -4,10 +4,9 @@
     make bench SHAPE="6 384 1024 6 2 64 8192 32 64 192"
     make bench SHAPE="27 576 1536 9 3 64 49152 8 200 96" ARGS=--teacher_layers=30
 
-Weights are random, and every program runs once before it is timed. No response ends early, unless `--lengths`
-says how long they are: then the phases after sampling are timed on such ones. FLOPs are computed from the
-shapes, as if every response were at its limit: multiplications and additions of matrix products and attention
-only.
+Weights are random, and every program runs once before it is timed. Every response is written to the limit,
+unless `--lengths` says how long they are. FLOPs are computed from the shapes and lengths: multiplications and
+additions of matrix products and attention only, none of them for padding.
 
 Each line of the table is printed as soon as it is measured.
 
@@ -150,6 +149,8 @@ def main(argv):
         {
             "rollout.batch": b,
             "rollout.max_tokens": t,
+            "rollout.halvings": flags.FLAGS.halvings,
+            "data.prompt_tokens": p,
             "train.micro_batch": flags.FLAGS.micro_batch or b,
             "train.remat": flags.FLAGS.remat,
             "scoring.chunk": flags.FLAGS.chunk,
@@ -172,7 +173,7 @@ def _measure(
 
     Args:
       models: student and teacher.
-      length_B: tokens of each response that is scored and trained on.
+      length_B: tokens of each response.
     """
     student, teacher = models
     b, p, t = sizes["batch"], sizes["prompt"], sizes["response"]
@@ -188,12 +189,12 @@ def _measure(
         f"{'phase':<12}{'seconds':>10}{'tokens/s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>11}"
         f"{'predicted':>11}{'measured/predicted':>20}"
     )
-    flops = costs.phase_flops(student, teacher, b, p, t)
+    flops = costs.phase_flops(student, teacher, b, p, length_B)
     seconds, predicted = {}, {}
 
     def measured(name: str, value: float, products: float = 0.0, hbm_bytes: float = 0.0):
         seconds[name], predicted[name] = value, max(products / rate, hbm_bytes / copied)
-        line = f"{name:<12}{value:>10.4f}{b * t / value:>10.0f}"
+        line = f"{name:<12}{value:>10.4f}{length_B.sum() / value:>10.0f}"
         if name in flops:
             speed = flops[name] / value
             line += f"{flops[name] / 1e9:>9.1f}{speed / 1e9:>9.1f}{speed / rate:>11.0%}"
@@ -206,28 +207,29 @@ def _measure(
     sampling = Sampling(
         max_tokens=t,
         candidates=config.scoring.candidates,
-        cache_stages=flags.FLAGS.cache_stages,
+        halvings=flags.FLAGS.halvings,
     )
+    key_B = rollout.row_keys(jax.random.key(3), jnp.arange(b))
     sample = jax.jit(
-        lambda params, tokens_BP, mask_BP: rollout.sample(
-            student, params, tokens_BP, mask_BP, jax.random.key(3), sampling
+        lambda params, tokens_BP, mask_BP, limit_B: rollout.sample(
+            student, params, tokens_BP, mask_BP, rollout.Draws(key_B, limit_B), sampling
         )
     )
-    sampled = best_seconds(sample, params, *prompts, progress=progress, name="the sampler")
-    rounds = t // flags.FLAGS.cache_stages
-    products = jaxprs.matmul_flops(sample.trace(params, *prompts).jaxpr.jaxpr, rounds)
+    drawn = params, *prompts, jnp.asarray(length_B, jnp.int32)
+    sampled = best_seconds(sample, *drawn, progress=progress, name="the sampler")
+    (decoded,) = lengths.of_config(config, student, 1, length_B)
+    rounds = [stretch.steps for stretch in decoded]
+    products = jaxprs.matmul_flops(sample.trace(*drawn).jaxpr.jaxpr, rounds)
     batch = costs.MicroBatch(b, p, t, ONE)
-    measured("sample", sampled, products, costs.sample_bytes(student, batch, flags.FLAGS.cache_stages))
+    measured("sample", sampled, products, costs.sample_bytes(student, batch, decoded))
     if flags.FLAGS.sample_only:
         return
     with progress.phase("sampling what is scored"):
-        rollouts = jax.block_until_ready(cut(sample(params, *prompts), length_B, student.pad_id))
-    if flags.FLAGS.lengths != "full":
-        say(f"sampling is timed at the limit; the other phases on responses of {length_B.mean():.1f} tokens")
+        rollouts = jax.block_until_ready(sample(*drawn))
     step, added = _train_seconds(config, (student, teacher), params, rollouts, progress, measured)
     whole = seconds["sample"] + step
     expected = predicted["sample"] + predicted["score"] + predicted["update"]
-    line = f"{'step':<12}{whole:>10.4f}{b * t / whole:>10.0f}{'':>29}"
+    line = f"{'step':<12}{whole:>10.4f}{length_B.sum() / whole:>10.0f}{'':>29}"
     say(f"{line}{expected:>11.4f}{whole / expected:>20.2f}")
     least, middle, most = (share / whole for share in np.percentile(added, (0, 50, 100)))
     say(
@@ -235,15 +237,6 @@ def _measure(
         f"median of {PAIRS} train_steps with release.rule=paper, each less one with none and no sentences, "
         "run in turn"
     )
-
-
-def cut(rollouts: Rollouts, length_B, pad_id: int) -> Rollouts:
-    """The rollouts as if their responses had ended after these many tokens."""
-    p, t = rollouts.prompt_mask_BP.shape[1], rollouts.mask_BT.shape[1]
-    mask_BT = jnp.arange(t)[None] < jnp.asarray(length_B)[:, None]
-    token_BT = jnp.where(mask_BT, rollouts.response_BT, pad_id)
-    tokens_BL = jnp.concatenate([rollouts.tokens_BL[:, :p], token_BT], axis=1)
-    return rollouts.replace(tokens_BL=tokens_BL, mask_BT=mask_BT)
 
 
 def _train_seconds(
@@ -348,7 +341,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("teacher_layers", 0, "Layers of the teacher; the student's if 0.")
     flags.DEFINE_enum("teacher_weights", "float", ["float", "int8"], "As teacher.weights.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
-    flags.DEFINE_integer("cache_stages", 4, "As rollout.cache_stages.")
+    flags.DEFINE_integer("halvings", 2, "As rollout.halvings.")
     flags.DEFINE_string("lengths", "full", f"How long responses are: {lengths.FORMS}.")
     flags.DEFINE_list("widths", ["0.25", "0.5"], "As train.widths; empty for none.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")

@@ -26,14 +26,13 @@ from opd_jax.distill import (
     TrainState,
     learning_rate,
     make_optimizer,
-    scoring,
     train_step,
     trainable,
     widths,
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, tokenizers, transformer
-from opd_jax.parallel import compile_cache, distributed, sharding
+from opd_jax.parallel import compile_cache, distributed, shard_rows, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.run import Session, StepReader, batching_of, due, job, metrics, programs, resolve, sizes
 
@@ -176,7 +175,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
         return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state), measured
 
     def heldout(params, rollouts: Rollouts):
-        pieces = scoring.split(inputs(rollouts), micro_batches)
+        pieces = shard_rows.split(inputs(rollouts), micro_batches)
         sums = jax.lax.map(lambda piece: plain_loss(params, piece, {}, None, 1.0)[0], pieces)
         return sums.sum(), rollouts.mask_BT.sum()
 

@@ -71,11 +71,6 @@ def _check_together(config: ConfigDict, teacher: bool):
             f"rollout.samples_per_prompt={config.rollout.samples_per_prompt} does not divide "
             f"rollout.batch={config.rollout.batch}, which counts rollouts; choose a divisor"
         )
-    if config.rollout.cache_stages > config.rollout.max_tokens:
-        raise UserError(
-            f"rollout.cache_stages={config.rollout.cache_stages} is more than "
-            f"rollout.max_tokens={config.rollout.max_tokens}; lower it"
-        )
     if config.release.fopd_start > config.release.fopd_end:
         raise UserError(
             f"release.fopd_start={config.release.fopd_start} is more than "

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax.distill import scoring, trainable
+from opd_jax.distill import trainable
 from opd_jax.distill.loss import Loss
 from opd_jax.distill.train_step import response_tokens, supervise
 from opd_jax.distill.types import StepInputs
 from opd_jax.models import ModelConfig
-from opd_jax.parallel import sharding
+from opd_jax.parallel import shard_rows, sharding
 
 # kept: the tokens and weights that the step trains on. all: every response token, with weight 1.
 # released: those that the rule leaves out, with weight 1.
@@ -99,4 +99,4 @@ def make_gradient_noise(student: ModelConfig, teacher: ModelConfig, config, grou
 def cut(tree, groups: int, samples: int):
     """[B, ...] -> [groups, B / groups, ...]; the `samples` neighbouring rows of a prompt stay together."""
     prompts = jax.tree.map(lambda x: x.reshape(-1, samples, *x.shape[1:]), tree)
-    return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[3:]), scoring.split(prompts, groups))
+    return jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[3:]), shard_rows.split(prompts, groups))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from opd_jax.distill import divergences, vocabulary, widths
 from opd_jax.distill.types import Rollouts, Scores, Targets, TeacherTop
 from opd_jax.models import ModelConfig, moe, transformer
+from opd_jax.parallel import shard_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +116,8 @@ def by_width(one, rollouts: Rollouts, scoring: Scoring):
     t = rollouts.mask_BT.shape[1]
     order_SR = None
     if scoring.widths and scoring.micro_batches > 1:
-        order_SR = widths.order(widths.last_position(rollouts.mask_BT), scoring.micro_batches)
-        rollouts = widths.taken(rollouts, order_SR)
+        order_SR = shard_rows.order(widths.last_position(rollouts.mask_BT), scoring.micro_batches)
+        rollouts = shard_rows.taken(rollouts, order_SR)
 
     def at_width(width: int):
         def padded(r: Rollouts):
@@ -131,10 +132,10 @@ def by_width(one, rollouts: Rollouts, scoring: Scoring):
     if scoring.micro_batches == 1:
         (found, rest), width = piece(rollouts)
         return (found, jax.tree.map(lambda x: x[None], rest)), width
-    (found, rest), width = jax.lax.map(piece, split(rollouts, scoring.micro_batches))
-    found = join(found)
+    (found, rest), width = jax.lax.map(piece, shard_rows.split(rollouts, scoring.micro_batches))
+    found = shard_rows.join(found)
     if order_SR is not None:
-        found = widths.put_back(found, order_SR)
+        found = shard_rows.put_back(found, order_SR)
     return (found, rest), width.mean()
 
 
@@ -260,16 +261,6 @@ def chunked(arrays, chunk: int):
         return x.reshape(x.shape[0], -1, chunk_, *x.shape[2:]).swapaxes(0, 1)
 
     return jax.tree.map(cut, arrays)
-
-
-def split(tree, pieces: int):
-    """Cuts the batch axis: [B, ...] -> [pieces, B/pieces, ...], every piece with rows of every shard."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
-
-
-def join(tree):
-    """Undoes `split`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def distance(

@@ -12,6 +12,7 @@ from opd_jax.distill.optimizer import learning_rate
 from opd_jax.distill.repeats import repeated_tail
 from opd_jax.distill.types import Ends, LossInputs, Rollouts, StepInputs, Supervision, TrainState
 from opd_jax.models import ModelConfig, moe
+from opd_jax.parallel import shard_rows
 from opd_jax.release.segments import segment
 
 POSITION_BINS = 20
@@ -206,8 +207,8 @@ def make_update(
             else:
                 if narrower:
                     need_B = widths.last_position(batch.weighed_BT)
-                    batch = widths.taken(batch, widths.order(need_B, micro_batches))
-                pieces = scoring.split(batch, micro_batches)
+                    batch = shard_rows.taken(batch, shard_rows.order(need_B, micro_batches))
+                pieces = shard_rows.split(batch, micro_batches)
                 value, _, width = jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces))
                 value, width = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, width))
                 zero = value, jax.tree.map(jnp.zeros_like, trained), width

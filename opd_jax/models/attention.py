@@ -73,3 +73,21 @@ def _rows_by_columns(left, right, dtype):
     """[B, K, R, X] times [B, K, X, Y], with the operands in this order; einsum might swap them."""
     dims = (((3,), (2,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)
+
+
+def attend_written(q_B1HC, layer, start_B, written):
+    """Attention of a decode step's queries to the slots of a cache that are written.
+
+    Args:
+      q_B1HC: one query a row.
+      layer: what KVCache.layers holds of a layer.
+      start_B: the first real slot of each row.
+      written: scalar; slots from it on are empty.
+
+    Returns:
+      [B, 1, H, C] in the queries' dtype.
+    """
+    keys, values, *scales = layer
+    slot_S = jnp.arange(keys.shape[3])[None]
+    allowed_BS = (slot_S >= start_B[:, None]) & (slot_S < written)
+    return attend(q_B1HC, keys, values, allowed_BS[:, None], scales)

@@ -11,7 +11,7 @@ from flax import struct
 from opd_jax.models import attention, moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
-from opd_jax.parallel import sharding
+from opd_jax.parallel import shard_rows, sharding
 
 SLOT_AXES = (3, 2, 3, 3)  # the axis of slots in a layer's keys, values and their scales
 
@@ -23,11 +23,11 @@ class KVCache:
     Attributes:
       layers: (keys [B, K, C, S], values [B, K, S, C]) of each layer in the compute dtype, for S slots. In
         int8 the scales of both follow, each float32 [B, K, 1, S].
-      filled_BS: slots that hold a real token.
+      start_B: the first slot of each row that holds a real token; all written slots after it do too.
     """
 
     layers: tuple[tuple[jax.Array, ...], ...]
-    filled_BS: jax.Array
+    start_B: jax.Array
 
 
 def unstack(config: ModelConfig, params: dict, rows: int) -> dict:
@@ -79,7 +79,7 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
 
     x_BPD = transformer.embed(config, params, tokens_BP)
     x_BPD, stacked = jax.lax.scan(step, x_BPD, params["blocks"])
-    cache = KVCache(layers=tuple(zip(*stacked, strict=True)), filled_BS=mask_BP)
+    cache = KVCache(layers=tuple(zip(*stacked, strict=True)), start_B=(~mask_BP).sum(axis=1, dtype=jnp.int32))
     return transformer.rms_norm(x_BPD[:, -1], params["final_norm"], config.norm_eps), cache
 
 
@@ -88,22 +88,50 @@ def repeat(cache: KVCache, samples: int) -> KVCache:
     return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), cache)
 
 
-def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
-    """Adds empty slots at the end, up to `slots`, and places the cache on the mesh as the layout says."""
-    room = slots - cache.filled_BS.shape[1]
+def widen(cache: KVCache, slots: int) -> KVCache:
+    """Adds empty slots in front of the first, up to `slots`."""
+    room = slots - cache.layers[0][0].shape[SLOT_AXES[0]]
 
     def padded(x, slot_axis):
+        return jnp.pad(x, [(room if axis == slot_axis else 0, 0) for axis in range(x.ndim)])
+
+    return KVCache(_each(padded, cache.layers), cache.start_B + room)
+
+
+def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
+    """Adds empty slots at the end, up to `slots`, and places the cache on the mesh as the layout says."""
+
+    def padded(x, slot_axis):
+        room = slots - x.shape[slot_axis]
         return jnp.pad(x, [(0, room if axis == slot_axis else 0) for axis in range(x.ndim)])
+
+    return _placed(config, cache.replace(layers=_each(padded, cache.layers)))
+
+
+def taken(config: ModelConfig, cache: KVCache, order_SR) -> KVCache:
+    """The rows of the cache in an order within each shard, as `shard_rows.taken` takes them."""
+    return _placed(config, shard_rows.taken(cache, order_SR))
+
+
+def reads_written(config: ModelConfig) -> bool:
+    """Whether a decode step reads the written slots alone; else it reads all and masks the others."""
+    return config.attention == "splash" and config.layout.cache == "heads"
+
+
+def _each(fn, layers):
+    """fn(array, its axis of slots) for all arrays of all layers."""
+    return tuple(tuple(map(fn, layer, SLOT_AXES)) for layer in layers)
+
+
+def _placed(config: ModelConfig, cache: KVCache) -> KVCache:
+    """Places the cache on the mesh as the layout says."""
 
     def placed(x, slot_axis):
         axes = ["batch", "cache_heads", None, None]
         axes[slot_axis] = "cache_slots"
-        return sharding.constrain(padded(x, slot_axis), *axes, layout=config.layout)
+        return sharding.constrain(x, *axes, layout=config.layout)
 
-    return KVCache(
-        layers=tuple(tuple(map(placed, layer, SLOT_AXES)) for layer in cache.layers),
-        filled_BS=padded(cache.filled_BS, 1),
-    )
+    return KVCache(_each(placed, cache.layers), sharding.constrain(cache.start_B, "batch"))
 
 
 def decode(config: ModelConfig, params: dict, token_B, rope, cache: KVCache, slot):
@@ -120,9 +148,6 @@ def decode(config: ModelConfig, params: dict, token_B, rope, cache: KVCache, slo
       (hidden_BD, normalised; the cache with the slot filled).
     """
     spread = moe.can_spread(config, jax.sharding.get_abstract_mesh())
-    filled_BS = jax.lax.dynamic_update_slice_in_dim(
-        cache.filled_BS, jnp.ones_like(cache.filled_BS[:, :1]), slot, axis=1
-    )
     x_B1D = transformer.embed(config, params, token_B)[:, None]
     kept = []
     for p, layer in zip(params["layers"], cache.layers, strict=True):
@@ -133,10 +158,9 @@ def decode(config: ModelConfig, params: dict, token_B, rope, cache: KVCache, slo
                 jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis)
                 for old, x, axis in zip(layer, new, SLOT_AXES)
             )
-            keys, values, *scales = layer
-            return attention.attend(q, keys, values, filled_BS[:, None], scales), layer
+            return attention.attend_written(q, layer, cache.start_B, slot + 1), layer
 
         x_B1D, layer, _ = transformer.block(config, p, x_B1D, rope, attend, spread=spread)
         kept.append(layer)
     hidden_BD = transformer.rms_norm(x_B1D[:, 0], params["final_norm"], config.norm_eps)
-    return hidden_BD, KVCache(layers=tuple(kept), filled_BS=filled_BS)
+    return hidden_BD, KVCache(tuple(kept), cache.start_B)

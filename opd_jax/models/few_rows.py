@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from opd_jax.models.config import ModelConfig
+
 ROWS = 32  # with more rows, the usual product is as fast
 
 
@@ -31,6 +33,11 @@ class Columns:
 def decoding(platform: str) -> str:
     """The value of ModelConfig.decoding for a platform: "columns" on CPU, "rows" elsewhere."""
     return "columns" if platform == "cpu" else "rows"
+
+
+def apply(config: ModelConfig, rows: int) -> bool:
+    """Whether products of `rows` rows read a model's weights [out, in]."""
+    return config.decoding == "columns" and rows <= ROWS
 
 
 def turned(weight, inputs: int) -> Columns:

@@ -188,7 +188,7 @@ def decode_block(config: ModelConfig, p: dict, rows: int) -> dict:
     "columns" and `rows`, the batch size, is small.
     """
     names = {"query", "key", "value", "output"} | (set() if config.experts else {"gate", "up", "down"})
-    columns = config.decoding == "columns" and rows <= few_rows.ROWS
+    columns = few_rows.apply(config, rows)
 
     def stored(name):
         weight = int8.cast(p[name], jnp.bfloat16) if config.narrow else p[name]

@@ -3,6 +3,7 @@
     python -m opd_jax.preflight --config=configs/one_chip.py --topology=v5e:1x1
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --search
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --json
+    python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --lengths=lognormal:0.33:0.7
     python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 --stop_after=buffers
 
 Presets as paths (preset:Qwen3-1.7B) need no weights or tokenizers. The exit status is 1 if the memory does
@@ -19,7 +20,7 @@ from absl import flags
 
 from opd_jax.config import run
 from opd_jax.errors import UserError
-from opd_jax.preflight import check, dump, reports, search, table, topology
+from opd_jax.preflight import check, dump, lengths, ragged, reports, search, table, topology
 from opd_jax.preflight.build import Built, built
 from opd_jax.preflight.plan import plan
 from opd_jax.progress import Progress
@@ -57,6 +58,7 @@ def main(_):
     config = flags.FLAGS.config
     if flags.FLAGS.search and (flags.FLAGS.stop_after or flags.FLAGS.from_dump or flags.FLAGS.only):
         raise UserError("--search compiles whole programs; leave out --stop_after, --from_dump and --only")
+    length_B = lengths.response_lengths(flags.FLAGS.lengths, config.rollout.batch, config.rollout.max_tokens)
     chip, devices = topology.describe(flags.FLAGS.topology)
     if flags.FLAGS.search:
         # Each compile takes minutes. Results so far go to standard error, only the table to standard output.
@@ -78,7 +80,10 @@ def main(_):
     largest = flags.FLAGS.largest and whole
     with Progress() as progress:
         build = announced(build, progress)
-        report = check.check(plan(config, devices), chip, largest=largest, build=build)
+        planned = plan(config, devices)
+        report = check.check(planned, chip, largest=largest, build=build)
+    if flags.FLAGS.lengths != "full":
+        report.ragged = ragged.of(planned, report, length_B)
     if flags.FLAGS.json:
         print(json.dumps(as_dict(report), indent=1))
     else:
@@ -95,5 +100,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("dump", "", "Folder that --stop_after writes to; a temporary one if not given.")
     flags.DEFINE_string("from_dump", "", "Read such a folder instead of compiling.")
     flags.DEFINE_string("only", "", "The one program to compile, without a report; for --stop_after.")
+    flags.DEFINE_string("lengths", "full", f"Also predict a step with responses of {lengths.FORMS}.")
     flags.DEFINE_bool("search", False, "Compile other mesh shapes and micro-batches, and rank them.")
     run(main)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from opd_jax.distill import gradient_noise as noise_program
 from opd_jax.distill import train_step as training
 from opd_jax.models import ModelConfig, moe
 from opd_jax.parallel import sharding
-from opd_jax.preflight import costs, hlo, jaxprs, topology
+from opd_jax.preflight import costs, hlo, jaxprs, lengths, topology
 from opd_jax.preflight.build import built
 from opd_jax.preflight.reports import ProgramReport, StepReport
 from opd_jax.run import programs
@@ -126,9 +127,11 @@ def _sample(
     writer = plan.teacher if by_teacher else plan.student
     params = plan.abstract_teacher() if by_teacher else plan.abstract_state().params
     held = held_bytes(plan)
-    int8, stages = c.rollout.cache_dtype == "int8", c.rollout.cache_stages
+    int8 = c.rollout.cache_dtype == "int8"
     spread = mesh.shape["fsdp"] if moe.can_spread(writer, mesh) else 1
     batch = costs.MicroBatch(rows, p, t, mesh.shape)
+    turns = lengths.of_config(c, writer, sharding.pieces(mesh), np.full(b, t))
+    decoded = [stretch for turn in turns for stretch in turn]
     return _compile(
         plan,
         chip,
@@ -138,10 +141,10 @@ def _sample(
             (params, *plan.abstract_draw(b // samples)),
             rows=rows,
             flops=costs.phase_flops(writer, plan.teacher, b, p, t, samples)["sample"],
-            hbm_bytes=costs.sample_bytes(writer, batch, stages, samples, int8, spread),
+            hbm_bytes=costs.sample_bytes(writer, batch, decoded, samples, int8, spread),
             resident_bytes=held["optimizer state"]
             + held[f"{'student' if by_teacher else 'teacher'} parameters"],
-            loop=t // stages,
+            loop=[stretch.steps for stretch in turns[0]],
             models=(writer,),
         ),
         build,
@@ -232,7 +235,7 @@ class Work:
       flops: of the models, over all devices.
       hbm_bytes: traffic of one device.
       resident_bytes: what the run holds on one device besides the arguments.
-      loop: how often a loop without a fixed number of rounds runs.
+      loop: how often the loops without a fixed number of rounds run, in their order.
       models: those that the program runs; by default student and teacher.
     """
 
@@ -243,7 +246,7 @@ class Work:
     flops: float
     hbm_bytes: int
     resident_bytes: int = 0
-    loop: int = 1
+    loop: int | Sequence[int] = 1
     models: tuple[ModelConfig, ...] = ()
 
 

@@ -5,7 +5,10 @@ arrays that are too large to stay on the chip; docs/preflight.md lists the terms
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from opd_jax.models import ModelConfig
 
@@ -50,25 +53,31 @@ def matrix_bytes(model: ModelConfig) -> int:
     return 1 if model.weights == "int8" else value_bytes(model)
 
 
-def attention_flops(model: ModelConfig, start: int, count: int) -> int:
-    """FLOPs of causal attention for `count` tokens, the first of which sees start + 1 keys."""
+def attention_flops(model: ModelConfig, start: int, count):
+    """FLOPs of causal attention for `count` tokens, the first of which sees start + 1 keys; arrays too."""
     keys = count * start + count * (count + 1) // 2
     return 4 * keys * model.heads * model.head_size * model.layers
 
 
-def phase_flops(
-    student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t: int, samples: int = 1
-) -> dict:
-    """FLOPs of each phase of a step on batch x (p + t) tokens, with `samples` rollouts per prompt."""
+def phase_flops(student: ModelConfig, teacher: ModelConfig, batch: int, p: int, t, samples: int = 1) -> dict:
+    """FLOPs of each phase of a step on batch x (p + t) tokens, with `samples` rollouts per prompt.
+
+    Args:
+      t: tokens of every response, or an array with those of each of some responses, as which all are counted.
+    """
     block, whole = (student.matmul_flops_per_token(head=h) for h in (False, True))
     head = whole - block
+    t = np.atleast_1d(np.asarray(t, object))  # Python's whole numbers have no limit
     length = p + t
     prefill = p * block + attention_flops(student, 0, p)
-    sample = prefill / samples + t * whole + attention_flops(student, p, t)
+    sample = prefill // samples + t * whole + attention_flops(student, p, t)
     score = length * teacher.matmul_flops_per_token(head=False)
     score += t * 2 * teacher.vocab_size * teacher.width + attention_flops(teacher, 0, length)
     update = 3 * (length * block + t * head + attention_flops(student, 0, length))
-    return {"sample": batch * sample, "score": batch * score, "update": batch * update}
+    return {
+        name: batch * int(each.sum()) // len(t)
+        for name, each in (("sample", sample), ("score", score), ("update", update))
+    }
 
 
 def block_values(model: ModelConfig) -> int:
@@ -113,10 +122,24 @@ def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> in
     return weights + activations + (8 + 2 * width) * scores
 
 
+class Stretch(NamedTuple):
+    """Decode steps with one number of rows.
+
+    Attributes:
+      rows: of one device.
+      steps: how many.
+      slots: of the cache that a step reads of each row, the mean.
+    """
+
+    rows: int
+    steps: int
+    slots: float
+
+
 def sample_bytes(
     model: ModelConfig,
     batch: MicroBatch,
-    stages: int,
+    decoded: Sequence[Stretch],
     samples: int = 1,
     int8_cache: bool = False,
     spread: int = 1,
@@ -124,20 +147,20 @@ def sample_bytes(
     """HBM traffic of one device to sample the responses of all its rows.
 
     Args:
-      stages: rollout.cache_stages.
+      decoded: the decode steps, as `lengths.decode` or `lengths.of_config` returns them.
       samples: rollouts that share one prefill.
       int8_cache: the cache holds one byte per value, and one float32 per token and head.
       spread: number of devices along fsdp over which the experts are spread while decoding.
     """
-    rows, t, tensor = batch.rows, batch.response, batch.tensor
-    slots = batch.prompt + t * (stages + 1) / (2 * stages)
+    tensor = batch.tensor
     kv_heads = -(-model.kv_heads // tensor)
     head_bytes = model.head_size + 4 if int8_cache else value_bytes(model) * model.head_size
-    cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
-    logits = LOGIT_BYTES * rows * model.vocab_size // tensor
-    step = read_bytes(model, rows, tensor, spread) + cache + logits
-    prefill = forward_bytes(model.replace(attention="plain"), rows // samples, batch.prompt, tensor)
-    return int(prefill + t * step)
+    total = forward_bytes(model.replace(attention="plain"), batch.rows // samples, batch.prompt, tensor)
+    for rows, steps, slots in decoded:
+        cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
+        logits = LOGIT_BYTES * rows * model.vocab_size // tensor
+        total += steps * (read_bytes(model, rows, tensor, spread) + cache + logits)
+    return int(total)
 
 
 def train_bytes(

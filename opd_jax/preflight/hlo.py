@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 
 from opd_jax.preflight.hlo_text import Array, Instruction, group_size, parse
 
@@ -54,12 +55,14 @@ class Program:
 
     Args:
       text: `compiled.as_text()`.
-      unknown_trips: how often a loop runs whose limit the text does not show.
+      unknown_trips: how often a loop runs whose limit the text does not show. Several numbers are those of
+        the first such loop, the second and so on; loops after them are not run.
     """
 
-    def __init__(self, text: str, unknown_trips: int = 1):
+    def __init__(self, text: str, unknown_trips: int | Sequence[int] = 1):
         self.unknown_trips = unknown_trips
         self.computations, self.entry = parse(text)
+        self._unknown = self._unknown_loops()
         self.times = self._times()
 
     def __iter__(self):
@@ -234,7 +237,8 @@ class Program:
         own = sum(array.bytes for i in self.computations[computation] for array in i.arrays)
         return own + sum(trips * self._written(name) for name, trips in self._callees(computation))
 
-    def _trips(self, loop: Instruction, condition: str) -> int:
+    def _limit(self, loop: Instruction, condition: str) -> int | None:
+        """Rounds of a loop if the text shows them."""
         known = re.search(r'known_trip_count":?\{"n":"?(\d+)', loop.text)
         if known:
             return int(known[1])
@@ -244,9 +248,23 @@ class Program:
         operands = re.search(r"compare\(([^)]*)\)", root.text)
         if operands and "direction=LT" in root.text:
             limit = limits.get(operands[1].split("%")[-1].strip())
-            if limit:
-                return int(limit[1])
-        return self.unknown_trips
+            return int(limit[1]) if limit else None
+        return None
+
+    def _trips(self, loop: Instruction, condition: str) -> int:
+        limit = self._limit(loop, condition)
+        if limit is not None:
+            return limit
+        if isinstance(self.unknown_trips, int):
+            return self.unknown_trips
+        place = self._unknown.index(loop.name)
+        return self.unknown_trips[place] if place < len(self.unknown_trips) else 0
+
+    def _unknown_loops(self) -> list[str]:
+        """Names of loops whose limit the text does not show, as they follow one another."""
+        loops = (i for instructions in self.computations.values() for i in instructions)
+        loops = ((i, dict(_CALLED.findall(i.text))) for i in loops if i.opcode == "while")
+        return [i.name for i, called in loops if self._limit(i, called["condition"]) is None]
 
 
 def _holds(dims, v: int) -> bool:

@@ -1,7 +1,9 @@
 """What a traced program does, read from its jaxpr: calls of the host, and FLOPs of matrix products."""
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 
 def host_calls(jaxpr) -> list[str]:
@@ -15,14 +17,15 @@ def host_calls(jaxpr) -> list[str]:
     )
 
 
-def matmul_flops(jaxpr, unknown_trips: int = 1, experts=(), tensor: int = 1) -> int:
+def matmul_flops(jaxpr, unknown_trips: int | Sequence[int] = 1, experts=(), tensor: int = 1) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
     A grouped product multiplies each row by one group, and a device that holds some of the experts its share
     of the rows it is given, each expert as likely as another. Of branches the one with most FLOPs is taken.
 
     Args:
-      unknown_trips: rounds of a loop whose limit the program does not show.
+      unknown_trips: rounds of a loop whose limit the program does not show. Several numbers are those of the
+        first such loop, the second and so on; loops after them are not run.
       experts: (width, an expert's width, experts in a block) of each sparse model. None given: every grouped
         product has all experts.
       tensor: parts that an expert's width may be cut into, where the experts themselves are not.
@@ -31,8 +34,9 @@ def matmul_flops(jaxpr, unknown_trips: int = 1, experts=(), tensor: int = 1) -> 
       ValueError: a grouped product is of no such model.
     """
     total = 0
+    trips = itertools.repeat(unknown_trips) if isinstance(unknown_trips, int) else iter(unknown_trips)
     costliest = functools.partial(matmul_flops, unknown_trips=unknown_trips, experts=experts, tensor=tensor)
-    for e, times in _equations(jaxpr, unknown_trips=unknown_trips, choose=costliest):
+    for e, times in _equations(jaxpr, trips=trips, choose=costliest):
         if e.primitive.name == "dot_general":
             (contract, _), _ = e.params["dimension_numbers"]
             lhs = e.invars[0].aval.shape
@@ -62,15 +66,19 @@ def _experts(grouped, experts, tensor: int) -> int:
     return min(found)[-1]
 
 
-def _equations(jaxpr, times: int = 1, unknown_trips: int = 1, choose=None):
-    """Every equation with the number of times it runs; of branches those with the highest choose(jaxpr)."""
+def _equations(jaxpr, times: int = 1, trips: Iterator[int] = itertools.repeat(1), choose=None):  # noqa: B008
+    """Every equation with the number of times it runs; of branches those with the highest choose(jaxpr).
+
+    Args:
+      trips: gives the rounds of each loop whose limit the program does not show.
+    """
     for e in jaxpr.eqns:
         yield e, times
         inner = times
         if e.primitive.name == "scan":
             inner *= e.params["length"]
         elif e.primitive.name == "while":
-            inner *= unknown_trips
+            inner *= next(trips, 0)
         elif e.primitive.name == "shard_map":  # its shapes are one device's
             inner *= e.params["mesh"].size
         elif e.primitive.name == "pallas_call":
@@ -85,4 +93,4 @@ def _equations(jaxpr, times: int = 1, unknown_trips: int = 1, choose=None):
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 part = getattr(part, "jaxpr", part)
                 if hasattr(part, "eqns"):
-                    yield from _equations(part, inner, unknown_trips, choose)
+                    yield from _equations(part, inner, trips, choose)

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from opd_jax.distill import rollout
 from opd_jax.errors import UserError
+from opd_jax.models import ModelConfig
+from opd_jax.models import cache as kv
+from opd_jax.preflight.costs import Stretch
 
 FORMS = "full, lognormal:MEAN:SIGMA with MEAN a share of the limit, or a run's rollouts.jsonl"
 
@@ -49,3 +53,47 @@ def _written(path: str) -> list[int]:
     if not found:
         raise UserError(f"--lengths={path} has no records with tokens; give {FORMS}")
     return found
+
+
+def decode(length_SR: np.ndarray, prompt: int, halvings: int, whole: int = 0) -> list[Stretch]:
+    """The decode steps of responses with these lengths, as `rollout.sample` makes them.
+
+    Args:
+      length_SR: tokens of the rows of each of S devices.
+      prompt: P, the slots that are filled when they begin.
+      halvings: rollout.halvings.
+      whole: slots of a cache that every step reads whole; 0 if a step reads what is written.
+
+    Returns:
+      halvings + 1 stretches, some without a step. The first token of a response costs no step.
+    """
+    last, rows, t, found = int(length_SR.max()), length_SR.shape[1], 1, []
+    for halving in range(halvings + 1):
+        final = halving == halvings or rows == 1
+        fewer = 0 if final else -(-rows // 2)
+        # The step at t runs while more than `fewer` rows of some device are longer than t.
+        ordered = np.sort(length_SR, axis=1)[:, ::-1]
+        end = last if fewer == 0 else int(ordered[:, fewer].max()) if fewer < ordered.shape[1] else t
+        end = max(t, end)
+        found.append(Stretch(rows, end - t, whole or prompt + (t + end - 1) / 2))
+        rows, t = fewer, end
+        if final:
+            break
+    return found + [Stretch(1, 0, 0.0)] * (halvings + 1 - len(found))
+
+
+def of_config(config, writer: ModelConfig, devices: int, length_B: np.ndarray) -> list[list[Stretch]]:
+    """`decode` for each turn of rollout.slots, of a run's sampler.
+
+    Args:
+      writer: the model that writes, as the sampler takes it.
+      devices: parts into which the mesh cuts the batch.
+      length_B: tokens of each response.
+    """
+    r, slots = config.rollout, config.data.prompt_tokens + config.rollout.max_tokens
+    turns = rollout.parts(len(length_B), r.slots, devices)
+    turn_SRN = np.reshape(length_B, (devices, -1, turns))  # neighbours wait for different turns
+    whole = 0 if kv.reads_written(writer) else slots
+    return [
+        decode(turn_SRN[..., turn], config.data.prompt_tokens, r.halvings, whole) for turn in range(turns)
+    ]

@@ -73,6 +73,24 @@ class ProgramReport:
 
 
 @dataclasses.dataclass
+class Ragged:
+    """A step whose responses have given lengths; seconds of [sample, train_step].
+
+    Attributes:
+      mean_tokens: of a response.
+      full: with every response at its limit.
+      written: with these lengths.
+      padded: with these lengths if every row waited for the longest, each decode step read the whole cache,
+        and every row were scored and learnt from at the limit.
+    """
+
+    mean_tokens: float
+    full: list[float]
+    written: list[float]
+    padded: list[float]
+
+
+@dataclasses.dataclass
 class StepReport:
     """A step on one slice.
 
@@ -84,6 +102,7 @@ class StepReport:
       held: what lies in a device's memory between programs, name -> bytes.
       micro_batch: the config's.
       largest_micro_batch: the largest with which train_step fits; None where none does or was sought.
+      ragged: a step with given lengths; None where none were given.
     """
 
     programs: list[ProgramReport]
@@ -92,6 +111,7 @@ class StepReport:
     held: dict
     micro_batch: int
     largest_micro_batch: int | None = None
+    ragged: Ragged | None = None
 
     @property
     def ok(self) -> bool:

@@ -44,6 +44,7 @@ def step(report: reports.StepReport, where: str) -> str:
         f"predicted step: {report.seconds:.3g} s (sample + train_step, responses of full length), "
         f"{report.tokens_a_second:.4g} response tokens a second a device",
         _micro_batch(report),
+        *_ragged(report.ragged),
     ]
     for program in report.programs:
         if program.shortage:
@@ -90,6 +91,20 @@ def _micro_batch(report: reports.StepReport) -> str:
     if best is None:
         return f"micro-batch: {report.micro_batch}"
     return f"micro-batch: {report.micro_batch}; the largest that fits train_step: {best}"
+
+
+def _ragged(ragged: reports.Ragged | None) -> list[str]:
+    if ragged is None:
+        return []
+    rows = [("predicted, s", "sample", "train_step", "step")]
+    named = {
+        "at full length": ragged.full,
+        f"at {ragged.mean_tokens:.0f} tokens, the mean": ragged.written,
+        "the same, padded": ragged.padded,
+    }
+    rows += [(name, *(f"{s:.3g}" for s in (*seconds, sum(seconds)))) for name, seconds in named.items()]
+    share = sum(ragged.written) / sum(ragged.padded)
+    return ["", *_aligned(rows), f"these lengths take {share:.2f} of the padded time"]
 
 
 def _aligned(rows) -> list[str]:

@@ -243,7 +243,8 @@ class Programs:
 
 def sampling(config, samples: int = 1) -> rollout.Sampling:
     """The Sampling of a config, with `samples` responses a prompt."""
-    r = config.rollout
+    r, p = config.rollout, config.data.prompt_tokens
+    micro_batch = config.train.micro_batch or r.batch
     return rollout.Sampling(
         max_tokens=r.max_tokens,
         samples=samples,
@@ -252,8 +253,11 @@ def sampling(config, samples: int = 1) -> rollout.Sampling:
         top_k=r.top_k,
         top_p=r.top_p,
         min_p=r.min_p,
-        cache_stages=r.cache_stages,
         int8_cache=r.cache_dtype == "int8",
+        halvings=r.halvings,
+        slots=r.slots,
+        prefill_rows=micro_batch * (p + r.max_tokens) // p,  # as many tokens as a micro-batch of training
+        prompt_shares=tuple(config.train.widths),
     )
 
 

@@ -1,5 +1,6 @@
 """Reads a run back: its config and its checkpoints. Also reads a whole model that answers benchmarks."""
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from opd_jax.config import default, validate
@@ -17,7 +18,10 @@ from opd_jax.run.run_record import read_config
 
 
 def run_config(workdir) -> ConfigDict:
-    """The config of the run in a workdir; fields that are newer than the run have their defaults.
+    """The config of the run in a workdir.
+
+    Fields that are newer than the run have their defaults. Fields that this version does not have any more
+    are named in a warning and left out.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -27,7 +31,7 @@ def run_config(workdir) -> ConfigDict:
         raise UserError(f"--workdir={workdir} holds no run (no config.json)")
     try:
         config = default(plugins=found.get("plugins", ()))
-        config.update(found)
+        config.update(_known(found, config))
     except UserError:  # of a plugin
         raise
     except (TypeError, ValueError) as error:
@@ -36,6 +40,19 @@ def run_config(workdir) -> ConfigDict:
             "restore it"
         ) from error
     return config
+
+
+def _known(found: dict, config: ConfigDict, prefix: str = "") -> dict:
+    """What the config has fields for."""
+    known = {}
+    for key, value in found.items():
+        if key not in config:
+            logging.warning("%s%s=%r is no field of this version; it is left out", prefix, key, value)
+        elif isinstance(config[key], ConfigDict) and isinstance(value, dict):
+            known[key] = _known(value, config[key], f"{prefix}{key}.")
+        else:
+            known[key] = value
+    return known
 
 
 def restore_params(job, workdir, wanted: str) -> tuple[dict, int]:

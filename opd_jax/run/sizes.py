@@ -17,6 +17,12 @@ def check(config, mesh, student: ModelConfig, teacher: ModelConfig):
     prompts = config.rollout.batch // config.rollout.samples_per_prompt
     sharding.check_batch(mesh, "rollout.batch / rollout.samples_per_prompt", prompts)
     fill_micro_batch(config, mesh)
+    least = config.rollout.samples_per_prompt * sharding.pieces(mesh)
+    if 0 < config.rollout.slots < least:
+        raise UserError(
+            f"rollout.slots={config.rollout.slots} is less than rollout.samples_per_prompt x mesh.data x "
+            f"mesh.fsdp = {least}, one prompt's rollouts for each device; raise it, or set it to 0 for all"
+        )
     if config.metrics.gradient_noise_every and gradient_noise.group_count(config, mesh) is None:
         raise UserError(
             f"metrics.gradient_noise_every={config.metrics.gradient_noise_every} compares groups of prompts, "

@@ -71,7 +71,8 @@ def refusal(settings, workdir=None) -> str:
         ("segments.kind", "fixed:0", "1 or more"),
         ("segments.kind", "line", "use one of punkt"),
         ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
-        ("rollout.cache_stages", 13, "rollout.max_tokens=12"),
+        ("rollout.halvings", -1, "at least 0"),
+        ("rollout.slots", 4, "mesh.data"),
         ("rollout.cache_dtype", "int4", "auto, int8"),
         ("data.prompt_buckets", (16, 64), "data.prompt_tokens=48"),
         ("data.prompt_buckets", (0,), "from 1 to"),
@@ -194,6 +195,17 @@ def test_a_damaged_config_of_a_run_is_a_mistake_for_every_reader(tmp_path, read,
     with pytest.raises(UserError, match=r"config.json") as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_that_older_versions_had_are_left_out_of_a_runs_config_and_named(tmp_path, caplog):
+    stored = config.default().to_dict() | {"seed": 7, "no_section": {"a": 1}}
+    stored["rollout"] = {"batch": 24, "cache_stages": 4}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with caplog.at_level("WARNING"):
+        read = run_config(tmp_path)
+    assert (read.seed, read.rollout.batch) == (7, 24)
+    assert read.rollout.halvings == config.default().rollout.halvings
+    assert "rollout.cache_stages=4 is no field" in caplog.text and "no_section=" in caplog.text
 
 
 def test_a_micro_batch_of_zero_is_the_whole_batch(models):

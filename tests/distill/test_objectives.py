@@ -12,6 +12,7 @@ import pytest
 from opd_jax.distill import loss, objectives, scoring
 from opd_jax.distill.types import Ends, LossInputs, Rollouts, Targets, TeacherTop
 from opd_jax.models import transformer
+from opd_jax.parallel import shard_rows
 from tests import tiny
 
 B, P, T, V = 4, 5, 11, 96
@@ -221,7 +222,7 @@ def test_no_gradient_flows_through_the_advantage():
 def test_micro_batches_of_unequal_lengths_add_up_to_the_whole_batch():
     params, (r, advantage_BT, weight_BT) = tiny.weights(TIED), batch()
     value, grads = value_and_grad(TIED, 4, None, "none", params, r, advantage_BT, weight_BT)
-    pieces = scoring.split((r, advantage_BT, weight_BT), 2)
+    pieces = shard_rows.split((r, advantage_BT, weight_BT), 2)
     halves = [jax.tree.map(lambda x, i=i: x[i], pieces) for i in range(2)]
     tokens = [half[0].mask_BT.sum() for half in halves]
     assert tokens[0] != tokens[1] and sum(tokens) == r.mask_BT.sum()

@@ -13,7 +13,7 @@ from scipy import special, stats
 from opd_jax.distill import rollout
 from opd_jax.models import transformer
 from opd_jax.parallel import sharding
-from opd_jax.preflight import hlo, jaxprs
+from opd_jax.preflight import hlo, jaxprs, lengths
 from tests import tiny
 
 B, P, T = 8, 6, 10
@@ -26,7 +26,7 @@ MODEL = tiny.STUDENT.replace(
     pad_id=1,
 )
 PLAIN = rollout.Sampling(max_tokens=T)
-SHAPED = rollout.Sampling(max_tokens=T, temperature=0.7, top_k=40, top_p=0.8, cache_stages=3)
+SHAPED = rollout.Sampling(max_tokens=T, temperature=0.7, top_k=40, top_p=0.8, halvings=2)
 GREEDY = rollout.Sampling(max_tokens=T, temperature=0)
 LENGTHS = np.array([6, 1, 3, 5, 2, 6, 4, 3])
 
@@ -78,11 +78,77 @@ EVERY_SAMPLING = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("stages", [3, T])
-def test_a_cache_that_grows_in_stages_changes_nothing(stages):
-    staged = sampled(dataclasses.replace(PLAIN, cache_stages=stages))
-    for name, want in dataclasses.asdict(sampled(PLAIN)).items():
-        np.testing.assert_allclose(getattr(staged, name), want, atol=1e-5, err_msg=name)
+# One row reaches the limit, half have left after three tokens, three quarters after five.
+LIMITS = np.array([2, 10, 3, 5, 1, 3, 4, 9], np.int32)
+ENDLESS = MODEL.replace(eos_ids=())
+
+
+@functools.cache
+def limited(sampling, model=ENDLESS):
+    tokens_BP, mask_BP = prompts()
+    keys = rollout.row_keys(jax.random.key(0), np.arange(B * sampling.samples))
+    draws = rollout.Draws(keys, jnp.repeat(LIMITS, sampling.samples))
+    return jax.tree.map(np.asarray, sample_jit(model, params(), tokens_BP, mask_BP, draws, sampling))
+
+
+def the_same(got, want, atol=1e-5):
+    for name, value in vars(want).items():
+        np.testing.assert_allclose(getattr(got, name), value, atol=atol, err_msg=name)
+    np.testing.assert_array_equal(got.tokens_BL, want.tokens_BL)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("halvings", [1, 2, 5])
+def test_rows_that_leave_change_nothing(int8, halvings):
+    sampling = dataclasses.replace(PLAIN, int8_cache=int8)
+    the_same(limited(dataclasses.replace(sampling, halvings=halvings)), limited(sampling))
+
+
+@pytest.mark.parametrize("halvings", [0, 2])
+def test_a_row_stops_at_its_own_limit(halvings):
+    r, whole = limited(dataclasses.replace(PLAIN, halvings=halvings)), limited(PLAIN)
+    np.testing.assert_array_equal(r.mask_BT.sum(axis=1), LIMITS)
+    assert not r.finished_B.any()
+    np.testing.assert_array_equal(r.tokens_BL[LIMITS == T], whole.tokens_BL[LIMITS == T])
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 5])
+def test_rows_that_wait_change_nothing(slots):
+    grouped = dataclasses.replace(PLAIN, samples=2)
+    for sampling in (PLAIN, grouped):
+        waiting = dataclasses.replace(sampling, slots=slots * sampling.samples, halvings=1)
+        the_same(limited(waiting), limited(sampling))
+
+
+def test_prompts_read_in_pieces_at_their_own_widths_change_nothing():
+    tokens_BP, mask_BP = (
+        np.pad(x, ((0, 0), (90, 0)), constant_values=fill) for x, fill in zip(prompts(), (1, 0))
+    )
+    long_BP = np.where(np.arange(96) >= 30, 7, 1)[None]
+    tokens_BP = np.concatenate([tokens_BP[:6], np.tile(long_BP, (2, 1))]).astype(np.int32)
+    mask_BP = np.concatenate([mask_BP[:6], long_BP[[0, 0]] == 7])
+    whole = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
+    pieces = dataclasses.replace(PLAIN, prefill_rows=2, prompt_shares=(0.25, 0.5))
+    the_same(sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), pieces), whole)
+
+
+def test_a_step_after_halvings_computes_the_rows_that_are_left():
+    """FLOPs by the trips of each loop, which `lengths.decode` tells from the lengths."""
+    tokens_BP, mask_BP = prompts()
+    keys = rollout.row_keys(jax.random.key(0), np.arange(B))
+    sampling = dataclasses.replace(PLAIN, halvings=2)
+    traced = sample_jit.trace(ENDLESS, params(), tokens_BP, mask_BP, rollout.Draws(keys, LIMITS), sampling)
+    stretches = lengths.decode(LIMITS[None], P, 2)
+    # Of the ordered 10 9 5 4 3 3 2 1 more than four are longer than t until t = 3, more than two until t = 5.
+    assert [(rows, steps) for rows, steps, _ in stretches] == [(8, 2), (4, 2), (2, 5)]
+    assert [slots for *_, slots in stretches] == [P + 1.5, P + 3.5, P + 7]
+    counted = [
+        jaxprs.matmul_flops(traced.jaxpr.jaxpr, trips)
+        for trips in ([0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [steps for _, steps, _ in stretches])
+    ]
+    _, *one, whole = np.subtract(counted, counted[0])
+    assert one[0] == 2 * one[1] == 4 * one[2] > 0
+    assert whole == 2 * one[0] + 2 * one[1] + 5 * one[2]
 
 
 @EVERY_SAMPLING
@@ -263,7 +329,7 @@ def test_another_seed_gives_other_tokens_and_the_same_seed_the_same():
 
 
 def test_an_int8_cache_leaves_the_first_token_exact_and_rounds_the_rest_a_little():
-    sampling = dataclasses.replace(PLAIN, int8_cache=True, cache_stages=3)
+    sampling = dataclasses.replace(PLAIN, int8_cache=True, halvings=2)
     r = sampled(sampling)
     want_BT = at_tokens(special.log_softmax(reference_logits(sampling), axis=-1), r)
     error_BT = np.where(r.mask_BT, np.abs(r.logp_BT - want_BT), 0)
@@ -294,7 +360,7 @@ def test_samples_of_one_prompt_share_its_prefill():
 
 
 MESHES = pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
-GROUPED = dataclasses.replace(PLAIN, samples=2)
+GROUPED = dataclasses.replace(PLAIN, samples=2, halvings=1, slots=8)
 GROUPED_INT8 = dataclasses.replace(GROUPED, int8_cache=True)
 
 

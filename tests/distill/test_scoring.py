@@ -13,6 +13,7 @@ from scipy import special
 from opd_jax.distill import scoring
 from opd_jax.distill.types import Rollouts
 from opd_jax.models import transformer
+from opd_jax.parallel import shard_rows
 from tests import tiny
 
 B, P, T, V, K, TOP_K = 4, 5, 11, 64, 4, 6
@@ -200,8 +201,8 @@ def test_micro_batches_do_not_change_the_scores(micro_batches):
 
 def test_join_undoes_split_and_each_piece_has_rows_of_every_shard():
     x_BN = np.arange(24).reshape(8, 3)
-    pieces = scoring.split(x_BN, 2)
-    np.testing.assert_array_equal(scoring.join(pieces), x_BN)
+    pieces = shard_rows.split(x_BN, 2)
+    np.testing.assert_array_equal(shard_rows.join(pieces), x_BN)
     # batch rows 0-3 and 4-7 lie on two shards; both pieces hold two rows of each
     assert ((pieces[:, :, 0] // 3 < 4).sum(axis=1) == 2).all()
 

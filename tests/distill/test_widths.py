@@ -11,7 +11,7 @@ import pytest
 
 from opd_jax.distill import Loss, LossInputs, scoring, train_step, widths
 from opd_jax.distill.types import Ends
-from opd_jax.parallel import sharding
+from opd_jax.parallel import shard_rows, sharding
 from tests import tiny
 
 T = 24
@@ -127,9 +127,9 @@ def test_rows_do_not_leave_their_device(rollouts):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 4, "tensor": 1})
 
     def there_and_back(r):
-        order_SR = widths.order(widths.last_position(r.mask_BT), 2)
-        turned = widths.taken(r, order_SR)
-        return order_SR, turned, widths.put_back(turned, order_SR)
+        order_SR = shard_rows.order(widths.last_position(r.mask_BT), 2)
+        turned = shard_rows.taken(r, order_SR)
+        return order_SR, turned, shard_rows.put_back(turned, order_SR)
 
     rows = sharding.batch(mesh)
     program = jax.jit(sharding.on(mesh, there_and_back), in_shardings=rows, out_shardings=rows)

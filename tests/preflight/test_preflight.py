@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
@@ -20,7 +21,7 @@ from opd_jax.models.files import presets, source
 from opd_jax.parallel import sharding
 from opd_jax.preflight import build as preflight_build
 from opd_jax.preflight import check as preflight_check
-from opd_jax.preflight import costs, hlo, jaxprs, passes, reports, topology
+from opd_jax.preflight import costs, hlo, jaxprs, lengths, passes, ragged, reports, topology
 from opd_jax.preflight import dump as preflight_dump
 from opd_jax.preflight import plan as preflight
 from opd_jax.preflight import search as preflight_search
@@ -29,6 +30,7 @@ from tests import tiny
 
 CHIP = topology.CHIPS["v5e"]
 
+ALWAYS = [costs.Stretch(rows=8, steps=32, slots=16 + 32)]
 ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
@@ -245,12 +247,23 @@ def test_the_steps_flops_are_three_student_passes_and_a_teacher_pass():
     assert flops["score"] == passes and flops["update"] == 3 * passes
 
 
-def test_growing_the_cache_in_stages_saves_sampling_traffic_and_rows_add_to_it():
+def test_steps_that_read_what_is_written_move_less_and_rows_add_to_it():
     batch, twice = (costs.MicroBatch(rows, 16, 512, ALONE) for rows in (8, 16))
-    one, four = (costs.sample_bytes(tiny.STUDENT, batch, stages) for stages in (1, 4))
-    assert four < one < costs.sample_bytes(tiny.STUDENT, twice, 1)
-    slots = 512 * (1 - 5 / 8)
-    assert one - four == 512 * 8 * 8 * tiny.STUDENT.layers * 2 * tiny.STUDENT.head_size * slots
+    full_SR = np.full((1, 8), 512)
+    whole, written = (lengths.decode(full_SR, 16, 2, whole) for whole in (16 + 512, 0))
+    assert [(rows, steps) for rows, steps, _ in written] == [(8, 511), (4, 0), (2, 0)]
+    all_, own = (costs.sample_bytes(tiny.STUDENT, batch, decoded) for decoded in (whole, written))
+    eight = [stretch._replace(rows=2 * stretch.rows) for stretch in whole]
+    assert own < all_ < costs.sample_bytes(tiny.STUDENT, twice, eight)
+    unread = sum(512 - t for t in range(1, 512)) / 511
+    assert all_ - own == 511 * 8 * 8 * tiny.STUDENT.layers * 2 * tiny.STUDENT.head_size * unread
+
+
+def test_the_rows_of_every_device_must_have_left_before_any_halves():
+    one, other = [3, 3, 9, 20], [12, 3, 5, 4]
+    assert [s[:2] for s in lengths.decode(np.array([one, other]), 8, 1)] == [(4, 3), (2, 16)]
+    assert [s[:2] for s in lengths.decode(np.array([other]), 8, 2)] == [(4, 3), (2, 1), (1, 7)]
+    assert [s[:2] for s in lengths.decode(np.array([[1]]), 8, 2)] == [(1, 0), (1, 0), (1, 0)]
 
 
 def test_samples_that_share_a_prefill_need_it_once():
@@ -260,7 +273,7 @@ def test_samples_that_share_a_prefill_need_it_once():
     assert alone["sample"] - shared["sample"] == 6 * one
     assert alone["update"] == shared["update"]
     batch = costs.MicroBatch(8, 16, 32, ALONE)
-    moved = [costs.sample_bytes(tiny.STUDENT, batch, 1, samples) for samples in (1, 4)]
+    moved = [costs.sample_bytes(tiny.STUDENT, batch, ALWAYS, samples) for samples in (1, 4)]
     forward = [costs.forward_bytes(tiny.STUDENT, rows, 16, 1) for rows in (8, 2)]
     assert moved[0] - moved[1] == forward[0] - forward[1]
 
@@ -268,7 +281,7 @@ def test_samples_that_share_a_prefill_need_it_once():
 def test_an_int8_cache_moves_a_byte_a_value_and_a_float32_a_token_and_head():
     wide = tiny.STUDENT.replace(head_size=128)
     batch = costs.MicroBatch(8, 16, 32, ALONE)
-    floats, bytes_ = (costs.sample_bytes(wide, batch, 1, int8_cache=int8) for int8 in (False, True))
+    floats, bytes_ = (costs.sample_bytes(wide, batch, ALWAYS, int8_cache=int8) for int8 in (False, True))
     assert floats - bytes_ == 32 * (16 + 32) * 2 * 8 * wide.layers * wide.kv_heads * (4 * 128 - 132)
 
 
@@ -323,6 +336,23 @@ def test_a_sound_step_passes_and_says_what_it_needs(report):
     assert report.seconds == first.seconds + second.seconds
     assert report.tokens_a_second == pytest.approx(16 * 12 / report.seconds / 8)
     assert second.resident == 0 and first.resident > report.held["optimizer state"]
+
+
+def test_a_step_of_ragged_responses_is_predicted_between_nothing_and_the_padded_one(models):
+    plan = planned(models, devices=8, **{"train.widths": (0.25,), "rollout.halvings": 2})
+    report = preflight_check.check(plan, CHIP, largest=False)
+    full = ragged.of(plan, report, np.full(16, 12))
+    assert full.written == pytest.approx(full.full) and sum(full.full) == pytest.approx(report.seconds)
+    short = ragged.of(plan, report, np.array([12, 2] * 8))
+    assert short.mean_tokens == 7 and short.full == full.full
+    assert short.written[0] < short.padded[0] <= full.written[0]
+    # Two rows a device: one loop of a step for both, then ten of the longer one alone.
+    assert lengths.of_config(plan.config, plan.student, 8, np.array([12, 2] * 8))[0][:2] == [
+        costs.Stretch(2, 1, 60),
+        costs.Stretch(1, 10, 60),
+    ]
+    assert short.written[1] == short.padded[1] == report.programs[1].seconds, "12 positions have no narrower"
+    assert "these lengths take" in preflight_table.step(dataclasses.replace(report, ragged=short), "")
 
 
 def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_counted(models):

@@ -138,12 +138,19 @@ FIELDS = {
         `objective.name=sft`, where the teacher writes.""",
         allowed=("auto", "int8"),
     ),
-    "rollout.cache_stages": Field(
-        1,
-        """Sizes that the KV cache grows through while a response is written. Each decode step reads the whole
-        cache: n stages save (n - 1) / 2n of that traffic for the response part, and compile the decode
-        step n times.""",
-        least=1,
+    "rollout.halvings": Field(
+        2,
+        """How often the rows of the decode loop may halve. When at most half of the rows of every device are
+        still written, these go on alone: the steps after it cost half. Each halving compiles its own copy of
+        the decode step. No response changes.""",
+        least=0,
+    ),
+    "rollout.slots": Field(
+        0,
+        """Most rollouts that are written at a time, over all devices; the others wait for their turn. It
+        limits the KV cache, for one more reading of the weights in each decode step of each turn. 0 is all of
+        `rollout.batch`. No response changes.""",
+        least=0,
     ),
     "scoring.candidates": Field(
         4,

@@ -140,7 +140,8 @@ FIELDS = {
         """Shares of `rollout.max_tokens`: a micro-batch is scored, and its gradient taken, at the smallest
         width that holds what its rows need, the response for scoring and the part up to the last supervised
         token for the gradient. Rows are sorted for this. Widths are rounded up to multiples of 128; each
-        compiles its own copy of the forward and backward pass. `()` computes `rollout.max_tokens` always.""",
+        compiles its own copy of the forward and backward pass. `()` computes `rollout.max_tokens` always.
+        The sampler reads its prompts at the same shares of `data.prompt_tokens`, in multiples of 32.""",
     ),
     "train.updates_per_rollout": Field(
         1,
