@@ -1,8 +1,10 @@
 """The campaigns of benchmarks/torture find what they look for."""
 
 import json
-import random
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from benchmarks.torture import compare, fuzz, fuzz_inputs, kills, mutate
+from benchmarks.torture import compare, fuzz, fuzz_inputs, kills
 from opd_jax.distill import TrainState
 from opd_jax.run.checkpoint import Checkpoints
 
+ROOT = Path(__file__).parents[1]
 RECORDS = [
     {"kind": "eval", "step": 0, "kl": 0.5, "seconds": 1.0},
     {"kind": "train", "step": 1, "loss": 0.25, "seconds_step": 2.0},
@@ -21,14 +24,14 @@ RECORDS = [
 ]
 
 
-def write_run(folder, records=RECORDS, weight=1.0):
+def write_run(folder, records=RECORDS, weight=1.0, moment=1.0, position=2):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "config.json").write_text('{"eval": {"every": 2}, "train": {"steps": 4}}')
     (folder / ".lock").write_text(str(folder))
-    array = jax.numpy.full((2, 3), weight, jax.numpy.float32)
+    w, m = (jax.numpy.full((2, 3), value, jax.numpy.float32) for value in (weight, moment))
     with Checkpoints(folder, 2) as checkpoints:
-        checkpoints.save(2, TrainState(jax.numpy.int32(2), {"w": array}, {"m": array}), {"step": 2}, None)
+        checkpoints.save(2, TrainState(jax.numpy.int32(2), {"w": w}, {"m": m}), {"step": position}, None)
     return folder
 
 
@@ -42,10 +45,28 @@ def test_runs_that_differ_in_times_alone_are_the_same(whole, tmp_path):
     assert compare.differences(whole, write_run(tmp_path / "other", later)) == []
 
 
-def test_a_changed_bit_of_a_checkpoint_is_found(whole, tmp_path):
-    other = write_run(tmp_path / "other", weight=np.nextafter(np.float32(1), np.float32(2)))
-    (found, again) = compare.differences(whole, other)
-    assert "checkpoints/2: " in found and "has other bits" in found and "has other bits" in again
+@pytest.mark.parametrize(("changed", "name"), [("weight", "['w']"), ("moment", "['m']")])
+def test_a_changed_bit_of_a_checkpoint_is_found(whole, tmp_path, changed, name):
+    other = write_run(tmp_path / "other", **{changed: np.nextafter(np.float32(1), np.float32(2))})
+    found = compare.differences(whole, other)
+    assert found and all(text.startswith("checkpoints/2: ") for text in found)
+    assert any(name in text and "has other bits" in text for text in found)
+    others = {"['w']", "['m']"} - {name}
+    assert not any(text in line for text in others for line in found)
+
+
+def test_another_position_in_the_prompts_is_found(whole, tmp_path):
+    found = compare.differences(whole, write_run(tmp_path / "other", position=3))
+    assert "checkpoints/2: other prompts" in found
+
+
+def test_unfinished_files_are_counted_and_no_difference(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "other")
+    assert compare.leftovers(tmp_path / "other") == []
+    (tmp_path / "other" / ".building-x").mkdir()
+    (tmp_path / "other" / ".building-x" / "data").touch()
+    assert compare.leftovers(tmp_path / "other") == [".building-x"]
+    assert compare.differences(whole, tmp_path / "other") == []
 
 
 @pytest.mark.parametrize(
@@ -105,6 +126,16 @@ def test_the_moment_of_a_kill_is_told_by_what_it_left(whole, tmp_path):
     shutil.copytree(whole, folder)
     assert kills.moment(folder, began=False) == "start"
     assert kills.moment(folder, began=True) == "evaluation"
+    file, records = folder / "metrics.jsonl", [*RECORDS]
+    for record, where in (
+        ({"kind": "eval", "step": 2}, "rollouts and update"),
+        ({"kind": "train", "step": 3}, "rollouts and update"),
+        ({"kind": "train", "step": 4}, "evaluation"),
+        ({"kind": "eval", "step": 4}, "end"),
+    ):
+        records.append(record)
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        assert kills.moment(folder, began=True) == where
     (folder / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
     assert kills.moment(folder, began=True) == "checkpoint"
 
@@ -123,8 +154,22 @@ def test_a_fault_is_told_from_an_input_that_is_read_and_one_that_is_refused(tmp_
         worker.end()
 
 
-def test_an_input_is_drawn_from_its_seed_and_number_alone():
-    sound = json.dumps({"a": [1, {"b": "c"}], "d": None}).encode()
-    drawn = [mutate.mutate("config.json", sound, random.Random(f"0/{n}")) for n in range(50)]
-    assert drawn == [mutate.mutate("config.json", sound, random.Random(f"0/{n}")) for n in range(50)]
-    assert len(set(drawn)) > 40
+DRAWN = """
+import hashlib, random, sys
+from benchmarks.torture import mutate
+drawn = [mutate.mutate("config.json", sys.argv[1].encode(), random.Random(f"0/{n}")) for n in range(50)]
+print(hashlib.sha256(repr(drawn).encode()).hexdigest(), len(set(drawn)))
+"""
+
+
+def test_an_input_is_drawn_from_its_seed_and_number_alone_in_every_process():
+    sound = json.dumps({"a": [1, {"b": "c"}], "d": None})
+    command = [sys.executable, "-c", DRAWN, sound]
+    said = {
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, cwd=ROOT, text=True, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    (line,) = said
+    assert int(line.split()[1]) > 40

@@ -1,5 +1,7 @@
 """Reads and compares numbers in final answers, with or without a unit."""
 
+import decimal as decimals
+import fractions
 import functools
 import math
 import re
@@ -16,6 +18,8 @@ FRACTION = re.compile(  # with or without a whole number before it
 )
 TOLERANCE = 1e-6  # relative, if one of two numbers has a decimal point
 ROUNDING = 1e-14  # if neither has one
+DIGITS = 4  # significant ones of a decimal, from which on it may stand for a fraction that never ends
+DENOMINATOR = 10**6  # the largest of such a fraction
 SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 # Letters directly after a number are a unit only if they are in this list: 5cm, but not 5x.
 ATTACHED = re.compile(
@@ -99,17 +103,37 @@ def same(said: Quantity, answer: Quantity) -> bool:
 
     50% equals 50 and 0.5, but 0.5% does not equal 50%. Units of one dimension are converted: 5 m is 500 cm,
     not 5 cm. If one has no unit or the dimensions differ, only the numbers count: the problem gives the
-    dimension.
+    dimension. A decimal equals a fraction that it rounds, see `_rounds`.
     """
     close = functools.partial(math.isclose, rel_tol=ROUNDING if said.exact and answer.exact else TOLERANCE)
+    rounds = said.percent == answer.percent and (_rounds(said, answer) or _rounds(answer, said))
     said_unit, unit = _size(said.unit), _size(answer.unit)
     if said_unit and unit and said_unit[1] == unit[1]:
-        return close(said.value * said_unit[0], answer.value * unit[0])
-    if close(said.value, answer.value):
+        return close(said.value * said_unit[0], answer.value * unit[0]) or (
+            rounds and said_unit[0] == unit[0]
+        )
+    if rounds or close(said.value, answer.value):
         return True
     if said.percent == answer.percent:
         return False
     return close(said.value / 100 if said.percent else said.value * 100, answer.value)
+
+
+def _rounds(short: Quantity, whole: Quantity) -> bool:
+    """Whether a decimal is a fraction rounded at the decimal's last digit: 0.045455 is 1/22.
+
+    The decimal needs `DIGITS` significant digits: 0.33 is not 1/3. The fraction must be one that no decimal
+    equals: 0.1235 is not 12345/100000.
+    """
+    if short.exact or not whole.exact or not math.isfinite(short.value):
+        return False
+    _, digits, place = decimals.Decimal(repr(short.value)).normalize().as_tuple()
+    fraction = fractions.Fraction(whole.value).limit_denominator(DENOMINATOR)
+    if len(digits) < DIGITS or not math.isclose(fraction, whole.value, rel_tol=ROUNDING):
+        return False
+    ends = 10 ** fraction.denominator.bit_length() % fraction.denominator == 0  # only 2 and 5 divide it
+    error = abs(fractions.Fraction(repr(short.value)) - fraction)
+    return not ends and 2 * error <= fractions.Fraction(10) ** int(place)
 
 
 def _is_unit(unit: str, attached: bool) -> bool:

@@ -14,10 +14,10 @@ from opd_jax.errors import UserError, reason
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.files import gguf, source
 
-# Words, digits, white space, code, accents and an emoji: enough to distinguish any two merge tables.
+# Words, runs of digits, white space, code, accents and an emoji: enough to distinguish any two merge tables.
 _PROBE = (
     "The answer is 12,345.67 (about 1e4), isn't it?\n\n  def f(x):\n\treturn x**2  # \\frac"
-    "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end.\n\nThen don't"
+    "{1}{2}\r\nGröße, naïve, 数学, задача, \U0001f600 e.g. U.S. WORDSwithCase   end.\n\nThen 12345 don't"
 )
 RENDER_SECONDS = 5.0  # of a chat template, which takes a thousandth of that unless it loops without end
 _PROBE_CHATS = (
@@ -109,13 +109,15 @@ def render(
       options: what `template_options` returned.
 
     Raises:
-      UserError: the template refuses the conversation, or fails.
+      UserError: the template refuses the conversation, fails, or goes past a limit of `templates`.
     """
     import jinja2
 
+    from opd_jax.models import templates
+
     failures = (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
     try:
-        with _within(RENDER_SECONDS):
+        with templates.limited(RENDER_SECONDS), _within(RENDER_SECONDS):
             return tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
@@ -123,7 +125,12 @@ def render(
                 add_generation_prompt=not answered,
                 **(options or {}),
             )
-    except (*failures, RecursionError, MemoryError, TimeoutError) as error:
+    except (templates.Stopped, MemoryError, TimeoutError) as error:
+        raise UserError(
+            f"{where}: the chat template of {tokenizer.name_or_path or 'the model'} was stopped:"
+            f" {reason(error)}; take the model's own files, or correct the template"
+        ) from error
+    except (*failures, RecursionError) as error:
         roles = ", ".join(message["role"] for message in messages[:6])
         raise UserError(
             f"{where}: the chat template refuses a conversation of the roles {roles} ({reason(error)});"
@@ -133,10 +140,13 @@ def render(
 
 @contextlib.contextmanager
 def _within(seconds: float):
-    """Raises TimeoutError in a block that takes longer; only the main thread can be interrupted."""
+    """Raises TimeoutError in a block that takes longer.
+
+    Only the main thread can be interrupted. In others, `templates` looks at the clock.
+    """
 
     def ring(*_):
-        raise TimeoutError(f"it did not end within {seconds:.0f} s")
+        raise TimeoutError(f"it did not end within {seconds:g} s")
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,36 @@ def test_demo_is_built_once_and_then_read_without_the_generator(tokenizer, demo_
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     assert data.load(config(source="demo", cache=demo_cache), tokenizer) == first
     assert [p.name[0] for p in Path(demo_cache).iterdir()] == ["o"]  # no scratch folder stays
+
+
+def test_what_a_killed_build_left_is_removed_and_a_living_ones_folder_is_not(demo_cache):
+    from opd_jax.data.prompts import demo
+
+    cache = Path(demo_cache)
+    other = cache / f"{demo.BUILDING}other"
+    other.mkdir()
+    (other / demo.LOCK).write_text("another host")
+    older = cache / f"{demo.BUILDING}older"  # without a lock
+    older.mkdir()
+    program = (
+        "import sys, time; from pathlib import Path; from opd_jax.data.prompts import demo\n"
+        "with demo._scratch(Path(sys.argv[1])) as folder: print(folder, flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, demo_cache], stdout=subprocess.PIPE, text=True)
+    try:
+        folder = Path(child.stdout.readline().strip())
+        assert folder.parent == cache
+        demo.prepare(cache)
+        assert folder.exists() and other.exists() and not older.exists()
+        child.kill()
+        child.wait()
+        assert folder.exists()
+        demo.prepare(cache)
+        assert not folder.exists() and other.exists()
+    finally:
+        child.kill()
+        child.communicate()
+        shutil.rmtree(other)
 
 
 def test_edited_demo_requests_never_meet_an_old_cache_and_building_tells_of_no_download(

@@ -211,6 +211,46 @@ def test_integers_and_fractions_compare_exactly_and_typed_forms_are_read(said, a
     assert answers.same(said, answer) is right
 
 
+@pytest.mark.parametrize(
+    ("said", "answer", "right"),
+    [
+        ("0.045455", "1/22", True),
+        ("0.045454", "1/22", False),  # cut off, not rounded
+        ("0.0455", "1/22", False),  # three significant digits
+        ("-0.04545", "1/22", False),
+        ("0.3333", "\\frac{1}{3}", True),
+        ("0.3334", "\\frac{1}{3}", False),
+        ("0.333", "\\frac{1}{3}", False),
+        ("4.667", "14/3", True),
+        ("4.6667", "4\\frac{2}{3}", True),
+        ("3.142", "22/7", False),
+        ("3.1416", "\\pi", False),
+        ("0.1235", "\\frac{12345}{100000}", False),  # it could have been written out
+        ("0.0009766", "\\frac{1}{1024}", False),
+        ("1.5777e-30", "2^{-98}", False),
+        ("3333.3 m", "10000/3 m", True),
+        ("0.3333 km", "1/3 m", False),
+        ("0.3333%", "1/3", False),
+    ],
+)
+def test_a_decimal_of_four_digits_equals_the_fraction_that_it_rounds(said, answer, right):
+    assert answers.same(said, answer) is right
+    assert answers.grade(f"So it is \\boxed{{{said}}}.", answer) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("So the chance is 0.045455.", "1/22", True),
+        ("So the chance is 1/22.", "0.045455", False),  # as a number alone it is no fraction
+        ("So the chance is \\boxed{1/22}.", "0.045455", True),
+        ("So the chance is 0.0455.", "1/22", False),
+    ],
+)
+def test_rounded_fractions_count_without_a_box_too(response, answer, right):
+    assert answers.grade(response, answer) is right
+
+
 def test_marked_answers_are_found_in_time_linear_in_the_text():
     for part in ("\\boxed{", "<answer>", "{", "answer is ", "#### ", "\\boxed{1}"):
         started = time.perf_counter()

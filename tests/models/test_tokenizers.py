@@ -5,10 +5,13 @@ import json
 import random
 import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import transformers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from opd_jax.errors import UserError
@@ -213,8 +216,110 @@ def test_a_template_that_does_not_end_is_refused_and_the_alarm_is_put_back(monke
     refused(lambda: tokenizers.render(tokenizer, chat, "data.path=x: record 1"), "record 1", "did not end")
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    tokenizer.chat_template = "{{ 'x' * 99999999999999 }}"
-    refused(lambda: tokenizers.render(tokenizer, chat, "data.path=x: record 1"), "record 1", "MemoryError")
+
+
+def test_a_single_step_that_takes_too_long_is_interrupted_in_the_main_thread(monkeypatch):
+    monkeypatch.setattr(tokenizers, "RENDER_SECONDS", 0.2)
+    tokenizer = tiny.tokenizer()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *_, **__: time.sleep(20))
+    refused(lambda: tokenizers.render(tokenizer, [{"role": "user", "content": "a"}], "here"), "did not end")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def doubled(step):
+    """A template that does `step` to `n.x` sixty times and writes it out."""
+    return "{% set n = namespace(x='x') %}{% for i in range(60) %}" + step + "{% endfor %}{{ n.x }}"
+
+
+ENDLESS_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TREE = (
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"  # 2^60 calls
+)
+TOO_LONG, TOO_WIDE = "more than 10,000,000 characters", "a number above 1,000,000"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 10 ** (10 ** 10) }}", "more than 3,000 digits"),
+        ("{{ 7 ** 12345678901 }}", "more than 3,000 digits"),
+        (doubled("{% set n.x = 3 if n.x == 'x' else n.x * n.x %}"), "more than 3,000 digits"),
+        ("{{ 'x' * 10**9 }}", TOO_LONG),
+        ("{{ 10**9 * ['x'] }}", TOO_LONG),
+        (doubled("{% set n.x = n.x + n.x %}"), TOO_LONG),
+        (doubled("{% set n.x = n.x ~ n.x %}"), TOO_LONG),
+        (doubled("{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}"), TOO_LONG),
+        (doubled("{% set n.x = [n.x, n.x] %}"), TOO_LONG),
+        (doubled("{% set n.x = [n.x, n.x] %}").replace("{{ n.x }}", "{{ n }}"), TOO_LONG),
+        (doubled("{% set n.x = {'x': n.x, 'y': n.x} %}").replace("{{ n.x }}", "{{ n.x.items() }}"), TOO_LONG),
+        (
+            doubled("{% set n.x = [n.x, n.x] %}").replace("{{ n.x }}", "{{ n.x | replace('x', '') }}"),
+            TOO_LONG,
+        ),
+        (doubled("{% set n.x = [n.x, n.x] %}").replace("{{ n.x }}", "{{ n.x == [n.x] }}"), "a comparison"),
+        ("{{ '%1000000000d' % 1 }}", TOO_LONG),
+        ("{{ '%*d' % (1000000000, 1) }}", TOO_LONG),
+        ("{{ '%1000000000d' | format(1) }}", TOO_LONG),
+        ("{{ '{:1000000000d}'.format(1) }}", TOO_LONG),
+        ("{{ '{:{}}'.format(1, 1000000000) }}", TOO_LONG),
+        ("{{ 'x'.ljust(10**9) }}", TOO_WIDE),
+        ("{{ 'x'.zfill(1000000000) }}", TOO_WIDE),
+        ("{{ 'x' | center(1000000000) }}", TOO_WIDE),
+        ("{{ messages | tojson(indent=1000000000) }}", TOO_WIDE),
+        ("{{ range(99999) | join('x' * 9999) }}", TOO_LONG),
+        ("{{ ('x' * 9999).join(messages[0].content * 9999) }}", TOO_LONG),
+        ("{{ ('x' * 9999).replace('x', 'x' * 9999) }}", TOO_LONG),
+        ("{{ ('x' * 9999) | replace('x', 'x' * 9999) }}", TOO_LONG),
+        ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", TOO_LONG),
+        ("{{ range(99999) | map('center', 99999) | list | length }}", "its steps make more than 300,000,000"),
+        (ENDLESS_LOOP, "did not end within 0.5 s"),
+        (TREE, "did not end within 0.5 s"),
+    ],
+)
+def test_a_template_is_stopped_at_its_limits_off_the_main_thread_too(monkeypatch, template, said):
+    monkeypatch.setattr(tokenizers, "RENDER_SECONDS", 0.5 if "did not end" in said else 60.0)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = template, "models/theirs"
+    found = []
+
+    def render():
+        try:
+            found.append(tokenizers.render(tokenizer, [{"role": "user", "content": "a"}], "record 1"))
+        except UserError as error:
+            found.append(str(error))
+
+    # A daemon, so that a template that is not stopped fails this test and does not hang the process.
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(90)
+    assert found, "it was not stopped"
+    assert found[0].startswith("record 1: the chat template of models/theirs was stopped: ")
+    assert said in found[0] and found[0].endswith("take the model's own files, or correct the template")
+
+
+def test_a_template_within_its_limits_gives_what_transformers_gives_without_them(monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{%- macro item(x, width=3) %}[{{ x }}{{ '%-15d|%s' % (x, width) }}]{% endmacro %}"
+        "{% for m in messages[::-1] if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ m.role + ':' ~ m.content | trim }}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% else %}none{% endfor %}{{ item(123456789012) }}{{ 3 * 'ab' }}{{ 2 ** 10 }}{{ 7 % 4 }}"
+        "{% for m in messages recursive %}{{ m.role }}{{ loop([]) }}{% endfor %}{{ ['a'] in [['a']] }}"
+        "{{ messages | map(attribute='role') | join(', ') }}{{ messages | tojson(indent=1) }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | length }}"
+        "{{ messages[0].content.replace('b', 'cc') | indent(2) | upper }}{{ missing | default('none') }}"
+        "{% set n = namespace(x='') %}{% for m in messages %}{% set n.x = n.x + m.content[1:] %}{% endfor %}"
+        "{{ n.x }}{% for x in missing %}{% endfor %}{{ [[1], [2]] | sum(start=[]) }}{{ 1 is eq(1) }}"
+        "{{ '{:>5}|{}'.format(1, 'x') }}{{ 0.5 * 3 }}"
+    )
+    chat = [{"role": r, "content": f" a<b>\n{r} "} for r in ("system", "user", "assistant")]
+    ours = tokenizers.render(tokenizer, chat, "here")
+    monkeypatch.setattr(chat_template_utils, "ImmutableSandboxedEnvironment", ImmutableSandboxedEnvironment)
+    chat_template_utils._compile_jinja_template.cache_clear()
+    assert ours == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    chat_template_utils._compile_jinja_template.cache_clear()
 
 
 CL100K = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -259,3 +364,24 @@ def test_the_tokenizer_is_that_of_the_file_whatever_class_the_folder_names(tmp_p
         assert ours.convert_tokens_to_ids(token.content) == i
     assert ours.chat_template == tiny.tokenizer().chat_template
     assert ours.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("groups", [r"\p{N}", r"\p{N}+"])
+def test_teachers_that_split_runs_of_digits_otherwise_are_refused(groups):
+    def split_by(pattern):
+        tokenizer = tiny.tokenizer()
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocab = state["model"]["vocab"]
+        merges = [("1", "2"), ("12", "3"), ("4", "5"), ("123", "45"), ("6", "7"), ("3", "45")]
+        texts = ["".join(pair) for pair in merges]
+        vocab |= {text: 256 + n for n, text in enumerate(texts)}
+        backend = Tokenizer(models.BPE(vocab, merges))
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        backend.add_special_tokens(["<|pad|>", "<|im_start|>", "<|im_end|>"])
+        tokenizer._tokenizer = backend
+        return tokenizer
+
+    tokenizers.check_pair(split_by(groups), split_by(groups))
+    refused(lambda: tokenizers.check_pair(split_by(r"\p{N}{1,3}"), split_by(groups)), "probe text")

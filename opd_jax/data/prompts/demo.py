@@ -5,14 +5,17 @@ grade-school problems with a numeric answer, from reasoning-gym's `gsm_symbolic`
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import itertools
 import json
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import tensorflow_datasets as tfds
 
@@ -21,6 +24,8 @@ from opd_jax.errors import UserError
 EVERYDAY_FILE = Path(__file__).with_name("everyday.json")
 HELDOUT_EVERY = 4  # requests 3, 7, 11, ... of the file are held out
 PROBLEMS_A_REQUEST = 3
+BUILDING = ".building-"  # what the name of an unfinished folder begins with
+LOCK = ".lock"
 GSM_SEEDS = {"train": 0, "heldout": 1}
 
 
@@ -92,7 +97,7 @@ def prepare(cache: Path) -> Path:
 
     The folder's name has a digest of the sources, so that an edited request never uses an old cache.
     Processes that build at the same time use folders of their own. The first rename wins, and the others use
-    its result.
+    its result. What a killed process left unfinished is removed.
 
     Raises:
       UserError: the cache cannot be written, or reasoning-gym is missing.
@@ -100,16 +105,17 @@ def prepare(cache: Path) -> Path:
     sources = [EVERYDAY_FILE.read_text(encoding="utf-8"), HELDOUT_EVERY, PROBLEMS_A_REQUEST, GSM_SEEDS]
     digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()[:12]
     final = cache / f"opd_demo-{OpdDemo.VERSION}-{digest}"
+    _remove_abandoned(cache)
     if final.exists():
         return final
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
-    except OSError as error:
-        raise UserError(
-            f"data.cache={cache}: cannot be written ({error.strerror}); name another folder"
-        ) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(_scratch(cache))
+        except OSError as error:
+            raise UserError(
+                f"data.cache={cache}: cannot be written ({error.strerror}); name another folder"
+            ) from error
         tfds.disable_progress_bar()
         builder = OpdDemo(data_dir=scratch, file_format="array_record")
         # TFDS prints a message about downloading, although it downloads nothing.
@@ -120,6 +126,45 @@ def prepare(cache: Path) -> Path:
         except OSError:
             if not final.exists():
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+@contextlib.contextmanager
+def _scratch(cache: Path) -> Iterator[Path]:
+    """A folder to build in, which is locked until it is removed or this process ends."""
+    lock = None
+    while lock is None:
+        folder = Path(tempfile.mkdtemp(prefix=BUILDING, dir=cache))
+        lock = _locked(folder)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """The folder's lock file, locked; None if another process removed the folder before that."""
+    with contextlib.suppress(FileNotFoundError):
+        lock = (folder / LOCK).open("a+")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / LOCK).exists():
+            lock.write(platform.node())
+            lock.flush()
+            return lock
+        lock.close()
+    return None
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes the unfinished folders of processes of this host that have ended: the system unlocked them.
+
+    Folders of other hosts stay, because some shared file systems do not show a lock to them.
+    """
+    for folder in cache.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError), (folder / LOCK).open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.seek(0)
+            if lock.read().strip() in ("", platform.node()):
+                shutil.rmtree(folder, ignore_errors=True)
