@@ -7,7 +7,7 @@ arrays that are too large to stay on the chip; docs/preflight.md lists the terms
 import dataclasses
 from collections.abc import Mapping
 
-from opd_jax.models import ModelConfig
+from opd_jax.models import ModelConfig, attention
 
 LOGIT_BYTES = 12  # per logit: written once and read twice in float32
 
@@ -73,11 +73,11 @@ def phase_flops(
 
 def block_values(model: ModelConfig) -> int:
     """Number of activations that the blocks write for one token."""
-    attention = model.head_size * (3 * model.heads + 4 * model.kv_heads)
+    heads = model.head_size * (3 * model.heads + 4 * model.kv_heads)
     feed_forward = 3 * model.ffn
     if model.experts:  # a row to and from each chosen expert; the router's float32 softmax
         feed_forward = model.experts_per_token * (3 * model.ffn + 2 * model.width) + 2 * model.experts
-    return model.layers * (attention + 6 * model.width + feed_forward)
+    return model.layers * (heads + 6 * model.width + feed_forward)
 
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
@@ -102,15 +102,21 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) ->
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
     """HBM traffic of one device's blocks for rows x length tokens; plain attention writes its scores."""
-    scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
-    scores *= model.attention == "plain"
-    width = value_bytes(model)
-    activations = 2 * width * rows * length * block_values(model) // tensor  # each written and read
+    activations = rows * length * block_values(model) // tensor
     weights = read_bytes(model, rows * length, tensor)
     if "embed" in model.layout.rules:  # gathered first
         weights += weight_bytes(model, tensor)
+    written_and_read = 2 * value_bytes(model) * activations
+    return weights + written_and_read + attention_bytes(model, rows, length, tensor)
+
+
+def attention_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
+    """HBM traffic of one device's scores: those of plain attention are written and read, splash has none."""
+    if model.attention != "plain":
+        return 0
+    heads = rows * model.heads // min(tensor, model.heads) * model.layers
     # A score is written and read in float32, its weight in the activations' dtype.
-    return weights + activations + (8 + 2 * width) * scores
+    return (8 + 2 * value_bytes(model)) * heads * attention.score_count(length)
 
 
 def sample_bytes(
@@ -136,7 +142,7 @@ def sample_bytes(
     cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
     logits = LOGIT_BYTES * rows * model.vocab_size // tensor
     step = read_bytes(model, rows, tensor, spread) + cache + logits
-    prefill = forward_bytes(model.replace(attention="plain"), rows // samples, batch.prompt, tensor)
+    prefill = forward_bytes(model, rows // samples, batch.prompt, tensor)
     return int(prefill + t * step)
 
 
@@ -201,9 +207,14 @@ def score_bytes(
 
 
 def _gradient_bytes(student: ModelConfig, batch: MicroBatch) -> int:
-    """HBM traffic of a micro-batch's gradient: two forward passes, and a backward pass that counts as two."""
+    """HBM traffic of a micro-batch's gradient: two forward passes, and a backward pass that counts as two.
+
+    Attention in blocks computes its scores once more.
+    """
     logits = LOGIT_BYTES * batch.rows * batch.response * 3 * student.vocab_size // batch.tensor
-    return 4 * _forward_bytes(student, batch) + logits
+    again = attention_bytes(student, batch.rows, batch.length, batch.tensor)
+    again *= batch.length > attention.ONE_PRODUCT
+    return 4 * _forward_bytes(student, batch) + again + logits
 
 
 def divergence_bytes(student: ModelConfig, teacher: ModelConfig, batch: MicroBatch) -> int:
