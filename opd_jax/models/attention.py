@@ -1,5 +1,8 @@
 """Rotary positions and grouped-query attention in plain JAX, the reference for every backend."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +11,10 @@ from opd_jax.models.config import ModelConfig
 
 # Finite, so that a row of padding, which attends to nothing, has no NaN.
 MASKED = -1e30
+
+ONE_PRODUCT = 512  # the longest sequence whose scores are computed by one product
+QUERIES = 128  # at most so many are in a block of a longer one
+GROUPS = 4  # of blocks, at most; a block is given the keys up to the end of its group
 
 
 def rope_tables(config: ModelConfig, positions_BL):
@@ -35,6 +42,65 @@ def causal_mask(mask_BL):
 def cached(k_BLKC, v_BLKC):
     """Keys and values in the layout of `attend` and the cache: ([B, K, C, L], [B, K, L, C])."""
     return k_BLKC.transpose(0, 2, 3, 1), v_BLKC.swapaxes(1, 2)
+
+
+def causal(mask_BL):
+    """Causal attention among the real tokens of whole sequences, in memory linear in L.
+
+    Above ONE_PRODUCT tokens, at most QUERIES queries of a row are computed at a time, and again in the
+    backward pass, so no array of [B, H, L, L] scores exists.
+
+    Args:
+      mask_BL: True at real tokens; padding gives finite, meaningless values.
+
+    Returns:
+      attend(q_BLHC, k_BKCL, v_BKLC), which is `attend` with `causal_mask(mask_BL)`.
+    """
+    if mask_BL.shape[1] > ONE_PRODUCT:
+        return functools.partial(_attend_in_blocks, mask_BL)
+    allowed_BLL = causal_mask(mask_BL)
+    return lambda q_BLHC, k_BKCL, v_BKLC: attend(q_BLHC, k_BKCL, v_BKLC, allowed_BLL)
+
+
+def score_count(length: int) -> int:
+    """Number of scores that `causal` computes for one head and row."""
+    if length <= ONE_PRODUCT:
+        return length**2
+    size, groups = _blocks(length)
+    return sum((last - first) * size * min(last * size, length) for first, last in groups)
+
+
+def _blocks(length: int):
+    """(queries in a block, a multiple of 8; the first block of each group and the one after its last).
+
+    A group has at least two blocks: XLA would inline a loop of one round, and might run it beside others.
+    """
+    size = -(-length // (8 * -(-length // QUERIES))) * 8
+    count = -(-length // size)
+    groups = min(GROUPS, count // 2)
+    return size, itertools.pairwise(count * i // groups for i in range(groups + 1))
+
+
+def _attend_in_blocks(mask_BL, q_BLHC, k_BKCL, v_BKLC):
+    b, length, h, c = q_BLHC.shape
+    size, groups = _blocks(length)
+    q_BLHC = jnp.pad(q_BLHC, ((0, 0), (0, -length % size), (0, 0), (0, 0)))
+    q_NBRHC = q_BLHC.reshape(b, -1, size, h, c).swapaxes(0, 1)
+
+    def group(first, last):
+        end = min(last * size, length)
+        k_BKCM, v_BKMC, mask_BM = k_BKCL[..., :end], v_BKLC[:, :, :end], mask_BL[:, :end]
+
+        @jax.checkpoint
+        def block(inputs):
+            i, q_BRHC = inputs
+            causal_RM = i * size + jnp.arange(size)[:, None] >= jnp.arange(end)[None]
+            return attend(q_BRHC, k_BKCM, v_BKMC, causal_RM[None] & mask_BM[:, None])
+
+        return jax.lax.map(block, (jnp.arange(first, last), q_NBRHC[first:last]))
+
+    out_NBRHC = jnp.concatenate([group(*ends) for ends in groups])
+    return out_NBRHC.swapaxes(0, 1).reshape(b, -1, h, c)[:, :length]
 
 
 def attend(q_BLHC, k_BKCM, v_BKMC, allowed_BLM, scales_BK1M=()):

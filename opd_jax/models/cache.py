@@ -67,11 +67,10 @@ def prefill(config: ModelConfig, params: dict, tokens_BP, mask_BP, *, int8: bool
       (hidden_BD of the last position, normalised; KVCache of P slots, to be given room by `grow`).
     """
     rope = attention.rope_tables(config, transformer.positions(mask_BP))
-    allowed_BPP = attention.causal_mask(mask_BP)
+    causal = transformer.causal(config, mask_BP)
 
     def attend(q, k, v):
-        k, v = attention.cached(k, v)
-        return attention.attend(q, k, v, allowed_BPP), _stored(k, v, int8)
+        return causal(q, k, v), _stored(*attention.cached(k, v), int8)
 
     def step(x_BPD, p):
         p = transformer.gather_block(config, p)

@@ -39,7 +39,8 @@ class ModelConfig:
         activations are rounded to; see bf16_products.py.
       decoding: how a decode step multiplies a few rows by a weight: "rows" (row times matrix), or "columns"
         with weights stored [out, in]; see few_rows.py.
-      attention: attention over whole sequences: "plain" (attention.py) or "splash" (splash.py).
+      attention: attention over whole sequences, prefill included: "plain" (attention.py) or "splash"
+        (splash.py).
       swapped_ids: two ids whose logits are swapped, or None. It lets a teacher's end token stand for the
         student's.
       layout: tables that say how its weights, cache and activations are cut over a mesh.

@@ -300,15 +300,11 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
 def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
     """Returns (the result of `forward`, the moe.Load of the experts or None without experts)."""
     rope = attention.rope_tables(config, positions(mask_BL))
-
-    def attend(q, k, v):
-        if config.attention == "splash":
-            return splash.attend(q, k, v, mask_BL), None
-        return attention.attend(q, *attention.cached(k, v), attention.causal_mask(mask_BL)), None
+    attend = causal(config, mask_BL)
 
     def step(x_BLD, p):
         p = gather_block(config, p)
-        x_BLD, _, routing = block(config, p, x_BLD, rope, attend)
+        x_BLD, _, routing = block(config, p, x_BLD, rope, lambda *qkv: (attend(*qkv), None))
         return x_BLD, None if routing is None else moe.block_load(config, routing, mask_BL)
 
     if REMAT_POLICIES[remat] is not None:
@@ -318,6 +314,18 @@ def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, r
         load = dataclasses.replace(load, tokens=load.tokens[0])
     x_BLD = sharding.constrain(x_BLD, "batch")  # the callers read the positions chunk by chunk
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load
+
+
+def causal(config: ModelConfig, mask_BL):
+    """attend(q_BLHC, k_BLKC, v_BLKC) of whole sequences, as config.attention says.
+
+    Args:
+      mask_BL: True at real tokens; padding gives finite, meaningless values.
+    """
+    if config.attention == "splash":
+        return lambda q, k, v: splash.attend(q, k, v, mask_BL)
+    attend = attention.causal(mask_BL)
+    return lambda q, k, v: attend(q, *attention.cached(k, v))
 
 
 def positions(mask_BL):

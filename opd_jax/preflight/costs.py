@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from opd_jax.models import ModelConfig
+from opd_jax.models import ModelConfig, attention
 
 LOGIT_BYTES = 12  # per logit: written once and read twice in float32
 
@@ -82,11 +82,11 @@ def phase_flops(student: ModelConfig, teacher: ModelConfig, batch: int, p: int, 
 
 def block_values(model: ModelConfig) -> int:
     """Number of activations that the blocks write for one token."""
-    attention = model.head_size * (3 * model.heads + 4 * model.kv_heads)
+    heads = model.head_size * (3 * model.heads + 4 * model.kv_heads)
     feed_forward = 3 * model.ffn
     if model.experts:  # a row to and from each chosen expert; the router's float32 softmax
         feed_forward = model.experts_per_token * (3 * model.ffn + 2 * model.width) + 2 * model.experts
-    return model.layers * (attention + 6 * model.width + feed_forward)
+    return model.layers * (heads + 6 * model.width + feed_forward)
 
 
 def weight_bytes(model: ModelConfig, tensor: int) -> int:
@@ -111,15 +111,21 @@ def read_bytes(model: ModelConfig, tokens: int, tensor: int, spread: int = 1) ->
 
 def forward_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
     """HBM traffic of one device's blocks for rows x length tokens; plain attention writes its scores."""
-    scores = rows * model.heads // min(tensor, model.heads) * length**2 * model.layers
-    scores *= model.attention == "plain"
-    width = value_bytes(model)
-    activations = 2 * width * rows * length * block_values(model) // tensor  # each written and read
+    activations = rows * length * block_values(model) // tensor
     weights = read_bytes(model, rows * length, tensor)
     if "embed" in model.layout.rules:  # gathered first
         weights += weight_bytes(model, tensor)
+    written_and_read = 2 * value_bytes(model) * activations
+    return weights + written_and_read + attention_bytes(model, rows, length, tensor)
+
+
+def attention_bytes(model: ModelConfig, rows: int, length: int, tensor: int) -> int:
+    """HBM traffic of one device's scores: those of plain attention are written and read, splash has none."""
+    if model.attention != "plain":
+        return 0
+    heads = rows * model.heads // min(tensor, model.heads) * model.layers
     # A score is written and read in float32, its weight in the activations' dtype.
-    return weights + activations + (8 + 2 * width) * scores
+    return (8 + 2 * value_bytes(model)) * heads * attention.score_count(length)
 
 
 class Stretch(NamedTuple):
@@ -155,7 +161,7 @@ def sample_bytes(
     tensor = batch.tensor
     kv_heads = -(-model.kv_heads // tensor)
     head_bytes = model.head_size + 4 if int8_cache else value_bytes(model) * model.head_size
-    total = forward_bytes(model.replace(attention="plain"), batch.rows // samples, batch.prompt, tensor)
+    total = forward_bytes(model, batch.rows // samples, batch.prompt, tensor)
     for rows, steps, slots in decoded:
         cache = 2 * rows * model.layers * kv_heads * head_bytes * slots
         logits = LOGIT_BYTES * rows * model.vocab_size // tensor
@@ -224,9 +230,14 @@ def score_bytes(
 
 
 def _gradient_bytes(student: ModelConfig, batch: MicroBatch) -> int:
-    """HBM traffic of a micro-batch's gradient: two forward passes, and a backward pass that counts as two."""
+    """HBM traffic of a micro-batch's gradient: two forward passes, and a backward pass that counts as two.
+
+    Attention in blocks computes its scores once more.
+    """
     logits = LOGIT_BYTES * batch.rows * batch.response * 3 * student.vocab_size // batch.tensor
-    return 4 * _forward_bytes(student, batch) + logits
+    again = attention_bytes(student, batch.rows, batch.length, batch.tensor)
+    again *= batch.length > attention.ONE_PRODUCT
+    return 4 * _forward_bytes(student, batch) + again + logits
 
 
 def divergence_bytes(student: ModelConfig, teacher: ModelConfig, batch: MicroBatch) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax.errors import UserError
-from opd_jax.models import attention, splash, transformer
+from opd_jax.models import attention, cache, splash, transformer
 from opd_jax.parallel import sharding
 from opd_jax.preflight import jaxprs
 from opd_jax.run import resolve
@@ -80,6 +80,34 @@ def test_a_model_gives_the_same_hidden_states_with_either(monkeypatch):
     want = forward(model, params, token_BL, MASK_BL[:2])
     got = forward(model.replace(attention="splash"), params, token_BL, MASK_BL[:2])
     np.testing.assert_allclose(got[MASK_BL[:2]], np.asarray(want)[MASK_BL[:2]], atol=2e-5)
+
+
+@pytest.mark.parametrize("length", [100, L])
+def test_a_prefill_gives_the_same_states_and_cache_with_either(monkeypatch, length):
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    model = tiny.STUDENT.replace(layers=2, max_positions=L)
+    params, tokens_BP = tiny.weights(model), np.arange(B * length).reshape(B, length) % 250
+    mask_BP = np.arange(length) >= np.array([[0], [length // 2], [length - 1], [7]])
+    prefill = jax.jit(cache.prefill, static_argnums=0)
+    hidden_BD, want = prefill(model, params, tokens_BP, mask_BP)
+    got_BD, got = prefill(model.replace(attention="splash"), params, tokens_BP, mask_BP)
+    np.testing.assert_allclose(got_BD, hidden_BD, atol=2e-5)
+    real = mask_BP[:, None, None]
+    for (keys, values), (want_keys, want_values) in zip(got.layers, want.layers, strict=True):
+        assert np.isfinite(keys).all() and np.isfinite(values).all()
+        np.testing.assert_allclose(np.where(real, keys, 0), np.where(real, want_keys, 0), atol=2e-5)
+        real_slots = mask_BP[:, None, :, None]
+        np.testing.assert_allclose(
+            np.where(real_slots, values, 0), np.where(real_slots, want_values, 0), atol=2e-5
+        )
+
+
+def test_a_prefill_for_a_tpu_calls_the_kernel_and_holds_no_scores():
+    model, (b, p) = tiny.STUDENT.replace(attention="splash", max_positions=2048), (2, 2048)
+    row = jax.ShapeDtypeStruct((b, p), jnp.int32), jax.ShapeDtypeStruct((b, p), bool)
+    traced = jax.jit(cache.prefill, static_argnums=0).trace(model, transformer.abstract(model), *row)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text and f"{p}x{p}x" not in text
 
 
 def test_the_kernels_blocks_above_the_diagonal_are_not_counted():

@@ -77,12 +77,13 @@ FIELDS = {
     ),
     "attention.kernel": Field(
         "auto",
-        """How whole sequences attend, in scoring, in the student's gradient and in evaluation.
+        """How whole sequences attend: prompts in the sampler, and prompts with responses in scoring, in the
+        student's gradient and in evaluation.
 
-        - `plain` stores every attention score.
+        - `plain` stores the attention scores of at most 512 queries of a sequence at a time.
         - `splash` is JAX's TPU kernel, which stores none. It computes a head size and a sequence length
-          (`data.prompt_tokens` + `rollout.max_tokens`) as the next multiples of 128. `mesh.tensor` must
-          divide the key heads.
+          (`data.prompt_tokens`, alone and with `rollout.max_tokens`) as the next multiples of 128.
+          `mesh.tensor` must divide the key heads.
         - `auto` is `splash` if the devices and the mesh allow it, else `plain`.""",
         allowed=("auto", "plain", "splash"),
     ),
