@@ -31,7 +31,7 @@ MAX_SLOTS = 512  # of a block
 MAX_HEADS = 64  # rows x kv heads of a step: the kernel's code is written out for each
 
 
-def attend(q_B1HC, keys_BKCS, values_BKSC, start_B, written, scales=(), *, interpret: bool = False):
+def attend(q_B1HC, layer, start_B, written, *, interpret: bool = False):
     """Softmax attention of one query per row over the real slots, start_b <= slot < written.
 
     On a mesh each device computes its own rows and heads. If `tensor` does not divide the kv heads evenly,
@@ -39,23 +39,24 @@ def attend(q_B1HC, keys_BKCS, values_BKSC, start_B, written, scales=(), *, inter
 
     Args:
       q_B1HC: queries; head h belongs to kv head h // (H / K).
-      keys_BKCS, values_BKSC: the cache of a layer, the new slot included, in the queries' dtype or int8.
-        S is a multiple of 128. What the slots from `written` on hold does not matter.
+      layer: a layer of `cache.KVCache`, the new slot included: keys [B, K, C, S] and values [B, K, S, C] in
+        the queries' dtype, or in int8, followed by their scales. S is a multiple of 128. What the slots from
+        `written` on hold does not matter.
       start_B: int32, the first real slot of each row. The slots before it hold finite numbers. A row with
         start >= written gives a finite, meaningless value.
       written: int32 scalar, the number of written slots, at least 1; the same in every row.
-      scales: of int8 keys and values, (), or a pair of float32 [B, K, 1, S].
       interpret: run the kernel in interpret mode, which works on any device.
 
     Returns:
       [B, 1, H, C] in the queries' dtype. Scores and softmax are float32.
     """
-    slots = keys_BKCS.shape[-1]
+    keys_BKCS = layer[0]
+    slots = keys_BKCS.shape[3]
     if slots % LANES:
         raise ValueError(f"the cache has {slots} slots; the decode kernel takes a multiple of {LANES}")
     mesh = jax.sharding.get_abstract_mesh()
     written_1 = jnp.reshape(written, 1).astype(jnp.int32)
-    operands = q_B1HC, keys_BKCS, values_BKSC, start_B.astype(jnp.int32), written_1, *scales
+    operands = q_B1HC, start_B.astype(jnp.int32), written_1, *layer
     part = functools.partial(_attend, interpret=interpret)
     if mesh.empty:
         return part(*operands)
@@ -63,7 +64,7 @@ def attend(q_B1HC, keys_BKCS, values_BKSC, start_B, written, scales=(), *, inter
     rows, over_heads = heads[0], heads[1]
     spec = jax.sharding.PartitionSpec
     queries = spec(rows, None, over_heads, None)
-    in_specs = queries, heads, heads, spec(rows), spec(), *(heads for _ in scales)
+    in_specs = queries, spec(rows), spec(), *(heads for _ in layer)
     # The kernel's output does not say over which axes it varies.
     cut = jax.shard_map(part, in_specs=in_specs, out_specs=queries, check_vma=False)
     return cut(*operands)
@@ -83,8 +84,9 @@ def block(rows: int, heads: int, channels: int, slots: int, itemsize: int) -> tu
     return r, s
 
 
-def _attend(q_B1HC, keys_BKCS, values_BKSC, start_B, written_1, *scales, interpret):
+def _attend(q_B1HC, start_B, written_1, *layer, interpret):
     """`attend` on one device's rows and heads."""
+    keys_BKCS, values_BKSC, *scales = layer
     b, kv, c, s = keys_BKCS.shape
     heads = q_B1HC.shape[2]
     filled = SUBLANES * pl.cdiv(heads // kv, SUBLANES)
@@ -128,18 +130,18 @@ def _block_to_load(g, j, first_G, *_):
     return jnp.maximum(j, first_G[g])
 
 
-def _kernel(first_G, start_B, written_1, q_RHC, k, v, *rest, channels_last):
+def _kernel(first_G, start_B, written_1, q_RHC, *rest, channels_last):
     """One grid step: some rows, all their heads, one block of slots.
 
     Args:
       first_G: each group's first block that holds a real slot. start_B, written_1: as in `attend`.
       q_RHC: scaled queries of the rows.
-      k, v: [R, K, S, C] if channels_last, else [R, K, C, S].
-      rest: the scales [R, K, 1, S] of both, if int8; the output like q_RHC; then what is kept between steps:
-        the queries by kv head, their number filled up to a multiple of 8, and in float32 the largest score
-        and the sum of weights, each the same in all lanes, and the sum of weighted values.
+      rest: keys and values, [R, K, S, C] if channels_last, else [R, K, C, S]; the scales [R, K, 1, S] of both
+        if they are int8; the output like q_RHC. Then what is kept between steps: the queries by kv head,
+        their number filled up to a multiple of 8, and in float32 the largest score and the sum of weights,
+        each the same in all lanes, and the sum of weighted values.
     """
-    *scales, out_RHC, q_RKGC, largest_RKG_, total_RKG_, sum_RKGC = rest
+    k, v, *scales, out_RHC, q_RKGC, largest_RKG_, total_RKG_, sum_RKGC = rest
     rows, heads, c = q_RHC.shape
     _, kv, filled, _ = q_RKGC.shape
     group = heads // kv
