@@ -50,24 +50,45 @@ def attend(q_B1HC, layer, start_B, written, *, interpret: bool = False):
     Returns:
       [B, 1, H, C] in the queries' dtype. Scores and softmax are float32.
     """
-    keys_BKCS = layer[0]
-    slots = keys_BKCS.shape[3]
+    return _on_mesh(q_B1HC, start_B, written, layer, (), interpret)[0]
+
+
+def write_and_attend(q_B1HC, new, layer, start_B, slot, *, interpret: bool = False):
+    """Writes the cache's new slot and attends, as `attend` does, to all slots up to it.
+
+    The kernel writes the slot together with the few slots that share its tiles. It has them already, so this
+    is cheaper than `dynamic_update_slice`, which reads them again and needs a program of its own.
+
+    Args:
+      q_B1HC, layer, start_B, interpret: as in `attend`; the slot is not written yet.
+      new: what the slot is to hold, arrays like those of `layer` with one slot.
+      slot: int32 scalar, the number of slots written before; the same in every row.
+
+    Returns:
+      (what `attend` returns; the layer with the slot written, in the memory of the old one if XLA may).
+    """
+    out_B1HC, *layer = _on_mesh(q_B1HC, start_B, slot + 1, layer, new, interpret)
+    return out_B1HC, tuple(layer)
+
+
+def _on_mesh(q_B1HC, start_B, written, layer, new, interpret):
+    """[attention's output, the layer's arrays if there is something new], each device with its part."""
+    slots = layer[0].shape[3]
     if slots % LANES:
         raise ValueError(f"the cache has {slots} slots; the decode kernel takes a multiple of {LANES}")
     mesh = jax.sharding.get_abstract_mesh()
     written_1 = jnp.reshape(written, 1).astype(jnp.int32)
-    operands = q_B1HC, start_B.astype(jnp.int32), written_1, *layer
+    operands = q_B1HC, start_B.astype(jnp.int32), written_1, tuple(layer), tuple(new)
     part = functools.partial(_attend, interpret=interpret)
     if mesh.empty:
         return part(*operands)
-    heads = sharding.spec(keys_BKCS.shape, ("batch", "cache_heads", None, None), mesh)
-    rows, over_heads = heads[0], heads[1]
+    heads = sharding.spec(layer[0].shape, ("batch", "cache_heads", None, None), mesh)
     spec = jax.sharding.PartitionSpec
-    queries = spec(rows, None, over_heads, None)
-    in_specs = queries, spec(rows), spec(), *(heads for _ in layer)
-    # The kernel's output does not say over which axes it varies.
-    cut = jax.shard_map(part, in_specs=in_specs, out_specs=queries, check_vma=False)
-    return cut(*operands)
+    queries = spec(heads[0], None, heads[1], None)
+    in_specs = queries, spec(heads[0]), spec(), heads, heads
+    out_specs = [queries, *(heads for _ in layer if new)]
+    # The kernel's outputs do not say over which axes they vary.
+    return jax.shard_map(part, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
 
 
 def block(rows: int, heads: int, channels: int, slots: int, itemsize: int) -> tuple[int, int]:
@@ -84,32 +105,48 @@ def block(rows: int, heads: int, channels: int, slots: int, itemsize: int) -> tu
     return r, s
 
 
-def _attend(q_B1HC, start_B, written_1, *layer, interpret):
-    """`attend` on one device's rows and heads."""
-    keys_BKCS, values_BKSC, *scales = layer
-    b, kv, c, s = keys_BKCS.shape
+def _attend(q_B1HC, start_B, written_1, layer, new, *, interpret):
+    """`_on_mesh` on one device's rows and heads."""
+    b, kv, c, s = layer[0].shape
     heads = q_B1HC.shape[2]
     filled = SUBLANES * pl.cdiv(heads // kv, SUBLANES)
     q_BHC = (q_B1HC * c**-0.5).reshape(b, heads, c)
-    rows, slots = block(b, kv, c, s, keys_BKCS.dtype.itemsize)
+    itemsize = layer[0].dtype.itemsize
+    rows, slots = block(b, kv, c, s, itemsize)
     channels_last = c % LANES == 0
-    if channels_last:
-        keys, values = keys_BKCS.swapaxes(2, 3), values_BKSC
-        cache_block = pl.BlockSpec((rows, kv, slots, c), lambda *at: (at[0], 0, _block_to_load(*at), 0))
-    else:
-        keys, values = keys_BKCS, values_BKSC.swapaxes(2, 3)
-        cache_block = pl.BlockSpec((rows, kv, c, slots), lambda *at: (at[0], 0, 0, _block_to_load(*at)))
-    scale_block = pl.BlockSpec((rows, kv, 1, slots), lambda *at: (at[0], 0, 0, _block_to_load(*at)))
+    turned = 0 if channels_last else 1  # keys or values
+    layer = [x.swapaxes(2, 3) if n == turned else x for n, x in enumerate(layer)]
+
+    def cache_block(n, slots, index):
+        """`slots` slots of keys and values (n < 2) or scales, at index(the grid's indices)."""
+        if n < 2 and channels_last:
+            return pl.BlockSpec((rows, kv, slots, c), lambda *at: (at[0], 0, index(*at), 0))
+        width = c if n < 2 else 1
+        return pl.BlockSpec((rows, kv, width, slots), lambda *at: (at[0], 0, 0, index(*at)))
+
+    def tile(n):
+        """The slots that are written together: those that share a register's tile with the new one."""
+        size = SUBLANES * 4 // itemsize if n < 2 and channels_last else LANES
+        return cache_block(
+            n, size, lambda g, j, first_G, start_B, written_1: jax.lax.div(written_1[0] - 1, size)
+        )
+
     query_block = pl.BlockSpec((rows, heads, c), lambda *at: (at[0], 0, 0))
+    layer_blocks = [cache_block(n, slots, _block_to_load) for n in range(len(layer))]
+    tiles = [tile(n) for n in range(len(new))]
+    new = [x.astype(jnp.float32).reshape(b, kv, 1, -1) for x in new]
+    new = [x if n < 2 else jnp.broadcast_to(x, (b, kv, 1, LANES)) for n, x in enumerate(new)]
+    new_blocks = [pl.BlockSpec((rows, *x.shape[1:]), lambda *at: (at[0], 0, 0, 0)) for x in new]
     blocks = pl.cdiv(written_1[0], slots)
     first_G = jnp.minimum(start_B.reshape(-1, rows).min(axis=1) // slots, blocks - 1)
-    out_BHC = pl.pallas_call(
-        functools.partial(_kernel, channels_last=channels_last),
+    scalars = first_G, start_B, written_1
+    out_BHC, *layer = pl.pallas_call(
+        functools.partial(_kernel, arrays=len(layer), writes=bool(new), channels_last=channels_last),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(b // rows, blocks),
-            in_specs=[query_block, cache_block, cache_block, *(scale_block for _ in scales)],
-            out_specs=query_block,
+            in_specs=[query_block, *layer_blocks, *new_blocks],
+            out_specs=[query_block, *tiles],
             scratch_shapes=[
                 pltpu.VMEM((rows, kv, filled, c), q_BHC.dtype),
                 pltpu.VMEM((rows, kv, filled, LANES), jnp.float32),
@@ -117,12 +154,13 @@ def _attend(q_B1HC, start_B, written_1, *layer, interpret):
                 pltpu.VMEM((rows, kv, filled, c), jnp.float32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(q_BHC.shape, q_BHC.dtype),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BHC, *(layer if new else ()))],
+        input_output_aliases={len(scalars) + 1 + n: 1 + n for n in range(len(new))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="decode_attention",
         interpret=interpret,
-    )(first_G, start_B, written_1, q_BHC, keys, values, *scales)
-    return out_BHC[:, None]
+    )(*scalars, q_BHC, *layer, *new)
+    return [out_BHC[:, None], *(x.swapaxes(2, 3) if n == turned else x for n, x in enumerate(layer))]
 
 
 def _block_to_load(g, j, first_G, *_):
@@ -130,18 +168,23 @@ def _block_to_load(g, j, first_G, *_):
     return jnp.maximum(j, first_G[g])
 
 
-def _kernel(first_G, start_B, written_1, q_RHC, *rest, channels_last):
+def _kernel(first_G, start_B, written_1, *rest, arrays, writes, channels_last):
     """One grid step: some rows, all their heads, one block of slots.
 
     Args:
       first_G: each group's first block that holds a real slot. start_B, written_1: as in `attend`.
-      q_RHC: scaled queries of the rows.
-      rest: keys and values, [R, K, S, C] if channels_last, else [R, K, C, S]; the scales [R, K, 1, S] of both
-        if they are int8; the output like q_RHC. Then what is kept between steps: the queries by kv head,
-        their number filled up to a multiple of 8, and in float32 the largest score and the sum of weights,
-        each the same in all lanes, and the sum of weighted values.
+      rest: scaled queries of the rows, [R, H, C]; keys and values, [R, K, S, C] if channels_last, else
+        [R, K, C, S]; the scales [R, K, 1, S] of both if they are int8; if the kernel writes, the new slot of
+        each in float32, channels or one scale along the lanes; the output like the queries; and the tile to
+        write of each. Then what is kept between steps: the queries by kv head, their number filled up to a
+        multiple of 8, and in float32 the largest score and the sum of weights, each the same in all lanes,
+        and the sum of weighted values.
+      arrays: the number of a layer's arrays, 2 or 4.
     """
-    k, v, *scales, out_RHC, q_RKGC, largest_RKG_, total_RKG_, sum_RKGC = rest
+    q_RHC, *rest, q_RKGC, largest_RKG_, total_RKG_, sum_RKGC = rest
+    layer, rest = rest[:arrays], rest[arrays:]
+    k, v, *scales = layer
+    new, out_RHC, tiles = rest[: writes * arrays], rest[writes * arrays], rest[writes * arrays + 1 :]
     rows, heads, c = q_RHC.shape
     _, kv, filled, _ = q_RKGC.shape
     group = heads // kv
@@ -192,8 +235,27 @@ def _kernel(first_G, start_B, written_1, q_RHC, *rest, channels_last):
     def inner():
         add(ends=False)
 
+    def write():
+        """Puts the new slot into the block, which then is as if it had been written before, and its tiles."""
+        at = written_1[0] - 1 - j * slots
+        for n, (x, x_new, x_tile) in enumerate(zip(layer, new, tiles)):
+            axis = slot_axis if n < 2 else 2
+            size = x_tile.shape[1 + axis]
+            base = pl.multiple_of(jax.lax.div(at, size) * size, size)
+            part = (pl.ds(base, size), slice(None)) if axis == 1 else (slice(None), pl.ds(base, size))
+            for r in range(rows):
+                for m in range(kv):
+                    old = x[r, m, *part].astype(jnp.float32)
+                    fresh = x_new[r, m]
+                    if n < 2 and axis == 2:
+                        fresh = jnp.broadcast_to(fresh, (size, c)).T
+                    here = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis - 1) == at - base
+                    x[r, m, *part] = x_tile[r, m] = jnp.where(here, fresh, old).astype(x.dtype)
+
     @pl.when(j == last)
     def end():
+        if writes:
+            write()
         add(ends=True)
         for r in range(rows):
             out_KGC = sum_RKGC[r] / _lanes(total_RKG_[r], c)

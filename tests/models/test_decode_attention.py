@@ -42,6 +42,7 @@ def plain(q, layer, start_B, written):
 
 
 interpreted = jax.jit(functools.partial(decode_attention.attend, interpret=True))
+writing = jax.jit(functools.partial(decode_attention.write_and_attend, interpret=True))
 
 
 def check(inputs, written, atol=2e-5):
@@ -89,6 +90,24 @@ def test_what_stands_in_unwritten_slots_does_not_matter(c, quantised):
     np.testing.assert_allclose(got, plain(q, layer, start_B, written), atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "c, quantised, dtype",
+    [(64, False, "float32"), (128, False, "bfloat16"), (64, True, "float32"), (128, True, "bfloat16")],
+)
+def test_the_kernel_writes_the_new_slot_and_no_other(c, quantised, dtype):
+    q, layer = arrays(6, 2, c, dtype, quantised=quantised)
+    _, other = arrays(12, 2, c, dtype, quantised=quantised)
+    new = [jax.lax.slice_in_dim(x, 7, 8, axis=axis) for x, axis in zip(other, SLOT_AXES)]
+    for slot in (0, 127, 130, S - 1):
+        want = [
+            jax.lax.dynamic_update_slice_in_dim(x, one, slot, axis)
+            for x, one, axis in zip(layer, new, SLOT_AXES)
+        ]
+        out, got = writing(q, new, layer, starts(slot + 1), jnp.int32(slot))
+        jax.tree.map(np.testing.assert_array_equal, got, tuple(want))
+        np.testing.assert_array_equal(out, interpreted(q, tuple(want), starts(slot + 1), jnp.int32(slot + 1)))
+
+
 def test_a_row_without_a_real_slot_gives_a_finite_value_and_leaves_the_others_as_they_were():
     inputs, start_B = arrays(6, 2, 128), starts(200)
     want = interpreted(*inputs, start_B, jnp.int32(200))
@@ -125,28 +144,33 @@ def test_a_steps_blocks_fill_their_budget_and_cut_the_rows_evenly(rows, kv_heads
     assert size >= decode_attention.STEP_BYTES // 4 or s == decode_attention.MAX_SLOTS
 
 
-def loop(attend, shape, rows, slots, *, quantised=False):
+def update_then_attend(q, new, layer, start_B, slot, attend=decode_attention.attend):
+    updates = zip(layer, new, SLOT_AXES)
+    layer = tuple(jax.lax.dynamic_update_slice_in_dim(x, one, slot, axis) for x, one, axis in updates)
+    return attend(q, layer, start_B, slot + 1), layer
+
+
+def loop(write_and_attend, shape, rows, slots, *, quantised=False):
     """A sampler's use of the cache alone, to be lowered: (program, its arguments)."""
     heads, kv, c = shape
     kept = jnp.int8 if quantised else jnp.bfloat16
     layer_shapes = [((rows, kv, c, slots), kept), ((rows, kv, slots, c), kept)]
     layer_shapes += [((rows, kv, 1, slots), jnp.float32)] * 2 * quantised
 
-    def update(old, x_BKC, slot, axis):
-        """Writes numbers made of x, of the shape of one slot."""
-        one = [1 if n == axis else size for n, size in enumerate(old.shape)]
-        x = x_BKC[..., : one[2] * one[3]]  # one number for a scale
-        return jax.lax.dynamic_update_slice_in_dim(old, x.reshape(one).astype(old.dtype), slot, axis)
+    def one(x, x_BKC, axis):
+        """Numbers made of x_BKC, of the shape of one slot."""
+        shape = [1 if n == axis else size for n, size in enumerate(x.shape)]
+        return x_BKC[..., : shape[2] * shape[3]].reshape(shape).astype(x.dtype)  # one number for a scale
 
     def step(state):
         t, q_B1HC, start_B, layers = state
-        new = []
+        written = []
         for layer in layers:
             x_BKC = q_B1HC.reshape(rows, kv, -1, c).sum(axis=2, dtype=jnp.float32)
-            layer = tuple(update(old, x_BKC, t, axis) for old, axis in zip(layer, SLOT_AXES))
-            q_B1HC = attend(q_B1HC, layer, start_B, t + 1)
-            new.append(layer)
-        return t + 1, q_B1HC, start_B, tuple(new)
+            new = [one(x, x_BKC, axis) for x, axis in zip(layer, SLOT_AXES)]
+            q_B1HC, layer = write_and_attend(q_B1HC, new, layer, start_B, t)
+            written.append(layer)
+        return t + 1, q_B1HC, start_B, tuple(written)
 
     def program(t, q_B1HC, start_B):
         layers = tuple(tuple(jnp.zeros(*x) for x in layer_shapes) for _ in range(2))
@@ -156,18 +180,28 @@ def loop(attend, shape, rows, slots, *, quantised=False):
 
 
 @pytest.mark.parametrize(
-    "chip, model, quantised", [("v5e:1x1", "Qwen3-0.6B", False), ("v6e:1x1", "SmolLM2-360M", True)]
+    "write_and_attend, chip, model, quantised",
+    [
+        (decode_attention.write_and_attend, "v5e:1x1", "Qwen3-0.6B", False),
+        (decode_attention.write_and_attend, "v6e:1x1", "SmolLM2-360M", True),
+        (update_then_attend, "v5e:1x1", "SmolLM2-360M", False),
+    ],
 )
-def test_a_tpus_loop_writes_one_slot_and_copies_no_cache(tpu_compiler, chip, model, quantised):
+def test_a_tpus_loop_writes_one_slot_and_copies_no_cache(
+    tpu_compiler, write_and_attend, chip, model, quantised
+):
     rows, slots, (_, kv, c) = 64, 1024, SHAPES[model]
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, topology.describe(chip)[1][:1])
-    program, shapes = loop(decode_attention.attend, SHAPES[model], rows, slots, quantised=quantised)
+    program, shapes = loop(write_and_attend, SHAPES[model], rows, slots, quantised=quantised)
     placed = [jax.ShapeDtypeStruct(*x, sharding=sharding.replicated(mesh)) for x in shapes]
-    text = jax.jit(program).lower(*placed).compile().as_text()
-    bodies = [
-        b for b in hlo.Program(text).computations.values() if any("tpu_custom_call" in i.text for i in b)
-    ]
-    (body,) = bodies
-    named = {"parameter", "get-tuple-element", "tuple", "bitcast"}
+    compiled = jax.jit(program).lower(*placed).compile()
+    bodies = hlo.Program(compiled.as_text()).computations.values()
+    (body,) = [lines for lines in bodies if any("tpu_custom_call" in line.text for line in lines)]
     large = [i for i in body if any(a.elements >= rows * kv * slots * c for a in i.arrays)]
-    assert [i.opcode for i in large if i.opcode not in named] == ["dynamic-update-slice"] * 4
+    named = {"parameter", "get-tuple-element", "tuple", "bitcast"}
+    found = [i.opcode for i in large if i.opcode not in named]
+    assert (
+        found == ["dynamic-update-slice"] * 4
+        if write_and_attend is update_then_attend
+        else ["custom-call"] * 2
+    )
