@@ -83,7 +83,7 @@ def _equations(jaxpr, times: int = 1, trips: Iterator[int] = itertools.repeat(1)
             inner *= e.params["mesh"].size
         elif e.primitive.name == "pallas_call":
             grid = e.params["grid_mapping"].grid
-            inner *= math.prod(grid)
+            inner *= _steps(e.params["grid_mapping"])
             if e.params["name"].startswith("splash"):  # of n x n blocks those above the diagonal are skipped
                 inner = inner * (grid[-1] + 1) // (2 * grid[-1])
         values = list(e.params.values())
@@ -94,3 +94,19 @@ def _equations(jaxpr, times: int = 1, trips: Iterator[int] = itertools.repeat(1)
                 part = getattr(part, "jaxpr", part)
                 if hasattr(part, "eqns"):
                     yield from _equations(part, inner, trips, choose)
+
+
+def _steps(mapping) -> int:
+    """Steps of a Pallas kernel's grid; where one of its sizes is known at runtime alone, the most it can be.
+
+    That is the number of blocks of its largest input, each read once.
+    """
+    if all(isinstance(size, int) for size in mapping.grid):
+        return math.prod(mapping.grid)
+    return max(
+        math.prod(
+            -(-size // getattr(block, "block_size", block))
+            for size, block in zip(m.array_aval.shape, m.block_shape)
+        )
+        for m in mapping.block_mappings[: mapping.num_inputs]
+    )
