@@ -40,6 +40,7 @@ from opd_jax.distill import (
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
+from opd_jax.models import cache as kv
 from opd_jax.preflight import costs, jaxprs, lengths
 from opd_jax.progress import Progress
 from opd_jax.release.segments import SegmentTable, segment
@@ -140,6 +141,7 @@ def main(argv):
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
         products=_products(flags.FLAGS.products),
         decoding=few_rows.decoding(jax.default_backend()),
+        cache_reads=kv.reads(jax.default_backend()),
     )
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
@@ -218,8 +220,7 @@ def _measure(
     drawn = params, *prompts, jnp.asarray(length_B, jnp.int32)
     sampled = best_seconds(sample, *drawn, progress=progress, name="the sampler")
     (decoded,) = lengths.of_config(config, student, 1, length_B)
-    rounds = [stretch.steps for stretch in decoded]
-    products = jaxprs.matmul_flops(sample.trace(*drawn).jaxpr.jaxpr, rounds)
+    products = jaxprs.matmul_flops(sample.trace(*drawn).jaxpr.jaxpr, lengths.rounds(decoded))
     batch = costs.MicroBatch(b, p, t, ONE)
     measured("sample", sampled, products, costs.sample_bytes(student, batch, decoded))
     if flags.FLAGS.sample_only:

@@ -11,6 +11,8 @@ from opd_jax.models.config import ModelConfig
 
 # Finite, so that a row of padding, which attends to nothing, has no NaN.
 MASKED = -1e30
+SLOT_AXES = (3, 2, 3, 3)  # the axis of slots in a layer's keys, values and their scales
+SLOTS = 64  # of a block of `attend_written`: on a CPU a block's copy stays in the cache of a core
 
 ONE_PRODUCT = 512  # the longest sequence whose scores are computed by one product
 QUERIES = 128  # at most so many are in a block of a longer one
@@ -141,7 +143,7 @@ def _rows_by_columns(left, right, dtype):
     return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)
 
 
-def attend_written(q_B1HC, layer, start_B, written):
+def attend_written(q_B1HC, layer, start_B, written, in_blocks: bool = False):
     """Attention of a decode step's queries to the slots of a cache that are written.
 
     Args:
@@ -149,11 +151,47 @@ def attend_written(q_B1HC, layer, start_B, written):
       layer: what KVCache.layers holds of a layer.
       start_B: the first real slot of each row.
       written: scalar; slots from it on are empty.
+      in_blocks: read the written blocks of SLOTS slots alone, one after the other; their number must divide
+        that of the slots. Else all slots are read, and the empty ones masked.
 
     Returns:
       [B, 1, H, C] in the queries' dtype.
     """
+    if in_blocks and layer[0].shape[3] > SLOTS:
+        return _attend_to_blocks(q_B1HC, layer, start_B, written)
     keys, values, *scales = layer
     slot_S = jnp.arange(keys.shape[3])[None]
     allowed_BS = (slot_S >= start_B[:, None]) & (slot_S < written)
     return attend(q_B1HC, keys, values, allowed_BS[:, None], scales)
+
+
+def _attend_to_blocks(q_B1HC, layer, start_B, written):
+    """`attend_written` in blocks, with a running softmax: sums are relative to the largest score so far."""
+    b, kv, c = layer[0].shape[:3]
+    dtype = q_B1HC.dtype
+    q_BKRC = (q_B1HC * c**-0.5).reshape(b, kv, -1, c)
+
+    def add(i, state):
+        largest_BKR1, total_BKR1, sum_BKRC = state
+        keys, values, *scales = (
+            jax.lax.dynamic_slice_in_dim(x, i * SLOTS, SLOTS, axis) for x, axis in zip(layer, SLOT_AXES)
+        )
+        score_BKRM = _rows_by_columns(q_BKRC, keys.astype(dtype), jnp.float32)
+        if scales:
+            score_BKRM = score_BKRM * scales[0]
+        slot_M = i * SLOTS + jnp.arange(SLOTS)[None]
+        allowed_BM = (slot_M >= start_B[:, None]) & (slot_M < written)
+        score_BKRM = jnp.where(allowed_BM[:, None, None], score_BKRM, MASKED)
+        new_BKR1 = jnp.maximum(largest_BKR1, score_BKRM.max(axis=-1, keepdims=True))
+        kept_BKR1 = jnp.exp(largest_BKR1 - new_BKR1)
+        weight_BKRM = jnp.exp(score_BKRM - new_BKR1)
+        total_BKR1 = total_BKR1 * kept_BKR1 + weight_BKRM.sum(axis=-1, keepdims=True)
+        if scales:
+            weight_BKRM = weight_BKRM * scales[1]
+        value_BKRC = _rows_by_columns(weight_BKRM.astype(dtype), values.astype(dtype), jnp.float32)
+        return new_BKR1, total_BKR1, sum_BKRC * kept_BKR1 + value_BKRC
+
+    of_row = (*q_BKRC.shape[:3], 1)
+    first = jnp.full(of_row, MASKED), jnp.zeros(of_row), jnp.zeros(q_BKRC.shape, jnp.float32)
+    _, total_BKR1, sum_BKRC = jax.lax.fori_loop(0, (written + SLOTS - 1) // SLOTS, add, first)
+    return (sum_BKRC / total_BKR1).astype(dtype).reshape(q_B1HC.shape)

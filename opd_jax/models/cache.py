@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax.models import attention, moe, transformer
+from opd_jax.models import attention, decode_attention, moe, transformer
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
 from opd_jax.parallel import shard_rows, sharding
-
-SLOT_AXES = (3, 2, 3, 3)  # the axis of slots in a layer's keys, values and their scales
 
 
 @struct.dataclass
@@ -89,7 +87,7 @@ def repeat(cache: KVCache, samples: int) -> KVCache:
 
 def widen(cache: KVCache, slots: int) -> KVCache:
     """Adds empty slots in front of the first, up to `slots`."""
-    room = slots - cache.layers[0][0].shape[SLOT_AXES[0]]
+    room = slots - cache.layers[0][0].shape[attention.SLOT_AXES[0]]
 
     def padded(x, slot_axis):
         return jnp.pad(x, [(room if axis == slot_axis else 0, 0) for axis in range(x.ndim)])
@@ -98,7 +96,12 @@ def widen(cache: KVCache, slots: int) -> KVCache:
 
 
 def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
-    """Adds empty slots at the end, up to `slots`, and places the cache on the mesh as the layout says."""
+    """Adds empty slots at the end, and places the cache on the mesh as the layout says.
+
+    Args:
+      slots: how many there must be; `slots_for` says how many there are.
+    """
+    slots = slots_for(config, slots)
 
     def padded(x, slot_axis):
         room = slots - x.shape[slot_axis]
@@ -112,14 +115,20 @@ def taken(config: ModelConfig, cache: KVCache, order_SR) -> KVCache:
     return _placed(config, shard_rows.taken(cache, order_SR))
 
 
-def reads_written(config: ModelConfig) -> bool:
-    """Whether a decode step reads the written slots alone; else it reads all and masks the others."""
-    return config.attention == "splash" and config.layout.cache == "heads"
+def reads(platform: str) -> str:
+    """The value of ModelConfig.cache_reads for a platform."""
+    return {"cpu": "blocks", "tpu": "kernel"}.get(platform, "all")
+
+
+def slots_for(config: ModelConfig, tokens: int) -> int:
+    """Slots of a cache that holds `tokens` tokens: a multiple of what is read at a time."""
+    multiple = {"all": 1, "blocks": attention.SLOTS, "kernel": decode_attention.LANES}[config.cache_reads]
+    return -(-tokens // multiple) * multiple
 
 
 def _each(fn, layers):
     """fn(array, its axis of slots) for all arrays of all layers."""
-    return tuple(tuple(map(fn, layer, SLOT_AXES)) for layer in layers)
+    return tuple(tuple(map(fn, layer, attention.SLOT_AXES)) for layer in layers)
 
 
 def _placed(config: ModelConfig, cache: KVCache) -> KVCache:
@@ -153,11 +162,14 @@ def decode(config: ModelConfig, params: dict, token_B, rope, cache: KVCache, slo
 
         def attend(q, k, v, layer=layer):
             new = _stored(*attention.cached(k, v), int8=layer[0].dtype == jnp.int8)
+            if config.cache_reads == "kernel":
+                return decode_attention.write_and_attend(q, new, layer, cache.start_B, slot)
             layer = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old, x, slot, axis)
-                for old, x, axis in zip(layer, new, SLOT_AXES)
+                for old, x, axis in zip(layer, new, attention.SLOT_AXES)
             )
-            return attention.attend_written(q, layer, cache.start_B, slot + 1), layer
+            in_blocks = config.cache_reads == "blocks"
+            return attention.attend_written(q, layer, cache.start_B, slot + 1, in_blocks), layer
 
         x_B1D, layer, _ = transformer.block(config, p, x_B1D, rope, attend, spread=spread)
         kept.append(layer)

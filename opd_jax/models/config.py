@@ -39,6 +39,8 @@ class ModelConfig:
         activations are rounded to; see bf16_products.py.
       decoding: how a decode step multiplies a few rows by a weight: "rows" (row times matrix), or "columns"
         with weights stored [out, in]; see few_rows.py.
+      cache_reads: what a decode step reads of the cache: "all" slots, or those that are written, in "blocks"
+        (attention.py) or by a "kernel" (decode_attention.py).
       attention: attention over whole sequences, prefill included: "plain" (attention.py) or "splash"
         (splash.py).
       swapped_ids: two ids whose logits are swapped, or None. It lets a teacher's end token stand for the
@@ -71,6 +73,7 @@ class ModelConfig:
     weights: str = "float"
     products: str = "compute"
     decoding: str = "rows"
+    cache_reads: str = "all"
     attention: str = "plain"
     swapped_ids: tuple[int, int] | None = None
     layout: Layout = DEFAULT

@@ -144,7 +144,7 @@ def _sample(
             hbm_bytes=costs.sample_bytes(writer, batch, decoded, samples, int8, spread),
             resident_bytes=held["optimizer state"]
             + held[f"{'student' if by_teacher else 'teacher'} parameters"],
-            loop=[stretch.steps for stretch in turns[0]],
+            loop=lengths.rounds(turns[0]),
             models=(writer,),
         ),
         build,
@@ -246,7 +246,7 @@ class Work:
     flops: float
     hbm_bytes: int
     resident_bytes: int = 0
-    loop: int | Sequence[int] = 1
+    loop: int | Sequence[tuple[int, int]] = 1
     models: tuple[ModelConfig, ...] = ()
 
 

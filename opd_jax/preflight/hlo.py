@@ -55,11 +55,12 @@ class Program:
 
     Args:
       text: `compiled.as_text()`.
-      unknown_trips: how often a loop runs whose limit the text does not show. Several numbers are those of
-        the first such loop, the second and so on; loops after them are not run.
+      unknown_trips: how often a loop runs whose limit the text does not show. Several are those of the first
+        such loop, the second and so on, each with the rounds of such loops inside it; loops after them are not
+        run.
     """
 
-    def __init__(self, text: str, unknown_trips: int | Sequence[int] = 1):
+    def __init__(self, text: str, unknown_trips: int | Sequence[tuple[int, int]] = 1):
         self.unknown_trips = unknown_trips
         self.computations, self.entry = parse(text)
         self._unknown = self._unknown_loops()
@@ -257,14 +258,30 @@ class Program:
             return limit
         if isinstance(self.unknown_trips, int):
             return self.unknown_trips
-        place = self._unknown.index(loop.name)
-        return self.unknown_trips[place] if place < len(self.unknown_trips) else 0
+        place = self._unknown[loop.name]
+        outer, nested = abs(place) - 1, place < 0
+        return self.unknown_trips[outer][nested] if outer < len(self.unknown_trips) else 0
 
-    def _unknown_loops(self) -> list[str]:
-        """Names of loops whose limit the text does not show, as they follow one another."""
-        loops = (i for instructions in self.computations.values() for i in instructions)
-        loops = ((i, dict(_CALLED.findall(i.text))) for i in loops if i.opcode == "while")
-        return [i.name for i, called in loops if self._limit(i, called["condition"]) is None]
+    def _unknown_loops(self) -> dict[str, int]:
+        """Loops whose limit the text does not show: n for the nth of them, -n for those inside it."""
+        found, inside = {}, {}
+
+        def visit(computation: str, within: int):
+            for i in self.computations.get(computation, ()):
+                called = dict(_CALLED.findall(i.text))
+                branches = _BRANCHES.search(i.text)
+                names = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else []
+                own = within
+                if i.opcode == "while" and self._limit(i, called["condition"]) is None:
+                    found[i.name] = -within if within else sum(n > 0 for n in found.values()) + 1
+                    own = within or found[i.name]
+                for name in (*called.values(), *names):
+                    if inside.get(name) != own:
+                        inside[name] = own
+                        visit(name, own)
+
+        visit(self.entry, 0)
+        return found
 
 
 def _holds(dims, v: int) -> bool:

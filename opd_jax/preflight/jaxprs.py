@@ -17,15 +17,17 @@ def host_calls(jaxpr) -> list[str]:
     )
 
 
-def matmul_flops(jaxpr, unknown_trips: int | Sequence[int] = 1, experts=(), tensor: int = 1) -> int:
+def matmul_flops(
+    jaxpr, unknown_trips: int | Sequence[tuple[int, int]] = 1, experts=(), tensor: int = 1
+) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
     A grouped product multiplies each row by one group, and a device that holds some of the experts its share
     of the rows it is given, each expert as likely as another. Of branches the one with most FLOPs is taken.
 
     Args:
-      unknown_trips: rounds of a loop whose limit the program does not show. Several numbers are those of the
-        first such loop, the second and so on; loops after them are not run.
+      unknown_trips: rounds of a loop whose limit the program does not show. Several are those of the first
+        such loop, the second and so on, each with the rounds of such loops inside it; others are not run.
       experts: (width, an expert's width, experts in a block) of each sparse model. None given: every grouped
         product has all experts.
       tensor: parts that an expert's width may be cut into, where the experts themselves are not.
@@ -34,7 +36,8 @@ def matmul_flops(jaxpr, unknown_trips: int | Sequence[int] = 1, experts=(), tens
       ValueError: a grouped product is of no such model.
     """
     total = 0
-    trips = itertools.repeat(unknown_trips) if isinstance(unknown_trips, int) else iter(unknown_trips)
+    alike = isinstance(unknown_trips, int)
+    trips = itertools.repeat((unknown_trips, unknown_trips)) if alike else iter(unknown_trips)
     costliest = functools.partial(matmul_flops, unknown_trips=unknown_trips, experts=experts, tensor=tensor)
     for e, times in _equations(jaxpr, trips=trips, choose=costliest):
         if e.primitive.name == "dot_general":
@@ -66,19 +69,23 @@ def _experts(grouped, experts, tensor: int) -> int:
     return min(found)[-1]
 
 
-def _equations(jaxpr, times: int = 1, trips: Iterator[int] = itertools.repeat(1), choose=None):  # noqa: B008
+ONCE = itertools.repeat((1, 1))
+
+
+def _equations(jaxpr, times: int = 1, trips: Iterator[tuple[int, int]] = ONCE, choose=None):
     """Every equation with the number of times it runs; of branches those with the highest choose(jaxpr).
 
     Args:
-      trips: gives the rounds of each loop whose limit the program does not show.
+      trips: gives the rounds of each loop whose limit the program does not show, and of such loops inside it.
     """
     for e in jaxpr.eqns:
         yield e, times
-        inner = times
+        inner, within = times, trips
         if e.primitive.name == "scan":
             inner *= e.params["length"]
         elif e.primitive.name == "while":
-            inner *= next(trips, 0)
+            rounds, nested = next(trips, (0, 0))
+            inner, within = inner * rounds, itertools.repeat((nested, nested))
         elif e.primitive.name == "shard_map":  # its shapes are one device's
             inner *= e.params["mesh"].size
         elif e.primitive.name == "pallas_call":
@@ -93,7 +100,7 @@ def _equations(jaxpr, times: int = 1, trips: Iterator[int] = itertools.repeat(1)
             for part in value if isinstance(value, (tuple, list)) else (value,):
                 part = getattr(part, "jaxpr", part)
                 if hasattr(part, "eqns"):
-                    yield from _equations(part, inner, trips, choose)
+                    yield from _equations(part, inner, within, choose)
 
 
 def _steps(mapping) -> int:

@@ -7,8 +7,7 @@ import numpy as np
 
 from opd_jax.distill import rollout
 from opd_jax.errors import UserError
-from opd_jax.models import ModelConfig
-from opd_jax.models import cache as kv
+from opd_jax.models import ModelConfig, attention
 from opd_jax.preflight.costs import Stretch
 
 FORMS = "full, lognormal:MEAN:SIGMA with MEAN a share of the limit, or a run's rollouts.jsonl"
@@ -82,6 +81,11 @@ def decode(length_SR: np.ndarray, prompt: int, halvings: int, whole: int = 0) ->
     return found + [Stretch(1, 0, 0.0)] * (halvings + 1 - len(found))
 
 
+def rounds(decoded: list[Stretch]) -> list[tuple[int, int]]:
+    """The steps of each stretch's loop, and the blocks of the cache that each step may read one by one."""
+    return [(steps, -(-int(slots) // attention.SLOTS)) for _, steps, slots in decoded]
+
+
 def of_config(config, writer: ModelConfig, devices: int, length_B: np.ndarray) -> list[list[Stretch]]:
     """`decode` for each turn of rollout.slots, of a run's sampler.
 
@@ -93,7 +97,7 @@ def of_config(config, writer: ModelConfig, devices: int, length_B: np.ndarray) -
     r, slots = config.rollout, config.data.prompt_tokens + config.rollout.max_tokens
     turns = rollout.parts(len(length_B), r.slots, devices)
     turn_SRN = np.reshape(length_B, (devices, -1, turns))  # neighbours wait for different turns
-    whole = 0 if kv.reads_written(writer) else slots
+    whole = slots if writer.cache_reads == "all" else 0
     return [
         decode(turn_SRN[..., turn], config.data.prompt_tokens, r.halvings, whole) for turn in range(turns)
     ]

@@ -7,6 +7,7 @@ import jax
 
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows
+from opd_jax.models import cache as kv
 from opd_jax.models.files import source
 from opd_jax.parallel import Layout, distributed
 from opd_jax.run.run_record import has_steps, read_config
@@ -23,6 +24,7 @@ def models(config, mesh) -> tuple[ModelConfig, ModelConfig]:
         weights=config.teacher.weights,
         products=config.teacher.products,
         layout=layout(config, "teacher"),
+        cache_reads=cache_reads(config, teacher),
         attention=attention_kernel(config, mesh, "teacher.path", teacher),
     )
     return student_model(config, mesh), teacher
@@ -42,6 +44,7 @@ def student_model(config, mesh) -> ModelConfig:
     return pruned.replace(
         products=config.student.products,
         layout=layout(config, "student"),
+        cache_reads=cache_reads(config, student),
         attention=attention_kernel(config, mesh, "student.path", student),
     )
 
@@ -89,7 +92,17 @@ def model(path: str, key: str, mesh, dtype: str) -> ModelConfig:
         dtype = "float32" if platform == "cpu" else "bfloat16"
     if platform == "tpu" and dtype == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    return source.config(path, key).replace(compute_dtype=dtype, decoding=few_rows.decoding(platform))
+    return source.config(path, key).replace(
+        compute_dtype=dtype,
+        decoding=few_rows.decoding(platform),
+        cache_reads=kv.reads(platform),
+    )
+
+
+def cache_reads(config, model: ModelConfig) -> str:
+    """ModelConfig.cache_reads, as attention.decode and sharding.cache allow."""
+    whole = config.attention.decode == "all" or config.sharding.cache == "slots"
+    return "all" if whole else model.cache_reads
 
 
 def attention_kernel(config, mesh, key: str, model: ModelConfig) -> str:

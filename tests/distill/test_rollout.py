@@ -120,7 +120,7 @@ def test_rows_that_wait_change_nothing(slots):
         the_same(limited(waiting), limited(sampling))
 
 
-def test_prompts_read_in_pieces_at_their_own_widths_change_nothing():
+def test_prompts_read_in_pieces_at_their_own_widths_and_a_cache_read_in_blocks_change_nothing():
     tokens_BP, mask_BP = (
         np.pad(x, ((0, 0), (90, 0)), constant_values=fill) for x, fill in zip(prompts(), (1, 0))
     )
@@ -129,7 +129,9 @@ def test_prompts_read_in_pieces_at_their_own_widths_change_nothing():
     mask_BP = np.concatenate([mask_BP[:6], long_BP[[0, 0]] == 7])
     whole = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
     pieces = dataclasses.replace(PLAIN, prefill_rows=2, prompt_shares=(0.25, 0.5))
-    the_same(sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), pieces), whole)
+    in_blocks = MODEL.replace(cache_reads="blocks")
+    for model, sampling in ((MODEL, pieces), (in_blocks, PLAIN), (in_blocks, pieces)):
+        the_same(sample_jit(model, params(), tokens_BP, mask_BP, jax.random.key(0), sampling), whole)
 
 
 def test_a_step_after_halvings_computes_the_rows_that_are_left():
@@ -143,7 +145,7 @@ def test_a_step_after_halvings_computes_the_rows_that_are_left():
     assert [(rows, steps) for rows, steps, _ in stretches] == [(8, 2), (4, 2), (2, 5)]
     assert [slots for *_, slots in stretches] == [P + 1.5, P + 3.5, P + 7]
     counted = [
-        jaxprs.matmul_flops(traced.jaxpr.jaxpr, trips)
+        jaxprs.matmul_flops(traced.jaxpr.jaxpr, [(n, 0) for n in trips])
         for trips in ([0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [steps for _, steps, _ in stretches])
     ]
     _, *one, whole = np.subtract(counted, counted[0])

@@ -50,6 +50,28 @@ def test_attention_over_int8_keys_and_values_is_that_over_their_products_with_th
             np.testing.assert_allclose(got[row, 0, head], weight @ v[row, head // 2], atol=1e-5)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("written", [1, 64, 65, 130, 192])
+def test_attention_in_blocks_reads_the_written_slots_alone_and_gives_what_one_product_gives(int8, written):
+    rng = np.random.default_rng(written)
+    b, heads, kv, c, slots = 5, 6, 2, 8, 3 * attention.SLOTS
+    q = jnp.asarray(rng.normal(size=(b, 1, heads, c)), jnp.float32)
+    start_B = jnp.asarray(rng.integers(0, written, b), jnp.int32)
+    shapes = [(b, kv, c, slots), (b, kv, slots, c)] + [(b, kv, 1, slots)] * 2 * int8
+    layer = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    if int8:
+        layer[:2] = [rng.integers(-127, 128, x.shape).astype(np.int8) for x in layer[:2]]
+        layer[2:] = [np.abs(x) / 100 for x in layer[2:]]
+    attend = jax.jit(attention.attend_written, static_argnums=4)
+    whole = attend(q, tuple(layer), start_B, jnp.int32(written), False)
+    read = -(-written // attention.SLOTS) * attention.SLOTS
+    for x, axis in zip(layer, attention.SLOT_AXES):  # what is read would be seen
+        x[(slice(None),) * axis + (slice(read, None),)] = 127 if x.dtype == np.int8 else np.nan
+    np.testing.assert_allclose(
+        attend(q, tuple(layer), start_B, jnp.int32(written), True), whole, atol=2e-5 if int8 else 2e-6
+    )
+
+
 def test_the_compiled_sampler_needs_less_than_two_thirds_of_the_memory_in_int8():
     """The cache itself falls to 0.27 of float32; one layer's float copy at a time is left on a CPU."""
     b, p, t = 16, 64, 448

@@ -87,4 +87,11 @@ FIELDS = {
         - `auto` is `splash` if the devices and the mesh allow it, else `plain`.""",
         allowed=("auto", "plain", "splash"),
     ),
+    "attention.decode": Field(
+        "auto",
+        """What a decode step of the sampler reads of the KV cache. `auto` reads the slots that are written, on
+        TPU by a kernel and on CPU in blocks; on GPU, and with `sharding.cache=slots`, it reads all. `all` reads
+        all slots and masks those that are empty. The results are the same up to rounding.""",
+        allowed=("auto", "all"),
+    ),
 }
