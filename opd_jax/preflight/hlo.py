@@ -56,8 +56,7 @@ class Program:
     Args:
       text: `compiled.as_text()`.
       unknown_trips: how often a loop runs whose limit the text does not show. Several are those of the first
-        such loop, the second and so on, each with the rounds of such loops inside it; loops after them are not
-        run.
+        such loop, the second and so on, each with the rounds of such loops inside it; others are not run.
     """
 
     def __init__(self, text: str, unknown_trips: int | Sequence[tuple[int, int]] = 1):

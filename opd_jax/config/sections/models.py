@@ -89,9 +89,9 @@ FIELDS = {
     ),
     "attention.decode": Field(
         "auto",
-        """What a decode step of the sampler reads of the KV cache. `auto` reads the slots that are written, on
-        TPU by a kernel and on CPU in blocks; on GPU, and with `sharding.cache=slots`, it reads all. `all` reads
-        all slots and masks those that are empty. The results are the same up to rounding.""",
+        """What a decode step of the sampler reads of the KV cache. `auto` is the written slots, by a kernel
+        on TPU and in blocks on CPU; on GPU, and with `sharding.cache=slots`, it reads all. `all` reads all
+        slots and masks the empty ones. The results are the same up to rounding.""",
         allowed=("auto", "all"),
     ),
 }
