@@ -5,7 +5,7 @@
       --config.student.path=~/models/Qwen3-8B --config.teacher.path=~/models/Qwen3-30B-A3B-Instruct-2507 \
       --config.data.source=jsonl --config.data.path=prompts.jsonl
 
-The KV cache fills the memory: no smaller v5p slice holds it (docs/preflight.md).
+Half of the rollouts are written at a time: the KV cache of all would fill the memory (docs/preflight.md).
 
 Cost: at least 2.66 chip-hours a step with responses of full length, predicted by the roofline below. Most of
 it is sampling, which reads the whole cache for each token. Preflight prints (jax 0.10.2, libtpu 0.0.42.1):
@@ -38,5 +38,6 @@ def get_config():
     """The paper's recipe with a larger student."""
     c = config.load("paper")
     c.student.path = "preset:Qwen3-8B"
+    c.rollout.slots = 512
     c.checkpoint.every = 2
     return c

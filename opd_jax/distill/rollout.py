@@ -250,7 +250,9 @@ class _Writer:
         all_SR = jnp.concatenate([order_SR, jnp.broadcast_to(left[None], (len(order_SR), len(left)))], axis=1)
         of_row = rows.token_B, rows.done_B, rows.draws, rows.length_B
         cache = kv.taken(self.config, rows.cache, kept_SR)
-        return _Rows(rows.t, *shard_rows.taken(of_row, kept_SR), cache, _rows_of(rows.out, all_SR)), all_SR
+        token_B, done_B, draws, length_B = shard_rows.taken(of_row, kept_SR)
+        out = _rows_of(rows.out, all_SR)
+        return _Rows(rows.t, token_B, done_B, draws, length_B, cache, out), all_SR
 
     def _step(self, unstacked: dict, rope_1LC, rows: _Rows) -> _Rows:
         """Runs each row's last token through the model, and draws the next."""

@@ -107,7 +107,7 @@ def grow(config: ModelConfig, cache: KVCache, slots: int) -> KVCache:
         room = slots - x.shape[slot_axis]
         return jnp.pad(x, [(0, room if axis == slot_axis else 0) for axis in range(x.ndim)])
 
-    return _placed(config, cache.replace(layers=_each(padded, cache.layers)))
+    return _placed(config, KVCache(_each(padded, cache.layers), cache.start_B))
 
 
 def taken(config: ModelConfig, cache: KVCache, order_SR) -> KVCache:

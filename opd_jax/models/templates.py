@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jinja2
@@ -64,8 +64,9 @@ def _install() -> None:
     """Makes transformers use this sandbox in the whole process; time is limited only inside `limited`."""
     from transformers.utils import chat_template_utils
 
-    if chat_template_utils.ImmutableSandboxedEnvironment is not _Sandbox:
-        chat_template_utils.ImmutableSandboxedEnvironment = _Sandbox
+    name = "ImmutableSandboxedEnvironment"
+    if getattr(chat_template_utils, name) is not _Sandbox:
+        setattr(chat_template_utils, name, _Sandbox)
         chat_template_utils._compile_jinja_template.cache_clear()
 
 
@@ -146,7 +147,7 @@ def _grown(name: str, value: Any, others: Sequence[Any], *, named: bool = False)
     if name == "sum":  # of lists: each addition copies what is there
         return len(value) * sum(len(item) for item in value if isinstance(item, list | tuple))
     if name == "replace" and len(others) > 1 and not named:
-        text, old = (x if isinstance(x, str | bytes) else str(x) for x in (value, others[0]))
+        text, old = str(value), str(others[0])
         return text.count(old) * _size(others[1])
     if name in MULTIPLYING:
         length = len(value if hasattr(value, "__len__") else str(value))
@@ -222,7 +223,7 @@ class _Each:
             yield item
 
 
-def _asked(name: str, node: nodes.Expr) -> nodes.Expr:
+def _asked(name: str, node: nodes.Node) -> Any:
     """The expression, passed through a method of the sandbox."""
     return nodes.Call(nodes.EnvironmentAttribute(name), [node], [], None, None).set_lineno(node.lineno)
 
@@ -276,11 +277,11 @@ class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > BITS:
                 raise Stopped(f"{operator} makes a number of more than {BITS // 10 * 3:,} digits")
-        if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+        if operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
             _spend(len(left) + len(right))
         elif operator == "*" and not numbers and (isinstance(left, int) or isinstance(right, int)):
             times, items = (left, right) if isinstance(left, int) else (right, left)
-            _spend(max(times, 0) * len(items) if hasattr(items, "__len__") else 1)
+            _spend(max(times, 0) * len(items) if isinstance(items, Sized) else 1)
         elif operator == "%" and isinstance(left, str | bytes):
             _spend(_formatted(left, "%", [right]))
         else:

@@ -2,8 +2,8 @@
 
     python -m opd_jax.preflight.passes configs/small_pod.py configs/paper.py
 
-The passes: the teacher forward; the student forward, again (rematerialised) and backward, and once more
-forward where scoring recomputes it; attention causal. Traced for one described chip, so that the
+The passes: the teacher forward; the student forward, its blocks again (rematerialised) and backward, and once
+more forward where scoring recomputes it; attention causal. Traced for one described chip, so that the
 TPU's attention counts; nothing is compiled.
 """
 
@@ -29,7 +29,8 @@ def ratio(plan: programs.Programs) -> float:
     traced = plan.train_step.trace(plan.abstract_state(), plan.abstract_inputs())
     sizes = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     flops = costs.phase_flops(*models, *sizes)
-    passes = flops["score"] + flops["update"] * (4 + training.recomputes(c)) / 3
+    head = 2 * plan.student.vocab_size * plan.student.width * c.rollout.max_tokens * c.rollout.batch
+    passes = flops["score"] + flops["update"] * (4 + training.recomputes(c)) / 3 - head
     return jaxprs.matmul_flops(traced.jaxpr.jaxpr, 1, experts, plan.mesh.shape["tensor"]) / passes
 
 

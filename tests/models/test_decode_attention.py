@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_jax.models import attention, decode_attention, int8
-from opd_jax.models.cache import SLOT_AXES
+from opd_jax.models.attention import SLOT_AXES
 from opd_jax.parallel import sharding
 from opd_jax.preflight import hlo, jaxprs, topology
 
