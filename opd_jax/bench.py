@@ -141,7 +141,7 @@ def main(argv):
         compute_dtype=usual if flags.FLAGS.dtype == "auto" else flags.FLAGS.dtype,
         products=_products(flags.FLAGS.products),
         decoding=few_rows.decoding(jax.default_backend()),
-        cache_reads=kv.reads(jax.default_backend()),
+        cache_reads="all" if flags.FLAGS.decode == "all" else kv.reads(jax.default_backend()),
     )
     teacher = student.replace(
         layers=flags.FLAGS.teacher_layers or student.layers, weights=flags.FLAGS.teacher_weights
@@ -218,7 +218,8 @@ def _measure(
         )
     )
     drawn = params, *prompts, jnp.asarray(length_B, jnp.int32)
-    sampled = best_seconds(sample, *drawn, progress=progress, name="the sampler")
+    repeats = flags.FLAGS.repeats
+    sampled = best_seconds(sample, *drawn, repeats=repeats, progress=progress, name="the sampler")
     (decoded,) = lengths.of_config(config, student, 1, length_B)
     products = jaxprs.matmul_flops(sample.trace(*drawn).jaxpr.jaxpr, lengths.rounds(decoded))
     batch = costs.MicroBatch(b, p, t, ONE)
@@ -272,7 +273,8 @@ def _train_seconds(
     b, length = rollouts.tokens_BL.shape
     t = rollouts.mask_BT.shape[1]
     batch = costs.MicroBatch(b // micro_batches, length - t, t, ONE, micro_batches)
-    scored = best_seconds(score, teacher_params, rollouts, progress=progress, name="scoring")
+    repeats = flags.FLAGS.repeats
+    scored = best_seconds(score, teacher_params, rollouts, repeats=repeats, progress=progress, name="scoring")
     scoring_products = products(score, teacher_params, rollouts)
     scoring_bytes = micro_batches * costs.score_bytes(student, teacher, batch)
     measured("score", scored, scoring_products, scoring_bytes)
@@ -343,6 +345,10 @@ if __name__ == "__main__":
     flags.DEFINE_enum("teacher_weights", "float", ["float", "int8"], "As teacher.weights.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
     flags.DEFINE_integer("halvings", 2, "As rollout.halvings.")
+    flags.DEFINE_enum("decode", "auto", ["auto", "all"], "As attention.decode.")
+    flags.DEFINE_integer(
+        "repeats", 3, "Timed runs of sampling and of scoring; the best counts.", lower_bound=1
+    )
     flags.DEFINE_string("lengths", "full", f"How long responses are: {lengths.FORMS}.")
     flags.DEFINE_list("widths", ["0.25", "0.5"], "As train.widths; empty for none.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")
