@@ -74,6 +74,7 @@ def of_model(config) -> tuple[ResponseSampler, dict]:
     sharding.check_batch(mesh, "rollout.batch", config.rollout.batch)
     path = config.student.path
     model = resolve.model(path, "--model", mesh, config.student.compute_dtype)
+    model = model.replace(cache_reads=resolve.cache_reads(config, model))
     sizes.check_length(config, "--model", model)
     tokenizer = tokenizers.load(path, "--model")
     model = model.replace(eos_ids=tokenizers.end_ids(tokenizer, model, config.rollout.end_ids))

@@ -416,3 +416,27 @@ def test_a_decode_step_writes_one_slot_of_the_cache_in_place_and_reads_the_rest_
     for update in written:
         assert "dynamic-update-slice" in update.name
         assert len(readers(update)) == 1, "attention"
+
+
+def test_rows_of_a_sparse_model_leave_on_a_mesh_and_change_nothing():
+    experts = {
+        "family": "qwen3_moe",
+        "ffn": 16,
+        "experts": 8,
+        "experts_per_token": 2,
+        "normalise_experts": True,
+    }
+    model = ENDLESS.replace(**experts)
+    weights = tiny.weights(model)
+    draws = rollout.Draws(rollout.row_keys(jax.random.key(0), np.arange(B)), LIMITS)
+    want = sample_jit(model, weights, *prompts(), draws, PLAIN)
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rows = sharding.batch(mesh)
+    placed = sharding.param_shardings(mesh, transformer.abstract(model), transformer.logical_axes(model))
+    sampling = dataclasses.replace(PLAIN, halvings=2)
+    sample = jax.jit(
+        sharding.on(mesh, lambda *args: rollout.sample(model, *args, sampling)),
+        in_shardings=(placed, rows, rows, rows),
+        out_shardings=rows,
+    )
+    the_same(sample(*jax.device_put((weights, *prompts(), draws), (placed, rows, rows, rows))), want)

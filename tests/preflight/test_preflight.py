@@ -338,6 +338,21 @@ def test_a_sound_step_passes_and_says_what_it_needs(report):
     assert second.resident == 0 and first.resident > report.held["optimizer state"]
 
 
+def test_each_loop_without_a_limit_runs_its_own_number_of_rounds_and_so_do_loops_inside_it():
+    def fn(x, n, m):
+        x = jax.lax.fori_loop(0, n, lambda _, x: jnp.cos(x), x)
+        return jax.lax.fori_loop(0, n, lambda _, x: jax.lax.fori_loop(0, m, lambda _, y: jnp.sin(y), x), x)
+
+    text = jax.jit(fn).lower(jnp.ones(4), 2, 3).compile().as_text()
+    for trips, want in (
+        ([(3, 9), (5, 7)], {"cosine": 3, "sine": 35}),
+        ([(3, 9)], {"cosine": 3, "sine": 0}),
+        (2, {"cosine": 2, "sine": 4}),
+    ):
+        found = {i.opcode: times for i, times, _ in hlo.Program(text, trips)}
+        assert {name: found[name] for name in want} == want
+
+
 def test_a_step_of_ragged_responses_is_predicted_between_nothing_and_the_padded_one(models):
     plan = planned(models, devices=8, **{"train.widths": (0.25,), "rollout.halvings": 2})
     report = preflight_check.check(plan, CHIP, largest=False)
