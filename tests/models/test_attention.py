@@ -129,7 +129,7 @@ def test_a_prefill_in_blocks_gives_the_states_and_the_cache_of_one_product(reque
     got_BD, got = run()
     np.testing.assert_allclose(got_BD, hidden_BD, atol=1e-5)
     for layer, want_layer in zip(got.layers, want.layers, strict=True):
-        for one, other, axis in zip(layer, want_layer, cache.SLOT_AXES):
+        for one, other, axis in zip(layer, want_layer, attention.SLOT_AXES):
             assert (one.shape, one.dtype) == (other.shape, other.dtype) and np.isfinite(one).all()
             real = mask_BP.reshape([B] + [67 if i == axis else 1 for i in range(1, 4)])
             pair = (np.where(real, x, 0).astype(np.float32) for x in (one, other))
