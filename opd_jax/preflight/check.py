@@ -130,7 +130,7 @@ def _sample(
     int8 = c.rollout.cache_dtype == "int8"
     spread = mesh.shape["fsdp"] if moe.can_spread(writer, mesh) else 1
     batch = costs.MicroBatch(rows, p, t, mesh.shape)
-    turns = lengths.of_config(c, writer, sharding.pieces(mesh), np.full(b, t))
+    turns = lengths.of_config(c, writer, sharding.pieces(mesh), np.full(b, t), samples)
     decoded = [stretch for turn in turns for stretch in turn]
     return _compile(
         plan,

@@ -66,14 +66,13 @@ def decode(length_SR: np.ndarray, prompt: int, halvings: int, whole: int = 0) ->
     Returns:
       halvings + 1 stretches, some without a step. The first token of a response costs no step.
     """
-    last, rows, t, found = int(length_SR.max()), length_SR.shape[1], 1, []
+    ordered_SR = np.sort(length_SR, axis=1)[:, ::-1]
+    rows, t, found = length_SR.shape[1], 1, []
     for halving in range(halvings + 1):
         final = halving == halvings or rows == 1
         fewer = 0 if final else -(-rows // 2)
         # The step at t runs while more than `fewer` rows of some device are longer than t.
-        ordered = np.sort(length_SR, axis=1)[:, ::-1]
-        end = last if fewer == 0 else int(ordered[:, fewer].max()) if fewer < ordered.shape[1] else t
-        end = max(t, end)
+        end = max(t, int(ordered_SR[:, fewer].max()))
         found.append(Stretch(rows, end - t, whole or prompt + (t + end - 1) / 2))
         rows, t = fewer, end
         if final:
@@ -86,18 +85,20 @@ def rounds(decoded: list[Stretch]) -> list[tuple[int, int]]:
     return [(steps, -(-int(slots) // attention.SLOTS)) for _, steps, slots in decoded]
 
 
-def of_config(config, writer: ModelConfig, devices: int, length_B: np.ndarray) -> list[list[Stretch]]:
+def of_config(
+    config, writer: ModelConfig, devices: int, length_B: np.ndarray, samples: int = 1
+) -> list[list[Stretch]]:
     """`decode` for each turn of rollout.slots, of a run's sampler.
 
     Args:
       writer: the model that writes, as the sampler takes it.
       devices: parts into which the mesh cuts the batch.
       length_B: tokens of each response.
+      samples: responses to each prompt, which are written in one turn.
     """
     r, slots = config.rollout, config.data.prompt_tokens + config.rollout.max_tokens
-    turns = rollout.parts(len(length_B), r.slots, devices)
-    turn_SRN = np.reshape(length_B, (devices, -1, turns))  # neighbours wait for different turns
+    turns = rollout.parts(len(length_B) // samples, r.slots // samples, devices)
+    length_SQNn = length_B.reshape(devices, -1, turns, samples)  # neighbouring prompts have different turns
     whole = slots if writer.cache_reads == "all" else 0
-    return [
-        decode(turn_SRN[..., turn], config.data.prompt_tokens, r.halvings, whole) for turn in range(turns)
-    ]
+    of_turns = (length_SQNn[:, :, turn].reshape(devices, -1) for turn in range(turns))
+    return [decode(length_SR, config.data.prompt_tokens, r.halvings, whole) for length_SR in of_turns]

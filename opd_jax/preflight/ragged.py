@@ -53,7 +53,7 @@ def _sample(plan, report: ProgramReport, length_B: np.ndarray, padded: bool = Fa
     batch = costs.MicroBatch(len(length_B) // devices, p, t, plan.mesh.shape)
 
     def decoded(length_B) -> list[costs.Stretch]:
-        turns = lengths.of_config(c, writer, devices, length_B)
+        turns = lengths.of_config(c, writer, devices, length_B, samples)
         return [stretch for turn in turns for stretch in turn]
 
     def products(decoded: list[costs.Stretch]) -> int:

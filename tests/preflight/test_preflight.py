@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import small_pod
+from opd_jax import config
 from opd_jax.errors import UserError
 from opd_jax.models import splash, transformer
 from opd_jax.models.files import presets, source
@@ -336,6 +337,14 @@ def test_a_sound_step_passes_and_says_what_it_needs(report):
     assert report.seconds == first.seconds + second.seconds
     assert report.tokens_a_second == pytest.approx(16 * 12 / report.seconds / 8)
     assert second.resident == 0 and first.resident > report.held["optimizer state"]
+
+
+def test_the_responses_to_a_prompt_are_predicted_in_one_turn_as_the_sampler_writes_them():
+    settings = config.default()
+    settings.update_from_flattened_dict({"rollout.slots": 4, "rollout.halvings": 0})
+    length_B = np.array([9, 9, 2, 2, 7, 7, 3, 3])  # two devices, two prompts each, two responses to each
+    turns = lengths.of_config(settings, tiny.STUDENT, 2, length_B, samples=2)
+    assert [[stretch[:2] for stretch in turn] for turn in turns] == [[(2, 8)], [(2, 2)]]
 
 
 def test_each_loop_without_a_limit_runs_its_own_number_of_rounds_and_so_do_loops_inside_it():
