@@ -23,7 +23,6 @@ def get_config():
     c.data.heldout = 24
     c.rollout.batch = 8
     c.rollout.max_tokens = 96
-    c.rollout.halvings = 1  # a second one costs more time to compile than it saves
     c.scoring.chunk = 32
     c.objective.name = "reverse_kl"
     # At 0 the student stops ending its answers, most of all under the release rule (docs/demo.md).

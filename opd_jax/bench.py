@@ -36,7 +36,6 @@ from opd_jax.distill import (
     make_train_step,
     rollout,
     scoring,
-    widths,
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, cpu, few_rows, tokenizers, transformer
@@ -156,7 +155,7 @@ def main(argv):
             "train.micro_batch": flags.FLAGS.micro_batch or b,
             "train.remat": flags.FLAGS.remat,
             "scoring.chunk": flags.FLAGS.chunk,
-            "train.widths": tuple(map(float, flags.FLAGS.widths)),
+            "train.pack": flags.FLAGS.pack,
         }
     )
 
@@ -264,23 +263,25 @@ def _train_seconds(
         teacher_params = jax.block_until_ready(transformer.init(teacher, jax.random.key(1), teacher.dtype))
     table = SegmentTable.from_tokenizer(tokenizers.load(flags.FLAGS.tokenizer))
     micro_batches = config.rollout.batch // config.train.micro_batch
-    how = scoring.Scoring(config.scoring.chunk, micro_batches, widths=widths.of(config))
+    how = scoring.Scoring(config.scoring.chunk, micro_batches, pack=config.train.pack)
     score = jax.jit(lambda weights, rollouts: scoring.score(teacher, weights, rollouts, how))
 
-    def products(fn, *args):
-        return jaxprs.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+    packed = lengths.packed(config, 1, np.asarray(rollouts.mask_BT.sum(axis=1)))
+
+    def products(passes, fn, *args):
+        rounds = lengths.training_rounds(config, packed, passes)
+        return jaxprs.matmul_flops(jax.make_jaxpr(fn)(*args).jaxpr, rounds)
 
     b, length = rollouts.tokens_BL.shape
     t = rollouts.mask_BT.shape[1]
-    batch = costs.MicroBatch(b // micro_batches, length - t, t, ONE, micro_batches)
+    batch = costs.MicroBatch(b // micro_batches, length - t, t, ONE, len(packed))
     repeats = flags.FLAGS.repeats
     scored = best_seconds(score, teacher_params, rollouts, repeats=repeats, progress=progress, name="scoring")
-    scoring_products = products(score, teacher_params, rollouts)
-    scoring_bytes = micro_batches * costs.score_bytes(student, teacher, batch)
+    scoring_products = products(1, score, teacher_params, rollouts)
+    scoring_bytes = len(packed) * costs.score_bytes(student, teacher, batch)
     measured("score", scored, scoring_products, scoring_bytes)
     scores = score(teacher_params, rollouts)
-    if how.widths:
-        progress.say(f"scoring computes {float(scores.width):.0f} of {t} positions", file=sys.stdout)
+    progress.say(f"scoring computes {float(scores.computed):.0%} of all positions", file=sys.stdout)
 
     @jax.jit
     def decide(scores, rollouts):
@@ -294,7 +295,7 @@ def _train_seconds(
     inputs = StepInputs(teacher_params, rollouts, table, jax.random.key(4))
     with_rule, without = _step_seconds(config, models, params, inputs, progress)
     state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
-    step_products = products(train_step, state, inputs)
+    step_products = products(2, train_step, state, inputs)
     step_bytes = costs.train_bytes(student, teacher, batch, mu_bytes=4)
     step = min(with_rule)
     measured("update", step - scored - released, step_products - scoring_products, step_bytes - scoring_bytes)
@@ -344,13 +345,13 @@ if __name__ == "__main__":
     flags.DEFINE_integer("teacher_layers", 0, "Layers of the teacher; the student's if 0.")
     flags.DEFINE_enum("teacher_weights", "float", ["float", "int8"], "As teacher.weights.")
     flags.DEFINE_integer("micro_batch", 0, "Rollouts at a time in score and update; all if 0.")
-    flags.DEFINE_integer("halvings", 2, "As rollout.halvings.")
+    flags.DEFINE_integer("halvings", 1, "As rollout.halvings.")
     flags.DEFINE_enum("decode", "auto", ["auto", "all"], "As attention.decode.")
     flags.DEFINE_integer(
         "repeats", 3, "Timed runs of sampling and of scoring; the best counts.", lower_bound=1
     )
     flags.DEFINE_string("lengths", "full", f"How long responses are: {lengths.FORMS}.")
-    flags.DEFINE_list("widths", ["0.25", "0.5"], "As train.widths; empty for none.")
+    flags.DEFINE_bool("pack", True, "As train.pack.")
     flags.DEFINE_integer("chunk", 32, "Response positions whose logits exist at a time.")
     flags.DEFINE_enum("remat", "none", ["none", "dots", "full"], "As train.remat.")
     flags.DEFINE_enum(

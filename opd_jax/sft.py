@@ -28,11 +28,10 @@ from opd_jax.distill import (
     make_optimizer,
     train_step,
     trainable,
-    widths,
 )
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, tokenizers, transformer
-from opd_jax.parallel import compile_cache, distributed, shard_rows, sharding
+from opd_jax.parallel import compile_cache, distributed, sharding
 from opd_jax.progress import Progress, own
 from opd_jax.run import Session, StepReader, batching_of, due, job, metrics, programs, resolve, sizes
 
@@ -153,7 +152,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     schedule = learning_rate(config)
     loss = Loss.of(model, None, config, "sft")
     plain_loss = dataclasses.replace(loss, remat="none")
-    update = train_step.make_update(loss, optimizer, micro_batches, widths.of(config))
+    update = train_step.make_update(loss, optimizer, micro_batches, pack=config.train.pack)
 
     def inputs(rollouts: Rollouts) -> LossInputs:
         weight_BT = rollouts.mask_BT.astype(jnp.float32)
@@ -162,7 +161,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
     def step(state: TrainState, rollouts: Rollouts):
         tokens = train_step.response_tokens(rollouts)
         trained, frozen = trainable.split(state.params, config.train.frozen)
-        (trained, opt_state), (mean_loss, norm, skipped, load, _) = update(
+        (trained, opt_state), (mean_loss, norm, skipped, load, computed) = update(
             (trained, state.opt_state), inputs(rollouts), frozen, None, tokens
         )
         measured = {
@@ -171,13 +170,18 @@ def make_sft_step(model: ModelConfig, config, optimizer):
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
+            "gradient_positions": computed,
         } | train_step.router_metrics("student", load)
         return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state), measured
 
     def heldout(params, rollouts: Rollouts):
-        pieces = shard_rows.split(inputs(rollouts), micro_batches)
-        sums = jax.lax.map(lambda piece: plain_loss(params, piece, {}, None, 1.0)[0], pieces)
-        return sums.sum(), rollouts.mask_BT.sum()
+        total, _ = train_step.sum_of_parts(
+            lambda part: plain_loss(params, part, {}, None, 1.0)[0],
+            inputs(rollouts),
+            micro_batches,
+            pack=config.train.pack,
+        )
+        return total, rollouts.mask_BT.sum()
 
     return step, heldout
 

@@ -160,7 +160,7 @@ recipe = get_config
 def get_config():
     c = recipe()
     c.student.path, c.student.drop_layers, c.teacher.path = "models/student", (), "models/teacher"
-    c.data.heldout, c.train.steps, c.rollout.max_tokens = 4, 2, 12
+    c.data.heldout, c.train.steps, c.rollout.max_tokens, c.rollout.halvings = 4, 2, 12, 0
     return c
 """
 

@@ -4,11 +4,9 @@ import json
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from opd_jax import data, sft
-from opd_jax.distill import train_step
 from opd_jax.errors import UserError
 from opd_jax.models import tokenizers, transformer
 from opd_jax.models.files import source
@@ -131,25 +129,6 @@ def test_a_template_that_never_ends_a_reply_is_refused(folder):
         sft.read(config(folder), tokenizer, {tiny.END})
     train, _, _ = sft.read(config(folder), tokenizer, {ord("\n")})
     assert all(exchange.response[-1] == ord("\n") for exchange in train)
-
-
-def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    draw = np.random.default_rng(0).normal
-    x, params = draw(size=(8, 3)).astype(np.float32), {"w": draw(size=3).astype(np.float32)}
-
-    def loss(params, piece):
-        return (jax.numpy.tanh(piece @ params["w"]) ** 2).sum(), piece.sum(axis=0)
-
-    sgd = optax.sgd(1.0)
-    carry = params, sgd.init(params)
-    (one, _), (value, norm, skipped, *_) = train_step.make_update(loss, sgd, 1)(carry, x)
-    (four, _), (value_of_four, norm_of_four, _, aux, _) = train_step.make_update(loss, sgd, 4)(carry, x)
-    np.testing.assert_allclose(value, value_of_four, rtol=1e-6)
-    assert not skipped
-    np.testing.assert_allclose(norm, norm_of_four, rtol=1e-5)
-    np.testing.assert_allclose(aux, x.sum(axis=0), rtol=1e-5)
-    assert abs(one["w"] - params["w"]).max() > 0.1
-    np.testing.assert_allclose(one["w"], four["w"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

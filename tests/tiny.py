@@ -115,6 +115,7 @@ def config(folder, **overrides):
         "data.heldout": 6,
         "rollout.batch": 8,
         "rollout.max_tokens": 12,
+        "rollout.halvings": 0,  # each compiles another copy of the decode step
         "scoring.chunk": 8,
         "optimizer.learning_rate": 1e-3,
         "train.steps": 4,

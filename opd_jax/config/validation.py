@@ -61,10 +61,11 @@ def _check_together(config: ConfigDict, teacher: bool):
             f"data.prompt_buckets={tuple(buckets)}: give widths from 1 to "
             f"data.prompt_tokens={config.data.prompt_tokens}, which is always one of them"
         )
-    if any(not isinstance(share, float) or not 0 < share < 1 for share in config.train.widths):
+    shares = config.rollout.prompt_widths
+    if any(not isinstance(share, float) or not 0 < share < 1 for share in shares):
         raise UserError(
-            f"train.widths={tuple(config.train.widths)}: give shares of rollout.max_tokens above 0 and below "
-            "1, such as (0.25, 0.5), or () for none"
+            f"rollout.prompt_widths={tuple(shares)}: give shares of data.prompt_tokens above 0 and below 1, "
+            "such as (0.25, 0.5), or () for none"
         )
     if config.rollout.batch % config.rollout.samples_per_prompt:
         raise UserError(

@@ -1,11 +1,11 @@
 from . import gradient_noise as gradient_noise
 from . import objectives as objectives
+from . import packing as packing
 from . import repeats as repeats
 from . import rollout as rollout
 from . import scoring as scoring
 from . import train_step as train_step
 from . import trainable as trainable
-from . import widths as widths
 from .loss import Loss as Loss
 from .objectives import objective as objective
 from .optimizer import learning_rate as learning_rate

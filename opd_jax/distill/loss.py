@@ -6,13 +6,13 @@ logits where they need them, and chunks of positions, so that [B, T, V] never ex
 
 import dataclasses
 import functools
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from opd_jax.distill import divergences, objectives, scoring, trainable
-from opd_jax.distill.types import LossInputs
+from opd_jax.distill.types import LossInputs, LossPart, PerToken
 from opd_jax.models import ModelConfig, transformer
 
 
@@ -48,7 +48,9 @@ class Loss:
             remat=config.train.remat,
         )
 
-    def __call__(self, trained: dict, inputs: LossInputs, frozen: dict, teacher_params: dict | None, tokens):
+    def __call__(
+        self, trained: dict, inputs: LossInputs | LossPart, frozen: dict, teacher_params: dict | None, tokens
+    ):
         """The sum over the rollouts, divided by `tokens`; one student forward pass.
 
         Args:
@@ -61,17 +63,19 @@ class Loss:
           (float32 scalar in nats, the moe.Load of the student's experts or None).
         """
         params = trainable.join(trained, frozen)
-        hidden_BTD, load = scoring.response_hidden_and_load(self.student, params, inputs.rollouts, self.remat)
+        sequences, per_token = inputs.sequences, inputs.per_token
+        hidden_BTD, load = scoring.response_hidden(self.student, params, sequences, self.remat)
         head_VD = params["embedding" if self.student.tie_embeddings else "head"]
         teacher_head_VD = None
-        if inputs.targets.hidden_BTD is not None:
+        if per_token.targets.hidden_BTD is not None:
             assert self.teacher is not None and teacher_params is not None
             teacher_head_VD = transformer.head(self.teacher, teacher_params)
-        total = chunked_sum(self.of_chunk, self.chunk, head_VD, hidden_BTD, inputs.per_token, teacher_head_VD)
+        shared = Shared(teacher_head_VD, sequences.slots)
+        total = chunked_sum(self.of_chunk, self.chunk, head_VD, hidden_BTD, per_token, shared)
         return total / tokens, load
 
-    def of_chunk(self, head_VD, hidden_BcD, per_token, teacher_head_VD):
-        """The sum over a chunk of positions; see `chunked_sum`. per_token is that of `LossInputs`."""
+    def of_chunk(self, head_VD, hidden_BcD, per_token: PerToken, teacher_head_VD):
+        """The sum over a chunk of positions; see `chunked_sum`."""
         token_Bc, old_logp_Bc, advantage_Bc, weight_Bc, targets, ends = per_token
         teacher_logits_BcV = None
         if targets.hidden_BTD is not None and self.teacher is not None:
@@ -94,9 +98,20 @@ class Loss:
             return total + (ends.weight_BT * kl_Bc).sum()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token, fixed=None):
-    """Sum over chunks of positions of loss(head_VD, hidden_BcD, per_token of the chunk, fixed).
+class Shared(NamedTuple):
+    """What all chunks share, without gradient.
+
+    Attributes:
+      teacher_head_VD: a pytree that a loss reads besides the student's output matrix.
+      slots: a scalar; chunks after so many positions are left out, since their weights are 0. None is T.
+    """
+
+    teacher_head_VD: Any = None
+    slots: Any = None
+
+
+def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token, shared: Shared | None = None):
+    """Sum over chunks of positions of loss(head_VD, hidden_BcD, per_token of the chunk, teacher_head_VD).
 
     Under differentiation each chunk's gradient is taken while its logits are there: the vocabulary's
     matrix is read three times (logits, gradient of the hidden states, gradient of the matrix) where
@@ -108,30 +123,37 @@ def chunked_sum(loss, chunk: int, head_VD, hidden_BTD, per_token, fixed=None):
       head_VD: output matrix in its stored dtype, in which its gradient accumulates.
       hidden_BTD: final hidden states.
       per_token: pytree of [B, T, ...], without gradient.
-      fixed: pytree that every chunk sees whole, without gradient.
     """
+    return _chunked_sum(loss, chunk, head_VD, hidden_BTD, per_token, shared or Shared())
 
-    def step(total, piece):
-        hidden_BcD, per_token = piece
-        return total + loss(head_VD, hidden_BcD, per_token, fixed), None
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_sum(loss, chunk, head_VD, hidden_BTD, per_token, shared):
+
+    def add(number, total):
+        hidden_BcD, per_token = jax.tree.map(lambda x: x[number], pieces)
+        return total + loss(head_VD, hidden_BcD, per_token, shared.teacher_head_VD)
 
     pieces = scoring.chunked((hidden_BTD, per_token), chunk)
-    return jax.lax.scan(step, jnp.float32(0), pieces)[0]
+    count = scoring.needed(hidden_BTD.shape[1], len(pieces[0]), shared.slots)
+    return jax.lax.fori_loop(0, count, add, jnp.float32(0))
 
 
-def _chunked_sum_forward(loss, chunk, head_VD, hidden_BTD, per_token, fixed):
-    def step(carry, piece):
-        total, head_grad_VD = carry
-        hidden_BcD, per_token = piece
-        value, (head_grad, hidden_grad) = jax.value_and_grad(loss, argnums=(0, 1))(
-            head_VD, hidden_BcD, per_token, fixed
+def _chunked_sum_forward(loss, chunk, head_VD, hidden_BTD, per_token, shared):
+    def add(number, sums):
+        total, head_grad_VD, hidden_grad = sums
+        hidden_BcD, per_token = jax.tree.map(lambda x: x[number], pieces)
+        value, (head_more, hidden_more) = jax.value_and_grad(loss, argnums=(0, 1))(
+            head_VD, hidden_BcD, per_token, shared.teacher_head_VD
         )
-        return (total + value, head_grad_VD + head_grad), hidden_grad
+        hidden_grad = jax.lax.dynamic_update_index_in_dim(hidden_grad, hidden_more, number, 0)
+        return total + value, head_grad_VD + head_more, hidden_grad
 
     pieces = scoring.chunked((hidden_BTD, per_token), chunk)
-    start = jnp.float32(0), jnp.zeros_like(head_VD)
-    (total, head_grad_VD), hidden_grad = jax.lax.scan(step, start, pieces)
     b, t, d = hidden_BTD.shape
+    start = jnp.float32(0), jnp.zeros_like(head_VD), jnp.zeros_like(pieces[0])
+    count = scoring.needed(t, len(pieces[0]), shared.slots)
+    total, head_grad_VD, hidden_grad = jax.lax.fori_loop(0, count, add, start)
     hidden_grad_BTD = hidden_grad.swapaxes(0, 1).reshape(b, -1, d)[:, :t]
     return total, (head_grad_VD, hidden_grad_BTD)
 
@@ -146,7 +168,7 @@ def _chunked_sum_backward(loss, chunk, residuals, cotangent):
     )
 
 
-chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
+_chunked_sum.defvjp(_chunked_sum_forward, _chunked_sum_backward)
 
 
 def end_kl(logits_BTV, end_ids: tuple[int, ...], stop_BT):

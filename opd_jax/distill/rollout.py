@@ -181,8 +181,8 @@ class _Writer:
 
         def piece(part):
             length_Q = part[1].sum(axis=1, dtype=jnp.int32)
-            shares = widths.rounded(self.sampling.prompt_shares, p, widths.OF_PROMPTS)
-            return widths.narrowest((*shares, p), length_Q, at_width, part)[0]
+            shares = widths.rounded(self.sampling.prompt_shares, p)
+            return widths.narrowest((*shares, p), length_Q, at_width, part)
 
         order_SR = shard_rows.order(mask_QP.sum(axis=1), pieces)
         cut = shard_rows.split(shard_rows.taken((tokens_QP, mask_QP), order_SR), pieces)

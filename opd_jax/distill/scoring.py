@@ -5,15 +5,14 @@ Whatever needs the vocabulary runs over chunks of positions, so [B, T, V] never 
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax.distill import divergences, vocabulary, widths
-from opd_jax.distill.types import Rollouts, Scores, Targets, TeacherTop
+from opd_jax.distill import divergences, packing, vocabulary
+from opd_jax.distill.types import Array, Rollouts, Scores, Sequences, Targets, TeacherTop
 from opd_jax.models import ModelConfig, moe, transformer
-from opd_jax.parallel import shard_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +25,28 @@ class Scoring:
       keep: fills Scores.targets: "logits" keeps the hidden states that give the teacher's logits, "top" its
         `top_k` most likely tokens and its entropy.
       top_k: how many tokens `keep="top"` keeps.
-      widths: ascending, below T. A micro-batch is computed at the smallest that holds its responses, or
-        at T (widths.py). () is T always, and leaves the rows in their order.
+      pack: lay rows behind each other, and compute the micro-batches that hold a row (packing.py). Without,
+        or with one micro-batch, all rows are computed at full length.
     """
 
     chunk: int
     micro_batches: int = 1
     keep: Literal["logits", "top"] | None = None
     top_k: int = 0
-    widths: tuple[int, ...] = ()
+    pack: bool = True
+
+
+class _Written(NamedTuple):
+    """What scoring reads of each response token; as Rollouts'."""
+
+    token_BT: Array
+    logp_BT: Array
+    topk_BTK: Array
+    topk_logp_BTK: Array
+
+    @classmethod
+    def of(cls, r: Rollouts) -> "_Written":
+        return cls(r.response_BT, r.logp_BT, r.topk_BTK, r.topk_logp_BTK)
 
 
 def score(
@@ -60,26 +72,28 @@ def score(
     Source: arXiv 2605.13643; docs/how_it_works.md, steps 1 and 2.
     """
 
-    def one(r: Rollouts) -> tuple[Scores, moe.Load | None]:
+    def one(sequences: Sequences, r: _Written) -> tuple[Scores, moe.Load | None]:
         own = r.topk_BTK, r.topk_logp_BTK, r.logp_BT
         if student is not None:
             config, params = student
             with jax.named_scope("student"):
-                hidden_BTD = response_hidden(config, params, r)
+                hidden_BTD, _ = response_hidden(config, params, sequences)
                 own = over_chunks(
                     functools.partial(_student_chunk, config, r.topk_BTK.shape[-1]),
                     scoring.chunk,
                     transformer.head(config, params),
-                    (hidden_BTD, r.response_BT),
+                    (hidden_BTD, r.token_BT),
+                    sequences.slots,
                 )
         candidate_BTK, student_topk_logp_BTK, student_logp_BT = own
         with jax.named_scope("teacher"):
-            hidden_BTD, load = response_hidden_and_load(teacher, teacher_params, r)
+            hidden_BTD, load = response_hidden(teacher, teacher_params, sequences)
             teacher_topk_logp_BTK, teacher_logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
                 functools.partial(_teacher_chunk, teacher, scoring.top_k if scoring.keep == "top" else 0),
                 scoring.chunk,
                 transformer.head(teacher, teacher_params),
-                (hidden_BTD, r.response_BT, candidate_BTK),
+                (hidden_BTD, r.token_BT, candidate_BTK),
+                sequences.slots,
             )
         scores = Scores(
             advantage_BT=teacher_logp_BT - student_logp_BT,
@@ -91,57 +105,40 @@ def score(
             overlap_BT=overlap_BT,
             teacher_stop_BT=stop_BT,
         )
-        scores = jax.tree.map(
-            lambda x: jnp.where(r.mask_BT.reshape(r.mask_BT.shape + (1,) * (x.ndim - 2)), x, 0), scores
-        )
         targets = Targets(hidden_BTD=hidden_BTD if scoring.keep == "logits" else None, top=top)
         return scores.replace(targets=targets), load
 
-    (scores, load), width = by_width(one, rollouts, scoring)
-    load = jax.tree.map(lambda x: x.sum(axis=0), load)
-    return scores.replace(teacher_load=load, width=width)
+    (scores, load), computed = in_pieces(one, rollouts, scoring)
+    targets = scores.targets
+    scores = jax.tree.map(lambda x: _inside(rollouts.mask_BT, x), scores.replace(targets=Targets()))
+    return scores.replace(targets=targets, teacher_load=load, computed=computed)
 
 
-def by_width(one, rollouts: Rollouts, scoring: Scoring):
-    """one(micro-batch) for each micro-batch, at the width that it needs.
+def _inside(mask_BT, x):
+    """[B, T, ...] values of the response tokens, and 0 elsewhere."""
+    return jnp.where(mask_BT.reshape(mask_BT.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def in_pieces(one, rollouts: Rollouts, scoring: Scoring):
+    """one(micro-batch) for each micro-batch, one after another.
 
     Args:
-      one: returns (a pytree of [B, T, ...] arrays, which are 0 or without meaning outside the response, any
-        other pytree).
+      one: one(Sequences, _Written of their response tokens) -> (a pytree of [R, T, ...] arrays, any pytree).
 
     Returns:
-      ((the first pytree for the whole batch, the second with an axis of micro-batches in front), the mean
-      width in positions).
+      ((the first pytree for the batch as [B, T, ...], without meaning outside the responses; the sum of the
+      second), the share of the batch's positions that was computed).
     """
-    t = rollouts.mask_BT.shape[1]
-    order_SR = None
-    if scoring.widths and scoring.micro_batches > 1:
-        order_SR = shard_rows.order(widths.last_position(rollouts.mask_BT), scoring.micro_batches)
-        rollouts = shard_rows.taken(rollouts, order_SR)
+    written, pieces = _Written.of(rollouts), scoring.micro_batches
+    if pieces == 1:
+        return one(rollouts.sequences, written), jnp.float32(1)
 
-    def at_width(width: int):
-        def padded(r: Rollouts):
-            found, rest = one(r.narrow(width))
-            return jax.tree.map(lambda x: _padded(x, t), found), rest
+    def of_piece(piece: packing.Piece):
+        return one(piece.sequences, piece.taken(written))
 
-        return padded
-
-    def piece(r: Rollouts):
-        return widths.narrowest((*scoring.widths, t), widths.last_position(r.mask_BT), at_width, r)
-
-    if scoring.micro_batches == 1:
-        (found, rest), width = piece(rollouts)
-        return (found, jax.tree.map(lambda x: x[None], rest)), width
-    (found, rest), width = jax.lax.map(piece, shard_rows.split(rollouts, scoring.micro_batches))
-    found = shard_rows.join(found)
-    if order_SR is not None:
-        found = shard_rows.put_back(found, order_SR)
-    return (found, rest), width.mean()
-
-
-def _padded(x_BT, length: int):
-    """Zeros after the last position, up to `length`."""
-    return jnp.pad(x_BT, [(0, 0), (0, length - x_BT.shape[1])] + [(0, 0)] * (x_BT.ndim - 2))
+    packed = packing.pack(rollouts.prompt_mask_BP, rollouts.mask_BT, together=scoring.pack)
+    found = packing.mapped(of_piece, packed, rollouts, pieces)
+    return found, packing.rounds(packed, pieces) / pieces
 
 
 def _student_chunk(config, candidates, head_VD, chunk):
@@ -222,31 +219,64 @@ def _rows(logits_BTV):
     return logits_BTV.reshape(-1, logits_BTV.shape[-1])
 
 
-def response_hidden(config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"):
-    """hidden_BTD from which the response tokens are predicted: position P-1+t predicts token t."""
-    return response_hidden_and_load(config, params, rollouts, remat)[0]
+def response_hidden(config: ModelConfig, params: dict, sequences: Sequences, remat: str = "none"):
+    """(the hidden states [R, T, D] that predict the response tokens, the moe.Load of the tokens or None)."""
+    s = sequences
+    hidden_RLD, load = transformer.forward_and_load(
+        config, params, s.tokens_RL, s.row_RL, s.position_RL, remat=remat
+    )
+    return _predicting(hidden_RLD, s.place_RT, s.slot_RL), load
 
 
-def response_hidden_and_load(config: ModelConfig, params: dict, rollouts: Rollouts, remat: str = "none"):
-    """(`response_hidden`, the moe.Load over prompts and responses or None)."""
-    mask_BL = jnp.concatenate([rollouts.prompt_mask_BP, rollouts.mask_BT], axis=1)
-    hidden_BLD, load = transformer.forward_and_load(config, params, rollouts.tokens_BL, mask_BL, remat=remat)
-    return hidden_BLD[:, rollouts.prompt_mask_BP.shape[1] - 1 : -1], load
+@jax.custom_vjp
+def _predicting(hidden_RLD, place_RT, slot_RL):
+    """hidden_RLD at place_RT, and 0 where there is no such place. Its gradient is a gather too."""
+    return jnp.take_along_axis(hidden_RLD, place_RT[..., None], axis=1, mode="fill", fill_value=0)
 
 
-def over_chunks(fn, chunk: int, head_VD, arrays):
+def _predicting_forward(hidden_RLD, place_RT, slot_RL):
+    return _predicting(hidden_RLD, place_RT, slot_RL), (place_RT, slot_RL)
+
+
+def _predicting_gradient(residuals, grad_RTD):
+    place_RT, slot_RL = residuals
+    return _predicting(grad_RTD, slot_RL, place_RT), None, None
+
+
+_predicting.defvjp(_predicting_forward, _predicting_gradient)
+
+
+def over_chunks(fn, chunk: int, head_VD, arrays, slots=None):
     """Applies fn(head_VD, arrays of `chunk` positions) along axis 1 of `arrays`, one chunk after another.
 
     Args:
       fn: returns a pytree of [B, chunk, ...] arrays.
       arrays: pytree of [B, T, ...]; see `chunked`.
+      slots: a scalar; chunks after so many positions are left out, and give 0. None is T.
 
     Returns:
       The pytree of [B, T, ...].
     """
     t = jax.tree.leaves(arrays)[0].shape[1]
-    out = jax.lax.map(functools.partial(fn, head_VD), chunked(arrays, chunk))
+    pieces = chunked(arrays, chunk)
+    count = len(jax.tree.leaves(pieces)[0])
+
+    def one(number):
+        return fn(head_VD, jax.tree.map(lambda x: x[number], pieces))
+
+    def add(number, found):
+        return jax.tree.map(
+            lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, number, 0), found, one(number)
+        )
+
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(one, 0))
+    out = jax.lax.fori_loop(0, needed(t, count, slots), add, empty)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :t], out)
+
+
+def needed(t: int, count: int, slots):
+    """How many of `count` chunks of `chunked` hold the first `slots` of T positions; all if None."""
+    return count if slots is None else jnp.minimum(-(-slots // -(-t // count)), count)
 
 
 def chunked(arrays, chunk: int):
@@ -290,12 +320,10 @@ def distance(
         kl_Bc = jnp.where(jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)).sum(axis=-1)
         return kl_Bc, jnp.take_along_axis(logq_BcV, token_Bc[..., None], axis=-1)[..., 0]
 
-    def piece(r: Rollouts):
-        arrays = (
-            response_hidden(student, student_params, r),
-            response_hidden(teacher, teacher_params, r),
-            r.response_BT,
-        )
-        return tuple(jnp.where(r.mask_BT, x_BT, 0) for x_BT in over_chunks(one, scoring.chunk, heads, arrays))
+    def piece(sequences: Sequences, r: _Written):
+        models = (student, student_params), (teacher, teacher_params)
+        hidden = (response_hidden(*model, sequences)[0] for model in models)
+        return over_chunks(one, scoring.chunk, heads, (*hidden, r.token_BT), sequences.slots), ()
 
-    return by_width(lambda r: (piece(r), ()), rollouts, scoring)[0][0]
+    found, _ = in_pieces(piece, rollouts, scoring)[0]
+    return tuple(_inside(rollouts.mask_BT, x_BT) for x_BT in found)

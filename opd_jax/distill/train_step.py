@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax import release as releasing
-from opd_jax.distill import loss, objectives, scoring, trainable, widths
+from opd_jax.distill import loss, objectives, packing, scoring, trainable
 from opd_jax.distill.optimizer import learning_rate
 from opd_jax.distill.repeats import repeated_tail
-from opd_jax.distill.types import Ends, LossInputs, Rollouts, StepInputs, Supervision, TrainState
+from opd_jax.distill.types import Ends, LossInputs, LossPart, Rollouts, StepInputs, Supervision, TrainState
 from opd_jax.models import ModelConfig, moe
-from opd_jax.parallel import shard_rows
 from opd_jax.release.segments import segment
 
 POSITION_BINS = 20
@@ -37,7 +36,7 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         loss.Loss.of(student, teacher, config),
         optimizer,
         config.rollout.batch // train.micro_batch,
-        widths.of(config),
+        pack=train.pack,
     )
 
     def train_step(state: TrainState, inputs: StepInputs):
@@ -48,21 +47,21 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
         trained, frozen = trainable.split(state.params, train.frozen)
         carry, fixed = (trained, state.opt_state), (frozen, inputs.teacher_params, tokens)
         if train.updates_per_rollout == 1:
-            carry, (mean_loss, norm, skipped, load, width) = update(carry, loss_inputs, *fixed)
+            carry, (mean_loss, norm, skipped, load, computed) = update(carry, loss_inputs, *fixed)
         else:
             carry, measured = jax.lax.scan(
                 lambda carry, _: update(carry, loss_inputs, *fixed), carry, length=train.updates_per_rollout
             )
-            mean_loss, norm, _, load, width = jax.tree.map(lambda x: x[0], measured)
+            mean_loss, norm, _, load, computed = jax.tree.map(lambda x: x[0], measured)
             skipped = measured[2].sum()
         metrics = measure(rollouts, supervision) | {
             "loss": mean_loss,
             "grad_norm": norm,
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
+            "scored_positions": scores.computed,
+            "gradient_positions": computed,
         }
-        if width is not None:
-            metrics |= {"scored_width": scores.width, "gradient_width": width}
         if weighs_draws(config):
             weight_BT = importance(rollouts, scores, config)
             metrics["kl"] = -(weight_BT * scores.advantage_BT).sum() / tokens
@@ -101,9 +100,9 @@ def supervise(
             scoring.Scoring(
                 chunk=config.scoring.chunk,
                 micro_batches=config.rollout.batch // config.train.micro_batch,
+                pack=config.train.pack,
                 keep=objective.teacher,
                 top_k=config.objective.top_k,
-                widths=widths.of(config),
             ),
             student=(student, params) if recomputes(config) else None,
         )
@@ -165,57 +164,29 @@ def recomputes(config) -> bool:
     return config.scoring.student == "recompute"
 
 
-def make_update(
-    loss_fn, optimizer: optax.GradientTransformation, micro_batches: int, narrower: tuple[int, ...] = ()
-):
-    """Builds update(carry, batch, *fixed): the gradient, summed over micro-batches, then the optimizer.
+def make_update(loss_fn, optimizer: optax.GradientTransformation, micro_batches: int, *, pack: bool = True):
+    """Builds update(carry, inputs, *fixed): the gradient, summed over micro-batches, then the optimizer.
 
     If the loss or the gradient is not finite, the update is skipped: parameters and optimizer state stay.
 
     Args:
-      loss_fn: loss_fn(trained, part of the batch, *fixed) -> (scalar to differentiate, any pytree of arrays).
-      narrower: of a batch of `LossInputs`, the widths below T, as `Scoring.widths`: what follows a row's last
-        weight costs nothing. () takes any batch, as it is.
+      loss_fn: a `Loss`, or what takes and returns the same.
+      pack: as `Scoring.pack`. What follows a row's last weighed token is not computed.
 
     Returns:
-      A function ((trained, opt_state), batch, *fixed) -> (the same after the update, (the loss summed over
-      the micro-batches, the gradient's norm, whether the update was skipped, the sum of the pytrees, the mean
-      width or None)).
+      A function ((trained, opt_state), LossInputs, *fixed) -> (the same after the update, (the loss summed
+      over the micro-batches, the gradient's norm, whether the update was skipped, the moe.Load or None, the
+      share of the batch's positions that was computed)). `fixed` is what loss_fn takes after its inputs.
     """
     optimizer = optax.with_extra_args_support(optimizer)
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def update(carry, batch, *fixed) -> tuple[Any, Any]:
+    def update(carry, inputs: LossInputs, *fixed) -> tuple[Any, Any]:
         trained, opt_state = carry
-
-        def of_piece(piece):
-            """((the piece's loss, its pytree), gradient, width)."""
-            if not narrower:
-                return *gradient(trained, piece, *fixed), None
-
-            def at_width(width: int):
-                return lambda piece: gradient(trained, piece.narrow(width), *fixed)
-
-            need_B = widths.last_position(piece.weighed_BT)
-            all_widths = *narrower, piece.weight_BT.shape[1]
-            (value, grads), width = widths.narrowest(all_widths, need_B, at_width, piece)
-            return value, grads, width
-
         with jax.named_scope("gradient"):
-            if micro_batches == 1:
-                (value, aux), grads, width = of_piece(batch)
-            else:
-                if narrower:
-                    need_B = widths.last_position(batch.weighed_BT)
-                    batch = shard_rows.taken(batch, shard_rows.order(need_B, micro_batches))
-                pieces = shard_rows.split(batch, micro_batches)
-                value, _, width = jax.eval_shape(of_piece, jax.tree.map(lambda x: x[0], pieces))
-                value, width = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, width))
-                zero = value, jax.tree.map(jnp.zeros_like, trained), width
-                (value, aux), grads, width = jax.lax.scan(
-                    lambda total, piece: (jax.tree.map(jnp.add, total, of_piece(piece)), None), zero, pieces
-                )[0]
-                width = jax.tree.map(lambda x: x / micro_batches, width)
+            ((value, load), grads), computed = sum_of_parts(
+                lambda part: gradient(trained, part, *fixed), inputs, micro_batches, pack=pack
+            )
         with jax.named_scope("update"):
             norm = optax.tree.norm(grads)
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -227,9 +198,28 @@ def make_update(
 
             trained = jax.tree.map(accept, optax.apply_updates(trained, changes), trained)
             opt_state = jax.tree.map(accept, next_state, opt_state)
-        return (trained, opt_state), (value, norm, ~finite, aux, width)
+        return (trained, opt_state), (value, norm, ~finite, load, computed)
 
     return update
+
+
+def sum_of_parts(fn, inputs: LossInputs, micro_batches: int, *, pack: bool = True):
+    """(the sum of fn(part of the inputs) over micro-batches, the share of their positions that was computed).
+
+    Args:
+      fn: takes LossInputs or LossPart, and returns a pytree.
+      pack: as `Scoring.pack`.
+    """
+    if micro_batches == 1:
+        return fn(inputs), jnp.float32(1)
+    packed = packing.pack(inputs.rollouts.prompt_mask_BP, inputs.weighed_BT, together=pack)
+    total = packing.summed(
+        lambda piece: fn(LossPart(piece.sequences, piece.taken(inputs.per_token))),
+        packed,
+        inputs.rollouts,
+        micro_batches,
+    )
+    return total, packing.rounds(packed, micro_batches) / micro_batches
 
 
 def response_tokens(rollouts: Rollouts):

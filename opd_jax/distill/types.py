@@ -4,14 +4,14 @@ Frozen dataclasses, which are pytrees. An array's name ends in its shape: B roll
 T response positions, L = P + T, D model width, K candidates.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from opd_jax.models import moe
+from opd_jax.distill import widths
+from opd_jax.models import moe, transformer
 from opd_jax.release import Release
 from opd_jax.release.segments import SegmentTable
 
@@ -50,12 +50,42 @@ class Rollouts(struct.PyTreeNode):
         """Ids of the response."""
         return self.tokens_BL[:, self.prompt_mask_BP.shape[1] :]
 
-    def narrow(self, width: int) -> "Rollouts":
-        """The same rows with the first `width` response positions alone."""
-        rows = "prompt_mask_BP", "finished_B"
-        cut = {name: x[:, :width] for name, x in vars(self).items() if name not in rows}
-        tokens_BL = self.tokens_BL[:, : self.prompt_mask_BP.shape[1] + width]
-        return self.replace(**cut | {"tokens_BL": tokens_BL})
+    @property
+    def sequences(self) -> "Sequences":
+        """Each row as a sequence of its own, where it lies."""
+        p, t = self.prompt_mask_BP.shape[1], self.mask_BT.shape[1]
+        mask_BL = jnp.concatenate([self.prompt_mask_BP, self.mask_BT], axis=1)
+        slot_L = jnp.arange(p + t) - (p - 1)
+        slot_L = jnp.where((slot_L >= 0) & (slot_L < t), slot_L, t)
+        return Sequences(
+            tokens_RL=self.tokens_BL,
+            row_RL=mask_BL.astype(jnp.int32),
+            position_RL=transformer.positions(mask_BL),
+            place_RT=jnp.broadcast_to(jnp.arange(p - 1, p - 1 + t)[None], self.mask_BT.shape),
+            slot_RL=jnp.broadcast_to(slot_L[None], mask_BL.shape),
+            slots=widths.last_position(self.mask_BT).max(),
+        )
+
+
+class Sequences(struct.PyTreeNode):
+    """What a forward pass reads: R sequences, each with one row of a batch, or with several.
+
+    Attributes:
+      tokens_RL: int32 ids.
+      row_RL: which row a token belongs to, as a number above 0 that no other row of the sequence has; 0 at
+        padding. A token sees its own row alone.
+      position_RL: a token's rotary position, the number of tokens of its row before it.
+      place_RT: where the hidden state lies that predicts each response token; L where there is none.
+      slot_RL: which response token a position predicts, the inverse of place_RT; T where it predicts none.
+      slots: scalar, the response tokens up to the last that matters, at most T.
+    """
+
+    tokens_RL: Array
+    row_RL: Array
+    position_RL: Array
+    place_RT: Array
+    slot_RL: Array
+    slots: Array
 
 
 class TeacherTop(struct.PyTreeNode):
@@ -96,7 +126,7 @@ class Scores(struct.PyTreeNode):
       teacher_stop_BT: the teacher's probability of an end token at each position.
       targets: what `score` was asked to keep for the objective.
       teacher_load: how the teacher's routers spread the batch's tokens; None without experts.
-      width: response positions that were computed, the mean over micro-batches.
+      computed: the share of the batch's B x (P + T) positions that the models read, padding included.
     """
 
     advantage_BT: Array
@@ -109,7 +139,7 @@ class Scores(struct.PyTreeNode):
     teacher_stop_BT: Array
     targets: Targets = Targets()
     teacher_load: moe.Load | None = None
-    width: Array | None = None
+    computed: Array | None = None
 
     def per_token(self) -> "Scores":
         """The scores without what only rules and objectives read: nothing of it need leave a program."""
@@ -119,7 +149,7 @@ class Scores(struct.PyTreeNode):
             overlap_BT=None,
             targets=Targets(),
             teacher_load=None,
-            width=None,
+            computed=None,
         )
 
 
@@ -158,21 +188,38 @@ class LossInputs(struct.PyTreeNode):
         ends_BT = self.ends.weight_BT != 0 if self.ends is not None else False
         return (self.weight_BT != 0) | ends_BT
 
-    def narrow(self, width: int) -> "LossInputs":
-        """The same rows with the first `width` response positions alone."""
-        rest = self.advantage_BT, self.weight_BT, self.targets, self.ends
-        advantage_BT, weight_BT, targets, ends = jax.tree.map(lambda x: x[:, :width], rest)
-        return LossInputs(self.rollouts.narrow(width), advantage_BT, weight_BT, targets, ends)
+    @property
+    def sequences(self) -> Sequences:
+        """Each row as a sequence of its own; no response token matters after the last that is weighed."""
+        return self.rollouts.sequences.replace(slots=widths.last_position(self.weighed_BT).max())
 
     @property
-    def per_token(self) -> tuple:
-        """What a loss reads of each response position besides hidden states; arrays of [B, T, ...].
+    def per_token(self) -> "PerToken":
+        """What a loss reads of each response token besides hidden states.
 
         Outside the response stands id 0, which always exists: a pad id may have a logit of -inf.
         """
         r = self.rollouts
         token_BT = jnp.where(r.mask_BT, r.response_BT, 0)
-        return token_BT, r.logp_BT, self.advantage_BT, self.weight_BT, self.targets, self.ends
+        return PerToken(token_BT, r.logp_BT, self.advantage_BT, self.weight_BT, self.targets, self.ends)
+
+
+class PerToken(NamedTuple):
+    """What a loss reads of response tokens besides hidden states; arrays of [B, T, ...], as LossInputs'."""
+
+    token_BT: Array
+    old_logp_BT: Array
+    advantage_BT: Array
+    weight_BT: Array
+    targets: Targets
+    ends: Ends | None
+
+
+class LossPart(NamedTuple):
+    """A part of LossInputs whose rows may lie behind each other in sequences."""
+
+    sequences: Sequences
+    per_token: PerToken
 
 
 class StepInputs(struct.PyTreeNode):

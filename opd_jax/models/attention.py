@@ -34,11 +34,20 @@ def rotate(x_BLHC, tables):
     return out.astype(x_BLHC.dtype)
 
 
-def causal_mask(mask_BL):
-    """allowed_BLM: query l may see key m if m <= l and m is a real token."""
-    length = mask_BL.shape[1]
+def causal_mask(row_BL):
+    """allowed_BLM: query l may see key m if m <= l and both are real tokens of the same row.
+
+    Args:
+      row_BL: the row that a token belongs to, from 1, and 0 at padding; or True at real tokens, of one row.
+    """
+    length = row_BL.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
-    return causal[None] & mask_BL[:, None, :]
+    return causal[None] & _alike(row_BL, row_BL)
+
+
+def _alike(row_BL, row_BM):
+    """[B, L, M]: whether two tokens are real ones of the same row."""
+    return (row_BL[:, :, None] == row_BM[:, None]) & (row_BM > 0)[:, None]
 
 
 def cached(k_BLKC, v_BLKC):
@@ -46,21 +55,21 @@ def cached(k_BLKC, v_BLKC):
     return k_BLKC.transpose(0, 2, 3, 1), v_BLKC.swapaxes(1, 2)
 
 
-def causal(mask_BL):
-    """Causal attention among the real tokens of whole sequences, in memory linear in L.
+def causal(row_BL):
+    """Causal attention among the real tokens of each row, in memory linear in L.
 
     Above ONE_PRODUCT tokens, at most QUERIES queries of a row are computed at a time, and again in the
     backward pass, so no array of [B, H, L, L] scores exists.
 
     Args:
-      mask_BL: True at real tokens; padding gives finite, meaningless values.
+      row_BL: as for `causal_mask`; padding gives finite, meaningless values.
 
     Returns:
-      attend(q_BLHC, k_BKCL, v_BKLC), which is `attend` with `causal_mask(mask_BL)`.
+      attend(q_BLHC, k_BKCL, v_BKLC), which is `attend` with `causal_mask(row_BL)`.
     """
-    if mask_BL.shape[1] > ONE_PRODUCT:
-        return functools.partial(_attend_in_blocks, mask_BL)
-    allowed_BLL = causal_mask(mask_BL)
+    if row_BL.shape[1] > ONE_PRODUCT:
+        return functools.partial(_attend_in_blocks, row_BL)
+    allowed_BLL = causal_mask(row_BL)
     return lambda q_BLHC, k_BKCL, v_BKLC: attend(q_BLHC, k_BKCL, v_BKLC, allowed_BLL)
 
 
@@ -83,23 +92,25 @@ def _blocks(length: int):
     return size, itertools.pairwise(count * i // groups for i in range(groups + 1))
 
 
-def _attend_in_blocks(mask_BL, q_BLHC, k_BKCL, v_BKLC):
+def _attend_in_blocks(row_BL, q_BLHC, k_BKCL, v_BKLC):
     b, length, h, c = q_BLHC.shape
     size, groups = _blocks(length)
-    q_BLHC = jnp.pad(q_BLHC, ((0, 0), (0, -length % size), (0, 0), (0, 0)))
+    room = -length % size
+    q_BLHC = jnp.pad(q_BLHC, ((0, 0), (0, room), (0, 0), (0, 0)))
     q_NBRHC = q_BLHC.reshape(b, -1, size, h, c).swapaxes(0, 1)
+    row_NBR = jnp.pad(row_BL, ((0, 0), (0, room))).reshape(b, -1, size).swapaxes(0, 1)
 
     def group(first, last):
         end = min(last * size, length)
-        k_BKCM, v_BKMC, mask_BM = k_BKCL[..., :end], v_BKLC[:, :, :end], mask_BL[:, :end]
+        k_BKCM, v_BKMC, row_BM = k_BKCL[..., :end], v_BKLC[:, :, :end], row_BL[:, :end]
 
         @jax.checkpoint
         def block(inputs):
-            i, q_BRHC = inputs
+            i, row_BR, q_BRHC = inputs
             causal_RM = i * size + jnp.arange(size)[:, None] >= jnp.arange(end)[None]
-            return attend(q_BRHC, k_BKCM, v_BKMC, causal_RM[None] & mask_BM[:, None])
+            return attend(q_BRHC, k_BKCM, v_BKMC, causal_RM[None] & _alike(row_BR, row_BM))
 
-        return jax.lax.map(block, (jnp.arange(first, last), q_NBRHC[first:last]))
+        return jax.lax.map(block, (jnp.arange(first, last), row_NBR[first:last], q_NBRHC[first:last]))
 
     out_NBRHC = jnp.concatenate([group(*ends) for ends in groups])
     return out_NBRHC.swapaxes(0, 1).reshape(b, -1, h, c)[:, :length]

@@ -1,8 +1,8 @@
 """Splash attention, JAX's kernel for TPU: causal attention that stores no array of scores.
 
-Padding is a segment of its own. Query heads of a group share their keys, which are not repeated. Blocks above
-the diagonal are computed neither forward nor backward. Lengths and head sizes that the kernel does not take
-are filled up with zeros, which changes no result.
+Each row of a sequence is a segment, padding too. Query heads of a group share their keys, which are not
+repeated. Blocks above the diagonal are computed neither forward nor backward. Lengths and head sizes that the
+kernel does not take are filled up with zeros, which changes no result.
 """
 
 import jax
@@ -15,15 +15,15 @@ LANES = 128  # lanes of a TPU register; head sizes and blocks are multiples of i
 BLOCKS = (512, 256, 128)
 
 
-def attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, *, interpret: bool = False):
-    """Causal softmax attention among real tokens.
+def attend(q_BLHC, k_BLKC, v_BLKC, row_BL, *, interpret: bool = False):
+    """Causal softmax attention among the real tokens of each row.
 
     On a mesh each device computes its own rows and heads. If `tensor` does not divide the kv heads evenly,
     every device along it computes all heads.
 
     Args:
       q_BLHC: queries; head h belongs to kv head h // (H / K). k_BLKC, v_BLKC: keys and values.
-      mask_BL: True at real tokens; padding gives finite, meaningless values.
+      row_BL: as for `attention.causal_mask`; padding gives finite, meaningless values.
       interpret: run the kernel in interpret mode, which works on any device.
 
     Returns:
@@ -31,26 +31,26 @@ def attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, *, interpret: bool = False):
     """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def part(q_BLHC, k_BLKC, v_BLKC, mask_BL):
-        return _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret)
+    def part(q_BLHC, k_BLKC, v_BLKC, row_BL):
+        return _attend(q_BLHC, k_BLKC, v_BLKC, row_BL, interpret)
 
     if mesh.empty:
-        return part(q_BLHC, k_BLKC, v_BLKC, mask_BL)
+        return part(q_BLHC, k_BLKC, v_BLKC, row_BL)
     heads = sharding.spec(k_BLKC.shape, ("batch", None, "kv_heads", None), mesh)
-    rows = sharding.spec(mask_BL.shape, ("batch", None), mesh)
+    rows = sharding.spec(row_BL.shape, ("batch", None), mesh)
     # The kernel's outputs do not say over which axes they vary.
     cut = jax.shard_map(part, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return cut(q_BLHC, k_BLKC, v_BLKC, mask_BL)
+    return cut(q_BLHC, k_BLKC, v_BLKC, row_BL)
 
 
-def _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret):
+def _attend(q_BLHC, k_BLKC, v_BLKC, row_BL, interpret):
     _, real_length, heads, c = q_BLHC.shape
     room = -real_length % BLOCKS[-1], -c % LANES
     # Keys at the end are seen by no query before them; channels of zeros add nothing to a score.
     q_BLHC, k_BLKC, v_BLKC = (
         jnp.pad(x, ((0, 0), (0, room[0]), (0, 0), (0, room[1]))) for x in (q_BLHC, k_BLKC, v_BLKC)
     )
-    mask_BL = jnp.pad(mask_BL, ((0, 0), (0, room[0])))
+    row_BL = jnp.pad(row_BL, ((0, 0), (0, room[0])))
     length = real_length + room[0]
     b = next(block for block in BLOCKS if length % block == 0)
     kernel = kernels.make_splash_mha(
@@ -67,7 +67,7 @@ def _attend(q_BLHC, k_BLKC, v_BLKC, mask_BL, interpret):
         q_seq_shards=1,
         interpret=interpret,
     )
-    segment_BL = mask_BL.astype(jnp.int32)
+    segment_BL = row_BL.astype(jnp.int32)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BLHC * c**-0.5, k_BLKC, v_BLKC))
     out_BHLC = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segment_BL, segment_BL))
     # A tuple only with save_residuals, which this kernel is made without.

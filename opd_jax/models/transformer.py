@@ -294,18 +294,28 @@ def forward(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str
     Returns:
       hidden_BLD in the compute dtype.
     """
-    return forward_and_load(config, params, tokens_BL, mask_BL, remat=remat)[0]
+    return forward_and_load(config, params, tokens_BL, mask_BL, positions(mask_BL), remat=remat)[0]
 
 
-def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, remat: str = "none"):
-    """Returns (the result of `forward`, the moe.Load of the experts or None without experts)."""
-    rope = attention.rope_tables(config, positions(mask_BL))
-    attend = causal(config, mask_BL)
+def forward_and_load(
+    config: ModelConfig, params: dict, tokens_BL, row_BL, position_BL, *, remat: str = "none"
+):
+    """`forward` of sequences with several rows behind each other, which do not see each other.
+
+    Args:
+      row_BL: the row that a token belongs to, from 1, and 0 at padding; or True at real tokens, of one row.
+      position_BL: the rotary position of each token.
+
+    Returns:
+      (hidden_BLD, the moe.Load of the experts or None without experts).
+    """
+    rope = attention.rope_tables(config, position_BL)
+    attend = causal(config, row_BL)
 
     def step(x_BLD, p):
         p = gather_block(config, p)
         x_BLD, _, routing = block(config, p, x_BLD, rope, lambda *qkv: (attend(*qkv), None))
-        return x_BLD, None if routing is None else moe.block_load(config, routing, mask_BL)
+        return x_BLD, None if routing is None else moe.block_load(config, routing, row_BL > 0)
 
     if REMAT_POLICIES[remat] is not None:
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
@@ -316,15 +326,15 @@ def forward_and_load(config: ModelConfig, params: dict, tokens_BL, mask_BL, *, r
     return rms_norm(x_BLD, params["final_norm"], config.norm_eps), load
 
 
-def causal(config: ModelConfig, mask_BL):
+def causal(config: ModelConfig, row_BL):
     """attend(q_BLHC, k_BLKC, v_BLKC) of whole sequences, as config.attention says.
 
     Args:
-      mask_BL: True at real tokens; padding gives finite, meaningless values.
+      row_BL: as for `attention.causal_mask`; padding gives finite, meaningless values.
     """
     if config.attention == "splash":
-        return lambda q, k, v: splash.attend(q, k, v, mask_BL)
-    attend = attention.causal(mask_BL)
+        return lambda q, k, v: splash.attend(q, k, v, row_BL)
+    attend = attention.causal(row_BL)
     return lambda q, k, v: attend(q, *attention.cached(k, v))
 
 

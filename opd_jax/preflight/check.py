@@ -64,6 +64,7 @@ def check(
                 flops=flops["update"] / 3 + flops["score"],
                 hbm_bytes=costs.divergence_bytes(plan.student, plan.teacher, batch),
                 resident_bytes=held_bytes(plan)["optimizer state"],
+                loop=lengths.training_rounds(c, lengths.full(c), 1),
             ),
             build,
         ),
@@ -169,6 +170,7 @@ def train_step(
             rows=batch.rows,
             flops=flops["score"] + flops["update"] * (3 * updates + recomputed) / 3,
             hbm_bytes=costs.train_bytes(plan.student, plan.teacher, batch, mu_bytes, recomputed, updates),
+            loop=lengths.training_rounds(c, lengths.full(c), 2, recomputed),
         ),
         build,
     )
@@ -192,6 +194,10 @@ def gradient_noise(plan: programs.Programs, chip: topology.Chip, build=built) ->
             flops=flops["score"] + flops["update"] * (3 + recomputed / 3),
             hbm_bytes=costs.gradient_noise_bytes(plan.student, plan.teacher, batch, groups, recomputed),
             resident_bytes=held_bytes(plan)["optimizer state"],
+            loop=[
+                *lengths.training_rounds(c, lengths.full(c), 1, recomputed),
+                (lengths.chunks(c), 0),
+            ],
         ),
         build,
     )

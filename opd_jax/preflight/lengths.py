@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opd_jax.distill import rollout
+from opd_jax.distill import packing, rollout
 from opd_jax.errors import UserError
 from opd_jax.models import ModelConfig, attention
 from opd_jax.preflight.costs import Stretch
@@ -83,6 +83,56 @@ def decode(length_SR: np.ndarray, prompt: int, halvings: int, whole: int = 0) ->
 def rounds(decoded: list[Stretch]) -> list[tuple[int, int]]:
     """The steps of each stretch's loop, and the blocks of the cache that each step may read one by one."""
     return [(steps, -(-int(slots) // attention.SLOTS)) for _, steps, slots in decoded]
+
+
+def chunks(config) -> int:
+    """Pieces of scoring.chunk positions into which a full response is cut."""
+    return -(-config.rollout.max_tokens // config.scoring.chunk)
+
+
+def micro_batches(config) -> int:
+    """Micro-batches of a step."""
+    return config.rollout.batch // config.train.micro_batch
+
+
+def full(config) -> list[int]:
+    """`packed` for responses of full length."""
+    return [chunks(config)] * micro_batches(config)
+
+
+def packed(config, devices: int, length_B: np.ndarray) -> list[int]:
+    """Of each micro-batch that scoring computes when it has packed the rows, the chunks of its responses.
+
+    Args:
+      devices: parts into which the mesh cuts the batch.
+      length_B: tokens of each response; its prompt has full length.
+    """
+    p, t, pieces = config.data.prompt_tokens, config.rollout.max_tokens, micro_batches(config)
+    chunk = -(-t // chunks(config))
+    response_SN = length_B.reshape(devices, -1).astype(np.int32)
+    if pieces == 1:
+        return [-(-int(response_SN.max()) // chunk)]
+    if not config.train.pack:
+        return full(config)
+    laid = packing.lay(np.full_like(response_SN, p), response_SN, p + t, t)
+    end_SN = np.asarray(laid.slot_SN) + response_SN
+    piece_SN = np.asarray(laid.sequence_SN) // (response_SN.shape[1] // pieces)
+    return [-(-int(end_SN[piece_SN == n].max()) // chunk) for n in range(int(packing.rounds(laid, pieces)))]
+
+
+def training_rounds(
+    config, packed: list[int], passes: int, recomputed: bool = False
+) -> list[tuple[int, int]]:
+    """Rounds of the loops of scoring and the gradient, and of those inside them; see `rounds`.
+
+    Args:
+      packed: as the function of this name returns it.
+      passes: how many of the two the program has.
+      recomputed: whether scoring reads the student's logits too.
+    """
+    if micro_batches(config) == 1:  # without a loop over micro-batches
+        return [(packed[0], 0)] * (passes + recomputed)
+    return [(len(packed), round(sum(packed) / len(packed)))] * passes
 
 
 def of_config(

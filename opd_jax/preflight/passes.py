@@ -14,7 +14,7 @@ import jax
 from opd_jax import config
 from opd_jax.distill import train_step as training
 from opd_jax.errors import UserError, fail
-from opd_jax.preflight import costs, jaxprs, topology
+from opd_jax.preflight import costs, jaxprs, lengths, topology
 from opd_jax.preflight import plan as preflight
 from opd_jax.run import programs
 
@@ -31,7 +31,8 @@ def ratio(plan: programs.Programs) -> float:
     flops = costs.phase_flops(*models, *sizes)
     head = 2 * plan.student.vocab_size * plan.student.width * c.rollout.max_tokens * c.rollout.batch
     passes = flops["score"] + flops["update"] * (4 + training.recomputes(c)) / 3 - head
-    return jaxprs.matmul_flops(traced.jaxpr.jaxpr, 1, experts, plan.mesh.shape["tensor"]) / passes
+    rounds = lengths.training_rounds(c, lengths.full(c), 2, training.recomputes(c))
+    return jaxprs.matmul_flops(traced.jaxpr.jaxpr, rounds, experts, plan.mesh.shape["tensor"]) / passes
 
 
 def main(paths):

@@ -2,15 +2,14 @@
 
 A program takes the longest of compute, HBM, links and network, as at full length. Each is scaled by what the
 rows cost at their lengths: decode steps by the rows that are left and the slots that they have written,
-scoring and the gradient by the widths of their micro-batches (every token supervised). Links and network of
-train_step are left as they are, since most of their traffic is weights.
+scoring and the gradient by the micro-batches that are left when rows are packed (every token supervised,
+every prompt of full length).
 """
 
 import dataclasses
 
 import numpy as np
 
-from opd_jax.distill import widths
 from opd_jax.parallel import sharding
 from opd_jax.preflight import costs, lengths
 from opd_jax.preflight.reports import ProgramReport, Ragged, StepReport
@@ -78,19 +77,21 @@ def _sample(plan, report: ProgramReport, length_B: np.ndarray, padded: bool = Fa
 def _train(plan, report: ProgramReport, length_B: np.ndarray) -> float:
     """Seconds of train_step."""
     c, devices = plan.config, sharding.pieces(plan.mesh)
-    p, t, pieces = c.data.prompt_tokens, c.rollout.max_tokens, c.rollout.batch // c.train.micro_batch
-    longest_P = np.sort(length_B.reshape(devices, -1), axis=1).reshape(devices, pieces, -1).max(axis=(0, 2))
-    static = np.array([*widths.of(c), t])
-    used_P = static[np.searchsorted(static, longest_P)]
+    p, t, pieces = c.data.prompt_tokens, c.rollout.max_tokens, lengths.micro_batches(c)
+    packed = lengths.packed(c, devices, length_B)
     batch = costs.MicroBatch(c.train.micro_batch // devices, p, t, plan.mesh.shape, pieces)
+    updates = c.train.updates_per_rollout
 
-    def products(response) -> int:
-        flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, p, response)
-        return flops["score"] + c.train.updates_per_rollout * flops["update"]
+    flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, p, t)
+    whole = flops["score"] + updates * flops["update"]
+    models = (plan.teacher, 1), (plan.student, 3 * updates)
+    head = sum(2 * passes * c.rollout.batch * t * m.vocab_size * m.width for m, passes in models)
+    computed = len(packed) / pieces
+    of_head = sum(packed) / (pieces * lengths.chunks(c))
+    products = (whole - head) / whole * computed + head / whole * of_head
 
-    def moved(response: int) -> int:
-        own = dataclasses.replace(batch, response=int(response))
+    def moved(pieces: int) -> int:
+        own = dataclasses.replace(batch, pieces=pieces)
         return costs.train_bytes(plan.student, plan.teacher, own, mu_bytes=4)
 
-    memory = sum(map(moved, used_P)) / len(used_P) / moved(t)
-    return _seconds(report, products(used_P) / products(t), memory, 1.0)
+    return _seconds(report, products, moved(len(packed)) / moved(pieces), computed)

@@ -43,8 +43,9 @@ RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tran
 # Config keys that a resumed run may change: how long it goes on, what it shows and stores, and the devices.
 FREE_KEYS = (
     *("train.steps", "eval.", "checkpoint.every", "checkpoint.keep", "metrics.", "compile."),
-    *("mesh.", "sharding.", "train.micro_batch", "train.widths", "optimizer.memory", "plugins"),
-    *("rollout.halvings", "rollout.slots", "rollout.cache_stages"),  # the last is a field of older versions
+    *("mesh.", "sharding.", "train.micro_batch", "train.pack", "optimizer.memory", "plugins"),
+    *("rollout.halvings", "rollout.slots", "rollout.prompt_widths"),
+    *("rollout.cache_stages", "train.widths"),  # fields of older versions
 )
 # Where auto is settled by a probe of the machine, which a resumed run does not repeat.
 SETTLED_KEYS = ("student.products", "teacher.products")

@@ -26,7 +26,6 @@ from opd_jax.distill import (
     rollout,
     scoring,
     trainable,
-    widths,
 )
 from opd_jax.models import ModelConfig, transformer
 from opd_jax.parallel import sharding
@@ -237,7 +236,7 @@ class Programs:
         """
         c = self.config
         return _divergence_program(
-            self.mesh, self.student, self.teacher, c.train.micro_batch, (c.scoring.chunk, widths.of(c))
+            self.mesh, self.student, self.teacher, c.train.micro_batch, (c.scoring.chunk, c.train.pack)
         )
 
 
@@ -257,7 +256,7 @@ def sampling(config, samples: int = 1) -> rollout.Sampling:
         halvings=r.halvings,
         slots=r.slots,
         prefill_rows=micro_batch * (p + r.max_tokens) // p,  # as many tokens as a micro-batch of training
-        prompt_shares=tuple(config.train.widths),
+        prompt_shares=tuple(r.prompt_widths),
     )
 
 
@@ -280,10 +279,10 @@ def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
 
 @functools.lru_cache(maxsize=8)
 def _divergence_program(mesh, student: ModelConfig, teacher: ModelConfig, micro_batch: int, sizes):
-    chunk, widths = sizes
+    chunk, pack = sizes
 
     def divergence(params, teacher_params, rollouts):
-        how = scoring.Scoring(chunk, len(rollouts.mask_BT) // micro_batch, widths=widths)
+        how = scoring.Scoring(chunk, len(rollouts.mask_BT) // micro_batch, pack=pack)
         kl_BT, teacher_logp_BT = scoring.distance(student, params, teacher, teacher_params, rollouts, how)
         return {
             "kl_B": kl_BT.sum(axis=1),

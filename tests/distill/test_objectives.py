@@ -289,7 +289,9 @@ def head_value_and_grad(
     def total(student):
         summed = loss.Loss(name, options, TIED.replace(eos_ids=ENDS), TEACHER, chunk)
         inputs = LossInputs(rollouts, advantage_BT, weight_BT, targets, ends)
-        return loss.chunked_sum(summed.of_chunk, chunk, *student, inputs.per_token, teacher_head_VD)
+        return loss.chunked_sum(
+            summed.of_chunk, chunk, *student, inputs.per_token, loss.Shared(teacher_head_VD)
+        )
 
     return jax.value_and_grad(total)(student)
 
@@ -529,7 +531,9 @@ def test_no_objective_ever_holds_logits_of_the_whole_response(name, taught):
             options = objectives.Options(clip_ratio=CLIP)
             summed = loss.Loss(name, options, config.replace(eos_ids=ENDS), config, chunk)
             inputs = LossInputs(r, advantage_BT, weight_BT, targets, ends)
-            return loss.chunked_sum(summed.of_chunk, chunk, *student, inputs.per_token, teacher_head_VD)
+            return loss.chunked_sum(
+                summed.of_chunk, chunk, *student, inputs.per_token, loss.Shared(teacher_head_VD)
+            )
 
         return jax.value_and_grad(total)(student)
 

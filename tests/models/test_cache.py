@@ -63,7 +63,9 @@ def test_attention_in_blocks_reads_the_written_slots_alone_and_gives_what_one_pr
         layer[:2] = [rng.integers(-127, 128, x.shape).astype(np.int8) for x in layer[:2]]
         layer[2:] = [np.abs(x) / 100 for x in layer[2:]]
     attend = jax.jit(attention.attend_written, static_argnums=4)
-    whole = np.asarray(attend(q, tuple(layer), start_B, jnp.int32(written), False))  # before the arrays change
+    whole = np.asarray(
+        attend(q, tuple(layer), start_B, jnp.int32(written), False)
+    )  # before the arrays change
     read = -(-written // attention.SLOTS) * attention.SLOTS
     for x, axis in zip(layer, attention.SLOT_AXES):  # what is read would be seen
         x[(slice(None),) * axis + (slice(read, None),)] = 127 if x.dtype == np.int8 else np.nan

@@ -17,7 +17,7 @@ from tests import tiny
 
 MODEL = tiny.STUDENT.replace(width=32, ffn=40, layers=2, qk_norm=True, attention_bias=True)
 COLUMNS = MODEL.replace(decoding="columns")
-SAMPLING = rollout.Sampling(max_tokens=10, halvings=1)
+SAMPLING = rollout.Sampling(max_tokens=10)
 
 
 def prompts(rows):

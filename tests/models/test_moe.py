@@ -249,7 +249,9 @@ def test_a_mesh_counts_the_load_of_one_device():
     config = MODEL.replace(experts=8)
 
     def load(params, tokens_BL, mask_BL):
-        return transformer.forward_and_load(config, params, tokens_BL, mask_BL)[1]
+        return transformer.forward_and_load(
+            config, params, tokens_BL, mask_BL, transformer.positions(mask_BL)
+        )[1]
 
     args = tiny.weights(config), *batch()
     want = jax.jit(load)(*args)

@@ -32,16 +32,15 @@ def run(pair: str, sizes: tuple[int, int, int], rollouts=None, tables=(DEFAULT, 
         for m, layout in zip(PAIRS[pair], tables, strict=True)
     )
     overrides = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, sizes, strict=True)}
-    config = tiny.config(
-        Path("unread"),
-        **{"data.prompt_tokens": 8, "rollout.max_tokens": 24, "train.micro_batch": 8} | overrides,
-    )
+    settings = {"data.prompt_tokens": 8, "rollout.max_tokens": 24, "rollout.halvings": 1}
+    settings |= {"rollout.batch": 16, "train.micro_batch": 8}  # so that rows are packed
+    config = tiny.config(Path("unread"), **settings | overrides)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: math.prod(sizes)])
     p = programs.Programs.of(validate(config), mesh, student, teacher)
     params = jax.device_put(jax.tree.map(np.array, tiny.weights(student)), p.state_shardings.params)
     teacher_params = jax.device_put(tiny.weights(teacher, seed=1), p.teacher_shardings)
     key = sharding.key(mesh, 0, 0)
-    prompts = np.random.default_rng(0).integers(33, 127, (8, 8)).astype(np.int32), np.ones((8, 8), bool)
+    prompts = np.random.default_rng(0).integers(33, 127, (16, 8)).astype(np.int32), np.ones((16, 8), bool)
     draw = params, *sharding.put_batch(mesh, prompts), key, np.int32(1)
     sampled = p.sample_group.lower(*draw).compile()(*draw)
     if rollouts is None:

@@ -56,7 +56,7 @@ recipe = get_config
 
 def get_config():
     c = recipe()
-    c.student.drop_layers = tuple(range(1, 29))
+    c.student.drop_layers, c.rollout.halvings = tuple(range(1, 29)), 0
     return c
 """
 

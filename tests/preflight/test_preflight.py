@@ -184,7 +184,7 @@ def test_a_devices_share_of_the_experts_multiplies_its_share_of_the_rows_in_each
 
 
 def test_of_branches_the_costliest_is_counted_and_the_others_are_looked_through():
-    """A micro-batch may be computed at any of its widths; the widest is predicted."""
+    """A piece of prompts may be read at any of its widths; the widest is predicted."""
     a, b = jnp.ones((64, 32)), jnp.ones((32, 32))
 
     def branches(which, a, b):
@@ -363,7 +363,7 @@ def test_each_loop_without_a_limit_runs_its_own_number_of_rounds_and_so_do_loops
 
 
 def test_a_step_of_ragged_responses_is_predicted_between_nothing_and_the_padded_one(models):
-    plan = planned(models, devices=8, **{"train.widths": (0.25,), "rollout.halvings": 2})
+    plan = planned(models, devices=8, **{"rollout.halvings": 2})
     report = preflight_check.check(plan, CHIP, largest=False)
     full = ragged.of(plan, report, np.full(16, 12))
     assert full.written == pytest.approx(full.full) and sum(full.full) == pytest.approx(report.seconds)
@@ -375,7 +375,8 @@ def test_a_step_of_ragged_responses_is_predicted_between_nothing_and_the_padded_
         costs.Stretch(2, 1, 49),
         costs.Stretch(1, 10, 54.5),
     ]
-    assert short.written[1] == short.padded[1] == report.programs[1].seconds, "12 positions have no narrower"
+    # Prompts of 48 leave no room for a second row in sequences of 60, but a head's chunks follow the longest.
+    assert short.padded[1] == report.programs[1].seconds
     assert "these lengths take" in preflight_table.step(dataclasses.replace(report, ragged=short), "")
 
 

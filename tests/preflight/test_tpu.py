@@ -29,7 +29,7 @@ SMALL = (
     "--config.rollout.max_tokens=128",
     "--config.data.prompt_tokens=64",
     "--config.scoring.chunk=32",
-    "--config.rollout.halvings=1",
+    "--config.rollout.halvings=0",
 )
 
 

@@ -139,11 +139,17 @@ FIELDS = {
         allowed=("auto", "int8"),
     ),
     "rollout.halvings": Field(
-        2,
+        1,
         """How often the rows of the decode loop may halve. When at most half of the rows of every device are
         still written, these go on alone: the steps after it cost half. Each halving compiles its own copy of
         the decode step. No response changes.""",
         least=0,
+    ),
+    "rollout.prompt_widths": Field(
+        (0.25, 0.5),
+        """Shares of `data.prompt_tokens`, rounded up to multiples of 32. Prompts are sorted by length and
+        read in pieces, each at the smallest of these widths that holds it, or at `data.prompt_tokens`. Each
+        width compiles its own copy of the prefill.""",
     ),
     "rollout.slots": Field(
         0,

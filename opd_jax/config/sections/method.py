@@ -135,13 +135,12 @@ FIELDS = {
         batch. Lower it to save memory.""",
         least=0,
     ),
-    "train.widths": Field(
-        (0.25, 0.5),
-        """Shares of `rollout.max_tokens`: a micro-batch is scored, and its gradient taken, at the smallest
-        width that holds what its rows need, the response for scoring and the part up to the last supervised
-        token for the gradient. Rows are sorted for this. Widths are rounded up to multiples of 128; each
-        compiles its own copy of the forward and backward pass. `()` computes `rollout.max_tokens` always.
-        The sampler reads its prompts at the same shares of `data.prompt_tokens`, in multiples of 32.""",
+    "train.pack": Field(
+        True,
+        """Whether rows are laid behind each other before they are scored and their gradient is taken, so that
+        padding is not computed: the whole response for scoring, and for the gradient the part up to the last
+        supervised token. It takes effect if `train.micro_batch` is smaller than `rollout.batch`. With `False`
+        every row is computed at full length.""",
     ),
     "train.updates_per_rollout": Field(
         1,
