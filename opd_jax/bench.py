@@ -281,7 +281,8 @@ def _train_seconds(
     scoring_bytes = len(packed) * costs.score_bytes(student, teacher, batch)
     measured("score", scored, scoring_products, scoring_bytes)
     scores = score(teacher_params, rollouts)
-    progress.say(f"scoring computes {float(scores.computed):.0%} of all positions", file=sys.stdout)
+    if scores.computed < 1:
+        progress.say(f"scoring computes {float(scores.computed):.0%} of all positions", file=sys.stdout)
 
     @jax.jit
     def decide(scores, rollouts):
