@@ -40,6 +40,7 @@ def get_config():
     c.rollout.batch = 512
     c.data.prompt_tokens = 1024
     c.rollout.max_tokens = 7168
+    c.rollout.halvings = 2  # hours of ragged responses earn back the compile time
     c.mesh.tensor = 4  # a decode step reads a quarter of the weights
     c.scoring.chunk = 1024
     c.train.micro_batch = 64

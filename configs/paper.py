@@ -65,6 +65,7 @@ def get_config():
     c.rollout.batch = 1024
     c.data.prompt_tokens = 1024
     c.rollout.max_tokens = 15360
+    c.rollout.halvings = 3  # hours of ragged responses earn back the compile time
     c.rollout.cache_dtype = "int8"
     c.mesh.tensor = 2  # a decode step reads half of the weights
     c.scoring.student = "recompute"
