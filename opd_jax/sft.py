@@ -170,7 +170,7 @@ def make_sft_step(model: ModelConfig, config, optimizer):
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step)),
             "response_tokens": tokens,
-            "gradient_positions": computed,
+            "computed_in_gradient": computed,
         } | train_step.router_metrics("student", load)
         return TrainState(state.step + 1, trainable.join(trained, frozen), opt_state), measured
 

@@ -59,8 +59,8 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             "grad_norm": norm,
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
-            "scored_positions": scores.computed,
-            "gradient_positions": computed,
+            "computed_in_scoring": scores.computed,
+            "computed_in_gradient": computed,
         }
         if weighs_draws(config):
             weight_BT = importance(rollouts, scores, config)
