@@ -15,11 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opd_jax.distill import widths
-from opd_jax.distill.types import Rollouts, Sequences
+from opd_jax.distill.types import Array, Rollouts, Sequences, last_position
 from opd_jax.parallel import shard_rows, sharding
-
-Array = Any
 
 
 class Packing(struct.PyTreeNode):
@@ -50,7 +47,7 @@ def pack(prompt_mask_BP, need_BT, *, together: bool = True) -> Packing:
       together: False gives every row a sequence of its own, and computes all sequences.
     """
     shards, p, t = shard_rows.count(), prompt_mask_BP.shape[1], need_BT.shape[1]
-    response_B = widths.last_position(need_BT)
+    response_B = last_position(need_BT)
     prompt_B = jnp.where(response_B > 0, prompt_mask_BP.sum(axis=1, dtype=jnp.int32), 0)
     prompt_SN, response_SN = (x.reshape(shards, -1) for x in (prompt_B, response_B))
     if together:
@@ -153,7 +150,7 @@ def piece(packing: Packing, rollouts: Rollouts, number, pieces: int) -> Piece:
     owner_SX, response_SX = owner(t, packing.slot_SN, packing.response_SN)
     place_SX = of_row(packing.first_SN + packing.prompt_SN, owner_SX) - 1 + response_SX
     written_SX = response_SX >= 0
-    slots_R = jnp.where(written_SX, jnp.tile(jnp.arange(1, t + 1), count)[None], 0)
+    slots_SX = jnp.where(written_SX, jnp.tile(jnp.arange(1, t + 1), count)[None], 0)
 
     def sequences(x_SX):
         return x_SX.reshape(shards * count, -1)
@@ -165,7 +162,7 @@ def piece(packing: Packing, rollouts: Rollouts, number, pieces: int) -> Piece:
             position_RL=sequences(jnp.maximum(position_SX, 0)),
             place_RT=sequences(jnp.where(written_SX, place_SX, length)),
             slot_RL=sequences(slot_SX),
-            slots=slots_R.max(),
+            slots=slots_SX.max(),
         ),
         source_SX=jnp.where(written_SX, owner_SX * t + response_SX, rows * t),
     )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from opd_jax.distill import widths
 from opd_jax.models import moe, transformer
 from opd_jax.release import Release
 from opd_jax.release.segments import SegmentTable
@@ -63,7 +62,7 @@ class Rollouts(struct.PyTreeNode):
             position_RL=transformer.positions(mask_BL),
             place_RT=jnp.broadcast_to(jnp.arange(p - 1, p - 1 + t)[None], self.mask_BT.shape),
             slot_RL=jnp.broadcast_to(slot_L[None], mask_BL.shape),
-            slots=widths.last_position(self.mask_BT).max(),
+            slots=last_position(self.mask_BT).max(),
         )
 
 
@@ -191,7 +190,7 @@ class LossInputs(struct.PyTreeNode):
     @property
     def sequences(self) -> Sequences:
         """Each row as a sequence of its own; no response token matters after the last that is weighed."""
-        return self.rollouts.sequences.replace(slots=widths.last_position(self.weighed_BT).max())
+        return self.rollouts.sequences.replace(slots=last_position(self.weighed_BT).max())
 
     @property
     def per_token(self) -> "PerToken":
@@ -259,3 +258,9 @@ class TrainState(struct.PyTreeNode):
     step: Array
     params: dict
     opt_state: optax.OptState
+
+
+def last_position(mask_BT):
+    """Positions of each row up to its last True, [B] int32."""
+    t = mask_BT.shape[1]
+    return jnp.where(mask_BT, jnp.arange(1, t + 1)[None], 0).max(axis=1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Prompts at the width that they need: a few static widths, one program; and how far a row is needed."""
+"""Prompts at the width that they need: a few static widths, one program."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,19 +15,12 @@ def rounded(shares: Sequence[float], full: int) -> tuple[int, ...]:
     return tuple(sorted(width for width in found if 0 < width < full))
 
 
-def last_position(mask_BT):
-    """Positions of each row up to its last True, [B] int32."""
-    t = mask_BT.shape[1]
-    return jnp.where(mask_BT, jnp.arange(1, t + 1)[None], 0).max(axis=1).astype(jnp.int32)
-
-
 def narrowest(widths: Sequence[int], need_B, at_width: Callable[[int], Callable[[Any], Any]], piece):
     """at_width(w)(piece) for the smallest width w that holds the needs of all rows.
 
     Args:
       widths: ascending; the last holds any row.
       at_width: returns a function for each width; all must return the same shapes and dtypes.
-
     """
     if len(widths) == 1:
         return at_width(widths[0])(piece)

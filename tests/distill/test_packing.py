@@ -242,7 +242,7 @@ def test_rows_do_not_leave_their_device(rollouts):
 
 
 def test_hidden_states_and_their_gradient_are_taken_from_the_predicting_positions(rollouts):
-    """Against slices, by finite differences of nothing: the two are linear."""
+    """Against slices of the sequence, which JAX differentiates by itself."""
     s = rollouts.sequences
     p = rollouts.prompt_mask_BP.shape[1]
     hidden_BLD = jax.random.normal(jax.random.key(0), (*s.tokens_RL.shape, 3))
