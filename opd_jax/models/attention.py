@@ -154,11 +154,11 @@ def _rows_by_columns(left, right, dtype):
     return jax.lax.dot_general(left, right, dims, preferred_element_type=dtype)
 
 
-def attend_written(q_B1HC, layer, start_B, written, in_blocks: bool = False):
-    """Attention of a decode step's queries to the slots of a cache that are written.
+def attend_written(q_BRHC, layer, start_B, written, in_blocks: bool = False):
+    """Attention of the newest R tokens of each row to the slots of a cache that are written, theirs included.
 
     Args:
-      q_B1HC: one query a row.
+      q_BRHC: the queries of the tokens in the last R written slots; a token sees no slot after its own.
       layer: what KVCache.layers holds of a layer.
       start_B: the first real slot of each row.
       written: scalar; slots from it on are empty.
@@ -166,43 +166,59 @@ def attend_written(q_B1HC, layer, start_B, written, in_blocks: bool = False):
         that of the slots. Else all slots are read, and the empty ones masked.
 
     Returns:
-      [B, 1, H, C] in the queries' dtype.
+      [B, R, H, C] in the queries' dtype.
     """
     if in_blocks and layer[0].shape[3] > SLOTS:
-        return _attend_to_blocks(q_B1HC, layer, start_B, written)
+
+        def read(i):
+            return tuple(
+                jax.lax.dynamic_slice_in_dim(x, i * SLOTS, SLOTS, axis) for x, axis in zip(layer, SLOT_AXES)
+            )
+
+        return attend_to_blocks(q_BRHC, read, SLOTS, start_B, written)
     keys, values, *scales = layer
-    slot_S = jnp.arange(keys.shape[3])[None]
-    allowed_BS = (slot_S >= start_B[:, None]) & (slot_S < written)
-    return attend(q_B1HC, keys, values, allowed_BS[:, None], scales)
+    slot_S = jnp.arange(keys.shape[3])
+    return attend(q_BRHC, keys, values, _seen(slot_S, start_B, written, q_BRHC.shape[1]), scales)
 
 
-def _attend_to_blocks(q_B1HC, layer, start_B, written):
-    """`attend_written` in blocks, with a running softmax: sums are relative to the largest score so far."""
-    b, kv, c = layer[0].shape[:3]
-    dtype = q_B1HC.dtype
-    q_BKRC = (q_B1HC * c**-0.5).reshape(b, kv, -1, c)
+def _seen(slot_M, start_B, written, queries: int):
+    """[B, R, M]: which slots the newest R tokens of each row see."""
+    last_R = written - queries + jnp.arange(queries)
+    return (slot_M[None, None] >= start_B[:, None, None]) & (slot_M[None] <= last_R[:, None])[None]
+
+
+def attend_to_blocks(q_BRHC, read, size: int, start_B, written):
+    """`attend_written` in blocks, with a running softmax: sums are relative to the largest score so far.
+
+    Args:
+      read: read(i) -> block i of what KVCache.layers holds of a layer: slots i x size and after.
+      size: slots of a block.
+    """
+    b, r, h, c = q_BRHC.shape
+    dtype, kv = q_BRHC.dtype, jax.eval_shape(read, 0)[0].shape[1]
+    # The queries of a group of heads, and of all tokens, are rows of the same products.
+    q_BKNC = (q_BRHC * c**-0.5).reshape(b, r, kv, -1, c).swapaxes(1, 2).reshape(b, kv, -1, c)
 
     def add(i, state):
-        largest_BKR1, total_BKR1, sum_BKRC = state
-        keys, values, *scales = (
-            jax.lax.dynamic_slice_in_dim(x, i * SLOTS, SLOTS, axis) for x, axis in zip(layer, SLOT_AXES)
-        )
-        score_BKRM = _rows_by_columns(q_BKRC, keys.astype(dtype), jnp.float32)
+        largest_BKN1, total_BKN1, sum_BKNC = state
+        keys, values, *scales = read(i)
+        score_BKNM = _rows_by_columns(q_BKNC, keys.astype(dtype), jnp.float32)
         if scales:
-            score_BKRM = score_BKRM * scales[0]
-        slot_M = i * SLOTS + jnp.arange(SLOTS)[None]
-        allowed_BM = (slot_M >= start_B[:, None]) & (slot_M < written)
-        score_BKRM = jnp.where(allowed_BM[:, None, None], score_BKRM, MASKED)
-        new_BKR1 = jnp.maximum(largest_BKR1, score_BKRM.max(axis=-1, keepdims=True))
-        kept_BKR1 = jnp.exp(largest_BKR1 - new_BKR1)
-        weight_BKRM = jnp.exp(score_BKRM - new_BKR1)
-        total_BKR1 = total_BKR1 * kept_BKR1 + weight_BKRM.sum(axis=-1, keepdims=True)
+            score_BKNM = score_BKNM * scales[0]
+        allowed_BRM = _seen(i * size + jnp.arange(size), start_B, written, r)
+        allowed_BNM = jnp.repeat(allowed_BRM, h // kv, axis=1)
+        score_BKNM = jnp.where(allowed_BNM[:, None], score_BKNM, MASKED)
+        new_BKN1 = jnp.maximum(largest_BKN1, score_BKNM.max(axis=-1, keepdims=True))
+        kept_BKN1 = jnp.exp(largest_BKN1 - new_BKN1)
+        weight_BKNM = jnp.exp(score_BKNM - new_BKN1)
+        total_BKN1 = total_BKN1 * kept_BKN1 + weight_BKNM.sum(axis=-1, keepdims=True)
         if scales:
-            weight_BKRM = weight_BKRM * scales[1]
-        value_BKRC = _rows_by_columns(weight_BKRM.astype(dtype), values.astype(dtype), jnp.float32)
-        return new_BKR1, total_BKR1, sum_BKRC * kept_BKR1 + value_BKRC
+            weight_BKNM = weight_BKNM * scales[1]
+        value_BKNC = _rows_by_columns(weight_BKNM.astype(dtype), values.astype(dtype), jnp.float32)
+        return new_BKN1, total_BKN1, sum_BKNC * kept_BKN1 + value_BKNC
 
-    of_row = (*q_BKRC.shape[:3], 1)
-    first = jnp.full(of_row, MASKED), jnp.zeros(of_row), jnp.zeros(q_BKRC.shape, jnp.float32)
-    _, total_BKR1, sum_BKRC = jax.lax.fori_loop(0, (written + SLOTS - 1) // SLOTS, add, first)
-    return (sum_BKRC / total_BKR1).astype(dtype).reshape(q_B1HC.shape)
+    of_row = (*q_BKNC.shape[:3], 1)
+    first = jnp.full(of_row, MASKED), jnp.zeros(of_row), jnp.zeros(q_BKNC.shape, jnp.float32)
+    _, total_BKN1, sum_BKNC = jax.lax.fori_loop(0, (written + size - 1) // size, add, first)
+    out_BKNC = (sum_BKNC / total_BKN1).astype(dtype)
+    return out_BKNC.reshape(b, kv, r, -1, c).swapaxes(1, 2).reshape(b, r, h, c)

@@ -13,6 +13,9 @@ from opd_jax.models.config import ModelConfig
 from opd_jax.models.int8 import quantise
 from opd_jax.parallel import shard_rows, sharding
 
+READ = 128, 512  # slots that `extend` reads at a time, of a short cache and of a long one
+LONG = 2048  # slots of the longest short cache
+
 
 @struct.dataclass
 class KVCache:
@@ -140,6 +143,105 @@ def _placed(config: ModelConfig, cache: KVCache) -> KVCache:
         return sharding.constrain(x, *axes, layout=config.layout)
 
     return KVCache(_each(placed, cache.layers), sharding.constrain(cache.start_B, "batch"))
+
+
+@struct.dataclass
+class StackedCache:
+    """Keys and values of a model that reads behind what it has read, several tokens at a time.
+
+    Attributes:
+      arrays: those of a layer in KVCache.layers, of all layers: each with an axis of N layers in front.
+      start_B: as KVCache's.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    start_B: jax.Array
+
+    def taken(self, config: ModelConfig, order_SR) -> "StackedCache":
+        """Its rows in an order within each shard, as `shard_rows.taken` takes them."""
+        arrays = tuple(jax.vmap(lambda x: shard_rows.taken(x, order_SR))(x) for x in self.arrays)
+        start_B = sharding.constrain(shard_rows.taken(self.start_B, order_SR), "batch")
+        return StackedCache(_placed_layers(config, arrays), start_B)
+
+
+def read_slots(slots: int) -> int:
+    """Slots that `extend` reads at a time, of a cache with so many."""
+    return READ[slots > LONG]
+
+
+def stack(config: ModelConfig, cache: KVCache, slots: int) -> StackedCache:
+    """A prefilled cache with room for `slots` slots or a few more, in the form that `extend` takes."""
+    slots = -(-slots // read_slots(slots)) * read_slots(slots)
+
+    def stacked(layers, slot_axis):
+        x = jnp.stack(layers)
+        room = slots - x.shape[slot_axis + 1]
+        return jnp.pad(x, [(0, room if axis == slot_axis + 1 else 0) for axis in range(x.ndim)])
+
+    arrays = tuple(map(stacked, zip(*cache.layers, strict=True), attention.SLOT_AXES))
+    return StackedCache(_placed_layers(config, arrays), sharding.constrain(cache.start_B, "batch"))
+
+
+def _placed_layers(config: ModelConfig, arrays):
+    def placed(x, slot_axis):
+        axes = [None, "batch", "cache_heads", None, None]
+        axes[slot_axis + 1] = "cache_slots"
+        return sharding.constrain(x, *axes, layout=config.layout)
+
+    return tuple(map(placed, arrays, attention.SLOT_AXES))
+
+
+def extend(config: ModelConfig, params: dict, tokens_BR, rope, cache: StackedCache, slot):
+    """Runs the next R tokens of each row through the model, behind what the cache holds.
+
+    The layers are scanned, so compile time does not grow with depth.
+
+    Args:
+      params: as `transformer.forward` takes them.
+      tokens_BR: ids.
+      rope: attention.rope_tables of their positions.
+      slot: scalar index of the first cache slot to write, the same in every row.
+
+    Returns:
+      (hidden_BRD, normalised; the cache with R more slots filled).
+    """
+    int8, written = cache.arrays[0].dtype == jnp.int8, slot + tokens_BR.shape[1]
+    size = read_slots(cache.arrays[0].shape[attention.SLOT_AXES[0] + 1])
+
+    def step(carry, layer):
+        x_BRD, arrays = carry
+        p, i = layer
+
+        def attend(q, k, v):
+            filled = tuple(
+                jax.lax.dynamic_update_slice(
+                    all_, new[None], [i, *(slot if axis == at else 0 for axis in range(4))]
+                )
+                for all_, new, at in zip(
+                    arrays, _stored(*attention.cached(k, v), int8=int8), attention.SLOT_AXES
+                )
+            )
+
+            def read(block):
+                def cut(x, at):
+                    sizes = [size if axis == at else n for axis, n in enumerate(x.shape[1:])]
+                    begin = [i, *(block * size if axis == at else 0 for axis in range(4))]
+                    return jax.lax.dynamic_slice(x, begin, (1, *sizes))[0]
+
+                return tuple(map(cut, filled, attention.SLOT_AXES))
+
+            return attention.attend_to_blocks(q, read, size, cache.start_B, written), filled
+
+        p = transformer.gather_block(config, p)
+        x_BRD, arrays, _ = transformer.block(config, p, x_BRD, rope, attend)
+        return (x_BRD, arrays), None
+
+    x_BRD = transformer.embed(config, params, tokens_BR)
+    layers = params["blocks"], jnp.arange(config.layers)
+    (x_BRD, arrays), _ = jax.lax.scan(step, (x_BRD, cache.arrays), layers)
+    x_BRD = sharding.constrain(x_BRD, "batch")
+    hidden_BRD = transformer.rms_norm(x_BRD, params["final_norm"], config.norm_eps)
+    return hidden_BRD, StackedCache(arrays, cache.start_B)
 
 
 def decode(config: ModelConfig, params: dict, token_B, rope, cache: KVCache, slot):

@@ -10,7 +10,7 @@ import pytest
 from scipy import special
 
 from opd_jax.distill import rollout
-from opd_jax.models import attention, int8, transformer
+from opd_jax.models import attention, cache, int8, transformer
 from opd_jax.parallel import sharding
 from opd_jax.run import programs
 from tests import tiny
@@ -72,6 +72,37 @@ def test_attention_in_blocks_reads_the_written_slots_alone_and_gives_what_one_pr
     np.testing.assert_allclose(
         attend(q, tuple(layer), start_B, jnp.int32(written), True), whole, atol=2e-5 if int8 else 2e-6
     )
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_tokens_behind_a_cache_give_the_states_of_one_forward_pass(kind, int8, monkeypatch):
+    """Two blocks behind left-padded prompts, read in pieces that end within a block."""
+    monkeypatch.setattr(cache, "READ", (8, 8))
+    experts = {"experts": 4, "experts_per_token": 2} if kind == "sparse" else {}
+    model = tiny.STUDENT.replace(family="qwen3_moe" if experts else "qwen3", qk_norm=True, **experts)
+    params = tiny.weights(model)
+    (b, p, r), rng = (3, 6, 7), np.random.default_rng(0)
+    tokens_BL = rng.integers(33, 120, (b, p + 2 * r)).astype(np.int32)
+    mask_BL = np.arange(p + 2 * r) >= np.array([0, 2, 5])[:, None]
+    want_BLD = np.asarray(transformer.forward(model, params, tokens_BL, mask_BL))
+
+    @jax.jit
+    def behind(params, tokens_BL, mask_BL):
+        _, prefilled = cache.prefill(model, params, tokens_BL[:, :p], mask_BL[:, :p], int8=int8)
+        own, found = cache.stack(model, prefilled, p + 2 * r), []
+        place_BL = transformer.positions(mask_BL)
+        for begin in (p, p + r):
+            here = slice(begin, begin + r)
+            rope = attention.rope_tables(model, place_BL[:, here])
+            hidden_BRD, own = cache.extend(model, params, tokens_BL[:, here], rope, own, begin)
+            found.append(hidden_BRD)
+        return jnp.concatenate(found, axis=1)
+
+    got_BTD = np.asarray(behind(params, tokens_BL, mask_BL))
+    np.testing.assert_allclose(got_BTD, want_BLD[:, p:], atol=0.1 if int8 else 2e-5)
+    if int8:
+        assert np.abs(got_BTD - want_BLD[:, p:]).max() > 1e-4, "keys and values are rounded"
 
 
 def test_the_compiled_sampler_needs_less_than_two_thirds_of_the_memory_in_int8():
