@@ -8,9 +8,9 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
 
 from opd_jax.preflight.hlo_text import Array, Instruction, group_size, parse
+from opd_jax.preflight.jaxprs import Trips
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -55,11 +55,10 @@ class Program:
 
     Args:
       text: `compiled.as_text()`.
-      unknown_trips: how often a loop runs whose limit the text does not show. Several are those of the first
-        such loop, the second and so on, each with the rounds of such loops inside it; others are not run.
+      unknown_trips: how often loops run whose limit the text does not show.
     """
 
-    def __init__(self, text: str, unknown_trips: int | Sequence[tuple[int, int]] = 1):
+    def __init__(self, text: str, unknown_trips: Trips = 1):
         self.unknown_trips = unknown_trips
         self.computations, self.entry = parse(text)
         self._unknown = self._unknown_loops()
@@ -255,31 +254,35 @@ class Program:
         limit = self._limit(loop, condition)
         if limit is not None:
             return limit
-        if isinstance(self.unknown_trips, int):
-            return self.unknown_trips
-        place = self._unknown[loop.name]
-        outer, nested = abs(place) - 1, place < 0
-        return self.unknown_trips[outer][nested] if outer < len(self.unknown_trips) else 0
+        trips, rounds = self.unknown_trips, 0
+        for place in self._unknown[loop.name]:
+            if isinstance(trips, int):
+                return trips
+            rounds, trips = trips[place] if place < len(trips) else (0, 0)
+        return rounds
 
-    def _unknown_loops(self) -> dict[str, int]:
-        """Loops whose limit the text does not show: n for the nth of them, -n for those inside it."""
-        found, inside = {}, {}
+    def _unknown_loops(self) -> dict[str, tuple[int, ...]]:
+        """Loops whose limit the text does not show, by their places: (2, 0) is the first inside the third."""
+        found: dict[str, tuple[int, ...]] = {}
+        inside: dict[str, tuple[int, ...]] = {}
 
-        def visit(computation: str, within: int):
+        def visit(computation: str, within: tuple[int, ...]):
             for i in self.computations.get(computation, ()):
                 called = dict(_CALLED.findall(i.text))
                 branches = _BRANCHES.search(i.text)
                 names = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else []
                 own = within
                 if i.opcode == "while" and self._limit(i, called["condition"]) is None:
-                    found[i.name] = -within if within else sum(n > 0 for n in found.values()) + 1
-                    own = within or found[i.name]
+                    if i.name not in found:
+                        beside = sum(place[:-1] == within for place in found.values())
+                        found[i.name] = (*within, beside)
+                    own = found[i.name]
                 for name in (*called.values(), *names):
                     if inside.get(name) != own:
                         inside[name] = own
                         visit(name, own)
 
-        visit(self.entry, 0)
+        visit(self.entry, ())
         return found
 
 

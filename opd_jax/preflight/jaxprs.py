@@ -5,6 +5,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+# How often loops run whose limit a program does not show. A number: each of them as often, at any depth.
+# Several: the first such loop, the second and so on, each with those inside it; others do not run.
+Trips = int | Sequence[tuple[int, "Trips"]]
+
 
 def host_calls(jaxpr) -> list[str]:
     """Names of the primitives of a traced program, inner ones included, that reach the host."""
@@ -17,17 +21,14 @@ def host_calls(jaxpr) -> list[str]:
     )
 
 
-def matmul_flops(
-    jaxpr, unknown_trips: int | Sequence[tuple[int, int]] = 1, experts=(), tensor: int = 1
-) -> int:
+def matmul_flops(jaxpr, unknown_trips: Trips = 1, experts=(), tensor: int = 1) -> int:
     """FLOPs of all matrix products of a traced program, over all devices, rematerialised ones included.
 
     A grouped product multiplies each row by one group, and a device that holds some of the experts its share
     of the rows it is given, each expert as likely as another. Of branches the one with most FLOPs is taken.
 
     Args:
-      unknown_trips: rounds of a loop whose limit the program does not show. Several are those of the first
-        such loop, the second and so on, each with the rounds of such loops inside it; others are not run.
+      unknown_trips: rounds of loops whose limit the program does not show.
       experts: (width, an expert's width, experts in a block) of each sparse model. None given: every grouped
         product has all experts.
       tensor: parts that an expert's width may be cut into, where the experts themselves are not.
@@ -36,8 +37,7 @@ def matmul_flops(
       ValueError: a grouped product is of no such model.
     """
     total = 0
-    alike = isinstance(unknown_trips, int)
-    trips = itertools.repeat((unknown_trips, unknown_trips)) if alike else iter(unknown_trips)
+    trips = _each(unknown_trips)
     costliest = functools.partial(matmul_flops, unknown_trips=unknown_trips, experts=experts, tensor=tensor)
     for e, times in _equations(jaxpr, trips=trips, choose=costliest):
         if e.primitive.name == "dot_general":
@@ -69,14 +69,18 @@ def _experts(grouped, experts, tensor: int) -> int:
     return min(found)[-1]
 
 
-ONCE = itertools.repeat((1, 1))
+def _each(trips: Trips) -> Iterator[tuple[int, Trips]]:
+    return itertools.repeat((trips, trips)) if isinstance(trips, int) else iter(trips)
 
 
-def _equations(jaxpr, times: int = 1, trips: Iterator[tuple[int, int]] = ONCE, choose=None):
+ONCE = _each(1)
+
+
+def _equations(jaxpr, times: int = 1, trips: Iterator[tuple[int, Trips]] = ONCE, choose=None):
     """Every equation with the number of times it runs; of branches those with the highest choose(jaxpr).
 
     Args:
-      trips: gives the rounds of each loop whose limit the program does not show, and of such loops inside it.
+      trips: gives the rounds of each loop whose limit the program does not show, and of loops inside it.
     """
     for e in jaxpr.eqns:
         yield e, times
@@ -85,7 +89,7 @@ def _equations(jaxpr, times: int = 1, trips: Iterator[tuple[int, int]] = ONCE, c
             inner *= e.params["length"]
         elif e.primitive.name == "while":
             rounds, nested = next(trips, (0, 0))
-            inner, within = inner * rounds, itertools.repeat((nested, nested))
+            inner, within = inner * rounds, _each(nested)
         elif e.primitive.name == "shard_map":  # its shapes are one device's
             inner *= e.params["mesh"].size
         elif e.primitive.name == "pallas_call":
