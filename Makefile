@@ -122,6 +122,7 @@ preflight: $(VENV)/.tpu
 	$(BIN)/python -m opd_jax.preflight --config=configs/dense.py --topology=v5p:4x4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper.py --topology=v6e:8x8 $(ARGS)
+	$(BIN)/python -m opd_jax.preflight --config=configs/paper_stop.py --topology=v5p:4x4x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_4b.py --topology=v5p:2x2x4 $(ARGS)
 	$(BIN)/python -m opd_jax.preflight --config=configs/paper_8b.py --topology=v5p:2x2x4 $(ARGS)
 

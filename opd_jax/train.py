@@ -75,7 +75,7 @@ def train(
 
         # ---- Prompts and draws.
         prompts = job.training_batches(position)
-        draw, release_key = job.training_draw(), job.key(Key.RELEASE)
+        draw, release_key = job.training_draw(teacher_params), job.key(Key.RELEASE)
         response_sampler = job.response_sampler()
 
         # ---- The loop. Metrics of a step are read after the next one is on its way.
@@ -144,7 +144,7 @@ def train(
                 state, measured, supervision = job.train_step(state, inputs)
             clock.watch("train", step, measured["loss"])
             read.finish()
-            kept = _rollouts_to_keep(job, step, (batch.index_B, rollouts, supervision))
+            kept = _rollouts_to_keep(job, step, (batch.index_B, rollouts.replace(scores=None), supervision))
             read.begin(
                 step,
                 measured | noise,

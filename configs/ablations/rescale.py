@@ -4,7 +4,7 @@ A rule and its rescale both change the loss. This separates the two effects.
 
     python -m opd_jax.sweep --config=configs/ablations/rescale.py --out=runs/rescale
 
-Cost: 93 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
+Cost: 120 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python -m opd_jax.sweep --config=configs/ablations/rule.py --out=runs/rule
     python -m opd_jax.sweep --config=configs/ablations/rule.py:configs/mine.py --out=runs/rule
 
-Cost: 33 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
+Cost: 42 runs of 24 steps of the demo's recipe, whose times are in docs/demo.md.
 """
 
 from ml_collections import ConfigDict
@@ -21,10 +21,11 @@ def get_config(recipe="configs/demo.py"):
 
 
 def arms(config: ConfigDict) -> dict[str, dict]:
-    """Every rule. The fixed prefix keeps a share of each response; FOPD's grows to the length limit."""
+    """Every rule. The fixed prefix keeps a share of each response; growing ones reach the length limit."""
     longest, steps = config.rollout.max_tokens, config.train.steps
     settings = {
         "prefix": {"prefix_fraction": 0.3},
+        "popd": {"popd_steps": steps},
         "fopd": {"fopd_start": max(1, longest // 8), "fopd_end": longest, "fopd_steps": steps},
     }
     found = {}

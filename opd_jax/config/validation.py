@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from opd_jax.config.fields import fields, get
 from opd_jax.config.plugins import declared_by_others
-from opd_jax.distill import objectives
+from opd_jax.distill import objectives, stopping
 from opd_jax.errors import UserError
 from opd_jax.release.segments import check_kind
 
@@ -93,6 +93,7 @@ def _check_together(config: ConfigDict, teacher: bool):
         if not get(config, key):
             raise UserError(f"{key} is not set; give a model folder, a .gguf file or pkg:NAME")
     check_kind(config.segments.kind, config.segments.punkt)
+    stopping.check(config)
     if config.rollout.batch % (config.train.micro_batch or config.rollout.batch):
         raise UserError(
             f"train.micro_batch={config.train.micro_batch} does not divide "

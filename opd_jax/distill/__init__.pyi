@@ -4,6 +4,7 @@ from . import packing as packing
 from . import repeats as repeats
 from . import rollout as rollout
 from . import scoring as scoring
+from . import stopping as stopping
 from . import train_step as train_step
 from . import trainable as trainable
 from .loss import Loss as Loss

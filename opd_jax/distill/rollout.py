@@ -9,7 +9,7 @@ alone, so nothing of this changes what it says.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,40 @@ class Draws(NamedTuple):
     limit_B: Any
 
 
+def draws(key, prompts: int, sampling: Sampling) -> Draws:
+    """The Draws of a batch of prompts, from a `key` as `sample` takes it."""
+    if isinstance(key, Draws):
+        return key
+    rows = prompts * sampling.samples
+    key_B = key if key.ndim else row_keys(key, jnp.arange(rows))
+    return Draws(key_B, jnp.full(rows, sampling.max_tokens, jnp.int32))
+
+
+class Judge(Protocol):
+    """Reads responses while they are written, block by block, and may end rows.
+
+    Attributes:
+      block: tokens of a block.
+
+    A judge keeps a state, a pytree with the loop's rows in front (or what `taken` makes of it).
+    """
+
+    @property
+    def block(self) -> int: ...
+
+    def begin(self, prompts, draws: Draws, sampling: Sampling) -> tuple[Any, Any]:
+        """(its state before the first token, what it will have written: zeros of [T, S, R, ...])."""
+        ...
+
+    def taken(self, state: Any, order_SR) -> Any:
+        """The state of the rows that an order names within each shard."""
+        ...
+
+    def judged(self, rows: "Rows", begin) -> "Rows":
+        """The rows after it has read tokens `begin` to `begin` + block - 1."""
+        ...
+
+
 def sample(config: ModelConfig, params: dict, tokens_QP, mask_QP, key, sampling: Sampling) -> Rollouts:
     """Samples n responses a prompt; stops as soon as every row has ended.
 
@@ -80,26 +114,39 @@ def sample(config: ModelConfig, params: dict, tokens_QP, mask_QP, key, sampling:
     Returns:
       Rollouts with B = Q n and T = sampling.max_tokens; row b answers prompt b // n.
     """
+    return sample_judged(config, params, (tokens_QP, mask_QP), key, sampling)[0]
+
+
+def sample_judged(
+    config: ModelConfig, params: dict, prompts, key, sampling: Sampling, judge: Judge | None = None
+) -> tuple[Rollouts, Any]:
+    """`sample` with a judge that reads along.
+
+    Args:
+      prompts: (tokens_QP, mask_QP).
+
+    Returns:
+      (Rollouts, what the judge has written, each [B, T, ...] or [B, 1, ...]).
+    """
+    tokens_QP, mask_QP = prompts
     q, n = tokens_QP.shape[0], sampling.samples
-    if not isinstance(key, Draws):
-        key_B = key if key.ndim else row_keys(key, jnp.arange(q * n))
-        key = Draws(key_B, jnp.full(q * n, sampling.max_tokens, jnp.int32))
+    key = draws(key, q, sampling)
     turns = parts(q, sampling.slots // n, shard_rows.count())
-    writer = _Writer.of(config, params, q * n // turns, sampling)
+    writer = _Writer.of(config, params, q * n // turns, sampling, judge)
     if turns == 1:
         return writer.write(tokens_QP, mask_QP, key)
 
     def turn(part):
         tokens_QP, mask_QP, draws_QN = part
-        rollouts = writer.write(tokens_QP, mask_QP, Draws(*(x.reshape(-1) for x in draws_QN)))
-        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), rollouts)
+        written = writer.write(tokens_QP, mask_QP, Draws(*(x.reshape(-1) for x in draws_QN)))
+        return jax.tree.map(lambda x: x.reshape(-1, n, *x.shape[1:]), written)
 
     draws_QN = Draws(*(x.reshape(q, n) for x in key))
-    rollouts = shard_rows.join(jax.lax.map(turn, shard_rows.split((tokens_QP, mask_QP, draws_QN), turns)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rollouts)
+    written = shard_rows.join(jax.lax.map(turn, shard_rows.split((tokens_QP, mask_QP, draws_QN), turns)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The rows of the loop, B of them, and what they have written.
 
     Attributes:
@@ -109,6 +156,8 @@ class _Rows(NamedTuple):
       cache: keys and values.
       out: what every row of the batch has written, by name: [T, S, R, ...]. The loop's rows stand first in
         each of the S shards.
+      judge: the judge's state.
+      judged: what the judge has written, as `out`.
     """
 
     t: Any
@@ -118,6 +167,8 @@ class _Rows(NamedTuple):
     length_B: Any
     cache: kv.KVCache
     out: dict
+    judge: Any = ()
+    judged: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +180,32 @@ class _Writer:
     unstacked: dict
     head_VD: Any
     sampling: Sampling
+    judge: Judge | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, params: dict, rows: int, sampling: Sampling) -> "_Writer":
+    def of(
+        cls, config: ModelConfig, params: dict, rows: int, sampling: Sampling, judge: Judge | None
+    ) -> "_Writer":
         with jax.named_scope("prefill"):
             unstacked = kv.unstack(config, params, rows)
-        return cls(config, params, unstacked, transformer.head(config, params), sampling)
+        return cls(config, params, unstacked, transformer.head(config, params), sampling, judge)
 
-    def write(self, tokens_QP, mask_QP, draws: Draws) -> Rollouts:
+    @property
+    def length(self) -> int:
+        """Response positions that are kept: T, or as many as the judge's blocks have."""
+        block = self.judge.block if self.judge is not None else 1
+        return -(-self.sampling.max_tokens // block) * block
+
+    def write(self, tokens_QP, mask_QP, draws: Draws) -> tuple[Rollouts, Any]:
         """The responses to some prompts, `samples` to each."""
         p, t_max, samples = tokens_QP.shape[1], self.sampling.max_tokens, self.sampling.samples
         with jax.named_scope("prefill"):
-            hidden_QD, cache = self._prefill(tokens_QP, mask_QP)
+            hidden_QD, cache = read_prompts(self.config, self.params, (tokens_QP, mask_QP), self.sampling)
             tokens_BP, mask_BP, hidden_BD = (
                 jnp.repeat(x, samples, axis=0) for x in (tokens_QP, mask_QP, hidden_QD)
             )
             cache = kv.grow(self.config, kv.repeat(cache, samples), p + t_max)
-        rows = _Rows(
+        rows = Rows(
             t=0,
             token_B=jnp.zeros_like(mask_BP[:, 0], jnp.int32),
             done_B=jnp.zeros_like(mask_BP[:, 0]),
@@ -154,46 +214,26 @@ class _Writer:
             cache=cache,
             out=self._nothing(len(mask_BP)),
         )
-        out = self._loops(self._emit(rows, hidden_BD), p)
+        if self.judge is not None:
+            with jax.named_scope("judge"):
+                state, judged = self.judge.begin((tokens_QP, mask_QP), draws, self.sampling)
+            rows = rows._replace(judge=state, judged=judged)
+        out, judged = self._loops(self._emit(rows, hidden_BD), p)
+        out, judged = jax.tree.map(lambda x: x[:, : self.sampling.max_tokens], (out, judged))
         mask_BT, token_BT = out.pop("mask"), out.pop("token")
-        return Rollouts(
+        rollouts = Rollouts(
             tokens_BL=jnp.concatenate([tokens_BP, token_BT], axis=1),
             prompt_mask_BP=mask_BP,
             mask_BT=mask_BT,
             finished_B=(mask_BT & self._ends(token_BT)).any(axis=1),
             **out,
         )
-
-    def _prefill(self, tokens_QP, mask_QP):
-        """(hidden_QD of the last position, KVCache of P slots), in pieces of prompts of similar length."""
-        q, p = tokens_QP.shape
-        read = functools.partial(kv.prefill, self.config, self.params, int8=self.sampling.int8_cache)
-        pieces = parts(q, self.sampling.prefill_rows, shard_rows.count())
-        if pieces == 1:
-            return read(tokens_QP, mask_QP)
-
-        def at_width(width: int):
-            def part(piece):
-                hidden_QD, cache = read(*(x[:, p - width :] for x in piece))
-                return hidden_QD, kv.widen(cache, p)
-
-            return part
-
-        def piece(part):
-            length_Q = part[1].sum(axis=1, dtype=jnp.int32)
-            shares = widths.rounded(self.sampling.prompt_shares, p)
-            return widths.narrowest((*shares, p), length_Q, at_width, part)
-
-        order_SR = shard_rows.order(mask_QP.sum(axis=1), pieces)
-        cut = shard_rows.split(shard_rows.taken((tokens_QP, mask_QP), order_SR), pieces)
-        read_QD, cache = shard_rows.join(jax.lax.map(piece, cut))
-        back_SR = jnp.argsort(order_SR, axis=1)
-        return shard_rows.taken(read_QD, back_SR), kv.taken(self.config, cache, back_SR)
+        return rollouts, judged
 
     def _nothing(self, rows: int) -> dict:
         """What `rows` rows have written before their first token."""
         shards, k = shard_rows.count(), self.sampling.candidates
-        shape = self.sampling.max_tokens, shards, rows // shards
+        shape = self.length, shards, rows // shards
         return {
             "token": jnp.full(shape, self.config.pad_id, jnp.int32),
             "mask": jnp.zeros(shape, bool),
@@ -209,8 +249,9 @@ class _Writer:
         ids = _end_ids(self.config).reshape((1,) * token.ndim + (-1,))
         return (token[..., None] == ids).any(axis=-1)
 
-    def _loops(self, rows: _Rows, p: int) -> dict:
-        """Writes until all have ended; returns `_Rows.out` as [B, T, ...], rows in the batch's order."""
+    def _loops(self, rows: Rows, p: int) -> tuple[dict, Any]:
+        """Writes until all have ended; returns `Rows.out` and `Rows.judged` as [B, T, ...], rows in the
+        batch's order."""
         shards, all_rows = rows.out["mask"].shape[1:]
         place_SR = jnp.broadcast_to(jnp.arange(all_rows)[None], (shards, all_rows))
         unstacked, local = self.unstacked, all_rows
@@ -218,9 +259,10 @@ class _Writer:
         for halving in range(self.sampling.halvings + 1):
             last = halving == self.sampling.halvings or local == 1
             fewer = 0 if last else -(-local // 2)
+            step = functools.partial(self._step, unstacked, rope_1LC)
             rows = jax.lax.while_loop(
                 functools.partial(self._goes_on, fewer),
-                functools.partial(self._step, unstacked, rope_1LC),
+                step if self.judge is None else functools.partial(self._block, step),
                 rows,
             )
             if last:
@@ -230,15 +272,27 @@ class _Writer:
             if few_rows.apply(self.config, shards * fewer) != few_rows.apply(self.config, shards * local):
                 unstacked = kv.unstack(self.config, self.params, shards * fewer)
             local = fewer
-        out = _rows_of(rows.out, jnp.argsort(place_SR, axis=1))
-        return {name: x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1) for name, x in out.items()}
+        found = _rows_of((rows.out, rows.judged), jnp.argsort(place_SR, axis=1))
+        return jax.tree.map(lambda x: x.reshape(len(x), -1, *x.shape[3:]).swapaxes(0, 1), found)
 
-    def _goes_on(self, fewer: int, rows: _Rows):
+    def _block(self, step, rows: Rows) -> Rows:
+        """Writes up to the next multiple of the judge's block, or until all have ended, and has it judged."""
+        assert self.judge is not None
+        block = self.judge.block
+        begin = rows.t // block * block
+        end = jnp.minimum(begin + block, self.sampling.max_tokens)
+        rows = jax.lax.while_loop(lambda rows: (rows.t < end) & ~rows.done_B.all(), step, rows)
+        with jax.named_scope("judge"):
+            return self.judge.judged(rows._replace(t=end), begin)
+
+    def _goes_on(self, fewer: int, rows: Rows):
         """Whether some shard still writes more than `fewer` rows."""
         live_S = (~rows.done_B).reshape(shard_rows.count(), -1).sum(axis=1)
-        return (rows.t < self.sampling.max_tokens) & (live_S > fewer).any()
+        goes_on = (rows.t < self.sampling.max_tokens) & (live_S > fewer).any()
+        # Rows that end with their first token are judged too.
+        return goes_on if self.judge is None else goes_on | (rows.t == 1)
 
-    def _halved(self, rows: _Rows, fewer: int) -> tuple[_Rows, jax.Array]:
+    def _halved(self, rows: Rows, fewer: int) -> tuple[Rows, jax.Array]:
         """The first `fewer` rows of each shard after those that are still written have moved to the front.
 
         Returns:
@@ -251,10 +305,11 @@ class _Writer:
         of_row = rows.token_B, rows.done_B, rows.draws, rows.length_B
         cache = kv.taken(self.config, rows.cache, kept_SR)
         token_B, done_B, draws, length_B = shard_rows.taken(of_row, kept_SR)
-        out = _rows_of(rows.out, all_SR)
-        return _Rows(rows.t, token_B, done_B, draws, length_B, cache, out), all_SR
+        out, judged = _rows_of((rows.out, rows.judged), all_SR)
+        state = self.judge.taken(rows.judge, kept_SR) if self.judge is not None else ()
+        return Rows(rows.t, token_B, done_B, draws, length_B, cache, out, state, judged), all_SR
 
-    def _step(self, unstacked: dict, rope_1LC, rows: _Rows) -> _Rows:
+    def _step(self, unstacked: dict, rope_1LC, rows: Rows) -> Rows:
         """Runs each row's last token through the model, and draws the next."""
         with jax.named_scope("decode"):
             place_B = rows.length_B + rows.t - 1
@@ -263,7 +318,7 @@ class _Writer:
             hidden_BD, cache = kv.decode(self.config, unstacked, rows.token_B, rope_B1C, rows.cache, slot)
         return self._emit(rows._replace(cache=cache), hidden_BD)
 
-    def _emit(self, rows: _Rows, hidden_BD) -> _Rows:
+    def _emit(self, rows: Rows, hidden_BD) -> Rows:
         """Draws token t of every row that has not ended and writes it down."""
         u_B2 = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, rows.t), (2,)))(rows.draws.key_B)
         with jax.named_scope("head"):
@@ -286,10 +341,42 @@ class _Writer:
         return rows._replace(t=rows.t + 1, token_B=token_B, done_B=done_B, out=out)
 
 
-def _rows_of(out: dict, order_SR) -> dict:
+def read_prompts(config: ModelConfig, params: dict, prompts, sampling: Sampling):
+    """(hidden_QD of the last position, KVCache of P slots), in pieces of prompts of similar length.
+
+    Args:
+      prompts: (tokens_QP, mask_QP).
+    """
+    tokens_QP, mask_QP = prompts
+    q, p = tokens_QP.shape
+    read = functools.partial(kv.prefill, config, params, int8=sampling.int8_cache)
+    pieces = parts(q, sampling.prefill_rows, shard_rows.count())
+    if pieces == 1:
+        return read(tokens_QP, mask_QP)
+
+    def at_width(width: int):
+        def part(piece):
+            hidden_QD, cache = read(*(x[:, p - width :] for x in piece))
+            return hidden_QD, kv.widen(cache, p)
+
+        return part
+
+    def piece(part):
+        length_Q = part[1].sum(axis=1, dtype=jnp.int32)
+        shares = widths.rounded(sampling.prompt_shares, p)
+        return widths.narrowest((*shares, p), length_Q, at_width, part)
+
+    order_SR = shard_rows.order(mask_QP.sum(axis=1), pieces)
+    cut = shard_rows.split(shard_rows.taken((tokens_QP, mask_QP), order_SR), pieces)
+    read_QD, cache = shard_rows.join(jax.lax.map(piece, cut))
+    back_SR = jnp.argsort(order_SR, axis=1)
+    return shard_rows.taken(read_QD, back_SR), kv.taken(config, cache, back_SR)
+
+
+def _rows_of(out, order_SR):
     """[T, S, R, ...] arrays with the rows of each shard in another order."""
     take = jax.vmap(lambda x_TR, order_R: x_TR[:, order_R], in_axes=(1, 0), out_axes=1)
-    return {name: take(x, order_SR) for name, x in out.items()}
+    return jax.tree.map(lambda x: take(x, order_SR), out)
 
 
 def parts(rows: int, most: int, shards: int) -> int:

@@ -36,7 +36,7 @@ class Scoring:
     pack: bool = True
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     """What scoring reads of each response token; as Rollouts'."""
 
     token_BT: Array
@@ -45,7 +45,7 @@ class _Written(NamedTuple):
     topk_logp_BTK: Array
 
     @classmethod
-    def of(cls, r: Rollouts) -> "_Written":
+    def of(cls, r: Rollouts) -> "Written":
         return cls(r.response_BT, r.logp_BT, r.topk_BTK, r.topk_logp_BTK)
 
 
@@ -72,7 +72,7 @@ def score(
     Source: arXiv 2605.13643; docs/how_it_works.md, steps 1 and 2.
     """
 
-    def one(sequences: Sequences, r: _Written) -> tuple[Scores, moe.Load | None]:
+    def one(sequences: Sequences, r: Written) -> tuple[Scores, moe.Load | None]:
         own = r.topk_BTK, r.topk_logp_BTK, r.logp_BT
         if student is not None:
             config, params = student
@@ -85,36 +85,77 @@ def score(
                     (hidden_BTD, r.token_BT),
                     sequences.slots,
                 )
-        candidate_BTK, student_topk_logp_BTK, student_logp_BT = own
+        candidate_BTK, topk_logp_BTK, logp_BT = own
+        r = r._replace(logp_BT=logp_BT, topk_BTK=candidate_BTK, topk_logp_BTK=topk_logp_BTK)
         with jax.named_scope("teacher"):
             hidden_BTD, load = response_hidden(teacher, teacher_params, sequences)
-            teacher_topk_logp_BTK, teacher_logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
-                functools.partial(_teacher_chunk, teacher, scoring.top_k if scoring.keep == "top" else 0),
-                scoring.chunk,
-                transformer.head(teacher, teacher_params),
-                (hidden_BTD, r.token_BT, candidate_BTK),
-                sequences.slots,
-            )
-        scores = Scores(
-            advantage_BT=teacher_logp_BT - student_logp_BT,
-            contrast_BT=contrast_BT,
-            teacher_logp_BT=teacher_logp_BT,
-            student_logp_BT=student_logp_BT,
-            teacher_topk_logp_BTK=teacher_topk_logp_BTK,
-            student_topk_logp_BTK=student_topk_logp_BTK,
-            overlap_BT=overlap_BT,
-            teacher_stop_BT=stop_BT,
-        )
-        targets = Targets(hidden_BTD=hidden_BTD if scoring.keep == "logits" else None, top=top)
-        return scores.replace(targets=targets), load
+            head_VD = transformer.head(teacher, teacher_params)
+            return compared((teacher, head_VD), hidden_BTD, r, scoring, sequences.slots), load
 
     (scores, load), computed = in_pieces(one, rollouts, scoring)
     targets = scores.targets
-    scores = jax.tree.map(lambda x: _inside(rollouts.mask_BT, x), scores.replace(targets=Targets()))
+    scores = jax.tree.map(lambda x: inside(rollouts.mask_BT, x), scores.replace(targets=Targets()))
     return scores.replace(targets=targets, teacher_load=load, computed=computed)
 
 
-def _inside(mask_BT, x):
+def with_student(
+    scores: Scores, student: tuple[ModelConfig, dict], rollouts: Rollouts, scoring: Scoring
+) -> Scores:
+    """Scores with the student's log-probabilities by a forward pass of it; the candidates stay."""
+    config, params = student
+
+    def one(sequences: Sequences, r: Written):
+        hidden_BTD, _ = response_hidden(config, params, sequences)
+        logps = over_chunks(
+            functools.partial(_logps_chunk, config),
+            scoring.chunk,
+            transformer.head(config, params),
+            (hidden_BTD, r.token_BT, r.topk_BTK),
+            sequences.slots,
+        )
+        return logps, ()
+
+    (found, _), computed = in_pieces(one, rollouts, scoring)
+    topk_logp_BTK, logp_BT = (inside(rollouts.mask_BT, x) for x in found)
+    return scores.replace(
+        advantage_BT=scores.teacher_logp_BT - logp_BT,
+        student_logp_BT=logp_BT,
+        student_topk_logp_BTK=topk_logp_BTK,
+        computed=computed,
+    )
+
+
+def compared(teacher, hidden_BTD, written: Written, scoring: Scoring, slots=None) -> Scores:
+    """Scores of response tokens from the teacher's hidden states; without meaning outside the responses.
+
+    Args:
+      teacher: (its config, its output matrix [V, D]).
+      hidden_BTD: the teacher's hidden states that predict the tokens.
+      written: the tokens, with the student's log-probabilities and candidates.
+      slots: as `over_chunks`'.
+    """
+    config, head_VD = teacher
+    topk_logp_BTK, logp_BT, stop_BT, contrast_BT, overlap_BT, top = over_chunks(
+        functools.partial(_teacher_chunk, config, scoring.top_k if scoring.keep == "top" else 0),
+        scoring.chunk,
+        head_VD,
+        (hidden_BTD, written.token_BT, written.topk_BTK),
+        slots,
+    )
+    return Scores(
+        advantage_BT=logp_BT - written.logp_BT,
+        contrast_BT=contrast_BT,
+        teacher_logp_BT=logp_BT,
+        student_logp_BT=written.logp_BT,
+        teacher_topk_logp_BTK=topk_logp_BTK,
+        student_topk_logp_BTK=written.topk_logp_BTK,
+        overlap_BT=overlap_BT,
+        teacher_stop_BT=stop_BT,
+        targets=Targets(hidden_BTD=hidden_BTD if scoring.keep == "logits" else None, top=top),
+    )
+
+
+def inside(mask_BT, x):
     """[B, T, ...] values of the response tokens, and 0 elsewhere."""
     return jnp.where(mask_BT.reshape(mask_BT.shape + (1,) * (x.ndim - 2)), x, 0)
 
@@ -123,13 +164,13 @@ def in_pieces(one, rollouts: Rollouts, scoring: Scoring):
     """one(micro-batch) for each micro-batch, one after another.
 
     Args:
-      one: one(Sequences, _Written of their response tokens) -> (a pytree of [R, T, ...] arrays, any pytree).
+      one: one(Sequences, Written of their response tokens) -> (a pytree of [R, T, ...] arrays, any pytree).
 
     Returns:
       ((the first pytree for the batch as [B, T, ...], without meaning outside the responses; the sum of the
       second), the share of the batch's positions that was computed).
     """
-    written, pieces = _Written.of(rollouts), scoring.micro_batches
+    written, pieces = Written.of(rollouts), scoring.micro_batches
     if pieces == 1:
         return one(rollouts.sequences, written), jnp.float32(1)
 
@@ -148,6 +189,14 @@ def _student_chunk(config, candidates, head_VD, chunk):
     top_BcK = _top(logits_BcV, candidates)
     logp_BcN = _logp(logits_BcV, top_BcK, token_Bc[..., None])
     return top_BcK, logp_BcN[..., :-1], logp_BcN[..., -1]
+
+
+def _logps_chunk(config, head_VD, chunk):
+    """(the candidates' logp_BcK, the token's logp_Bc)."""
+    hidden_BcD, token_Bc, candidate_BcK = chunk
+    logits_BcV = transformer.logits(config, head_VD, hidden_BcD)
+    logp_BcN = _logp(logits_BcV, candidate_BcK, token_Bc[..., None])
+    return logp_BcN[..., :-1], logp_BcN[..., -1]
 
 
 def _teacher_chunk(config, top_k, head_VD, chunk):
@@ -320,10 +369,10 @@ def distance(
         kl_Bc = jnp.where(jnp.isneginf(logp_BcV), 0.0, jnp.exp(logp_BcV) * (logp_BcV - logq_BcV)).sum(axis=-1)
         return kl_Bc, jnp.take_along_axis(logq_BcV, token_Bc[..., None], axis=-1)[..., 0]
 
-    def piece(sequences: Sequences, r: _Written):
+    def piece(sequences: Sequences, r: Written):
         models = (student, student_params), (teacher, teacher_params)
         hidden = (response_hidden(*model, sequences)[0] for model in models)
         return over_chunks(one, scoring.chunk, heads, (*hidden, r.token_BT), sequences.slots), ()
 
     found, _ = in_pieces(piece, rollouts, scoring)[0]
-    return tuple(_inside(rollouts.mask_BT, x_BT) for x_BT in found)
+    return tuple(inside(rollouts.mask_BT, x_BT) for x_BT in found)

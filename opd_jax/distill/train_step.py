@@ -10,7 +10,16 @@ from opd_jax import release as releasing
 from opd_jax.distill import loss, objectives, packing, scoring, trainable
 from opd_jax.distill.optimizer import learning_rate
 from opd_jax.distill.repeats import repeated_tail
-from opd_jax.distill.types import Ends, LossInputs, LossPart, Rollouts, StepInputs, Supervision, TrainState
+from opd_jax.distill.types import (
+    Ends,
+    LossInputs,
+    LossPart,
+    Rollouts,
+    StepInputs,
+    Stops,
+    Supervision,
+    TrainState,
+)
 from opd_jax.models import ModelConfig, moe
 from opd_jax.release.segments import segment
 
@@ -59,9 +68,12 @@ def make_train_step(student: ModelConfig, teacher: ModelConfig, config, optimize
             "grad_norm": norm,
             "skipped_updates": jnp.float32(skipped),
             "learning_rate": jnp.float32(schedule(state.step * train.updates_per_rollout)),
-            "computed_in_scoring": scores.computed,
             "computed_in_gradient": computed,
         }
+        if scores.computed is not None:
+            metrics["computed_in_scoring"] = scores.computed
+        if rollouts.stops is not None:
+            metrics |= measure_stops(rollouts, rollouts.stops, supervision.release)
         if weighs_draws(config):
             weight_BT = importance(rollouts, scores, config)
             metrics["kl"] = -(weight_BT * scores.advantage_BT).sum() / tokens
@@ -92,26 +104,32 @@ def supervise(
       step: TrainState.step.
     """
     objective, rollouts = objectives.OBJECTIVES[config.objective.name], inputs.rollouts
+    how = scoring.Scoring(
+        chunk=config.scoring.chunk,
+        micro_batches=config.rollout.batch // config.train.micro_batch,
+        pack=config.train.pack,
+        keep=objective.teacher,
+        top_k=config.objective.top_k,
+    )
+    recomputed = (student, params) if recomputes(config) else None
     with jax.named_scope("score"):
-        scores = scoring.score(
-            teacher,
-            inputs.teacher_params,
-            rollouts,
-            scoring.Scoring(
-                chunk=config.scoring.chunk,
-                micro_batches=config.rollout.batch // config.train.micro_batch,
-                pack=config.train.pack,
-                keep=objective.teacher,
-                top_k=config.objective.top_k,
-            ),
-            student=(student, params) if recomputes(config) else None,
-        )
+        if rollouts.scores is None:
+            scores = scoring.score(teacher, inputs.teacher_params, rollouts, how, student=recomputed)
+        elif recomputed is None:
+            scores = rollouts.scores
+        else:
+            scores = scoring.with_student(rollouts.scores, recomputed, rollouts, how)
     with jax.named_scope("release"):
         segment_BT = segment(inputs.table, rollouts.response_BT, rollouts.mask_BT)
+        read_BT = rollouts.mask_BT
+        if rollouts.scores is not None:  # a row that the rule has stopped ends in mid-sentence
+            assert rollouts.stops is not None
+            stopped_B1 = rollouts.stops.stopped_B[:, None]
+            read_BT = jnp.where(stopped_B1, releasing.ended(segment_BT, read_BT), read_BT)
         released = releasing.release(
             scores,
             segment_BT,
-            rollouts.mask_BT,
+            read_BT,
             config.release,
             step=step,
             key=jax.random.fold_in(inputs.key, step),
@@ -126,7 +144,7 @@ def supervise(
         weight_BT = jnp.where(rollouts.mask_BT, jnp.float32(config.objective.end_weight), 0)
         ends = Ends(weight_BT=weight_BT, stop_BT=scores.teacher_stop_BT)
     loss_inputs = LossInputs(
-        rollouts=rollouts.replace(logp_BT=scores.student_logp_BT),
+        rollouts=rollouts.replace(logp_BT=scores.student_logp_BT, scores=None, stops=None),
         advantage_BT=advantage_BT,
         weight_BT=released.weight_BT,
         targets=scores.targets,
@@ -283,6 +301,34 @@ def measure(rollouts: Rollouts, supervision: Supervision) -> dict:
         "position_advantage_sum": by_position(scores.advantage_BT),
         "position_advantage_sq_sum": by_position(scores.advantage_BT**2),
         "release_histogram": binned(cut_bin_B, accepted_B.astype(jnp.float32)),
+    }
+
+
+AGREES = 0.1  # a cut that is no further from the whole response's, as a share of its length
+
+
+def measure_stops(rollouts: Rollouts, stops: Stops, released: releasing.Release) -> dict:
+    """How rows ended, and what the audited rows say, those written to their ends; see docs/metrics.md."""
+    length_B, audit_B = rollouts.mask_BT.sum(axis=1), stops.audit_B
+
+    def of_audited(x_B):
+        count = audit_B.sum()
+        return jnp.where(audit_B, x_B, 0).sum() * jnp.where(count > 0, 1.0 / jnp.maximum(count, 1), jnp.nan)
+
+    found = {
+        "stopped_share": stops.stopped_B.mean(),
+        "limit_share": (~stops.stopped_B & ~rollouts.finished_B).mean(),
+        "audit_rows": audit_B.sum(),
+        "audit_length": of_audited(length_B),
+    }
+    if rollouts.scores is None:
+        return found
+    certain_B = stops.certain_B > 0
+    near_B = jnp.abs(stops.kept_B - released.kept_B) <= AGREES * length_B
+    return found | {
+        # A row of which the rule is never certain is written to its end, and then the rule has its say.
+        "audit_agreement": of_audited(~certain_B | (released.accepted_B & near_B)),
+        "audit_written": of_audited(jnp.where(certain_B, stops.certain_B, length_B)),
     }
 
 

@@ -32,6 +32,8 @@ class Rollouts(struct.PyTreeNode):
       topk_logp_BTK: the student's log-probabilities of them in nats, as logp_BT's.
       stop_BT: the student's probability of an end token at each position.
       finished_B: ended by an end token, not by the length limit.
+      scores: the teacher's Scores, if it has read along; then `train_step` makes none.
+      stops: what ended rows early; None with release.stop=never.
     """
 
     tokens_BL: Array
@@ -43,6 +45,8 @@ class Rollouts(struct.PyTreeNode):
     topk_logp_BTK: Array
     stop_BT: Array
     finished_B: Array
+    scores: "Scores | None" = None
+    stops: "Stops | None" = None
 
     @property
     def response_BT(self):
@@ -64,6 +68,22 @@ class Rollouts(struct.PyTreeNode):
             slot_RL=jnp.broadcast_to(slot_L[None], mask_BL.shape),
             slots=last_position(self.mask_BT).max(),
         )
+
+
+class Stops(struct.PyTreeNode):
+    """Which rows ended early, and what would have become of those that were left alone.
+
+    Attributes:
+      stopped_B: ended by release.stop.
+      audit_B: drawn to be written to the end whatever release.stop says.
+      certain_B: tokens that were written when the release was first certain; 0 if it never was.
+      kept_B: tokens that the rule kept then.
+    """
+
+    stopped_B: Array
+    audit_B: Array
+    certain_B: Array
+    kept_B: Array
 
 
 class Sequences(struct.PyTreeNode):

@@ -4,6 +4,7 @@
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --search
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --json
     python -m opd_jax.preflight --config=configs/small_pod.py --topology=v5e:4x4 --lengths=lognormal:0.33:0.7
+    python -m opd_jax.preflight --config=configs/paper_stop.py --topology=v5p:4x4x4 --stops=0.79:0.13:0.17
     python -m opd_jax.preflight --config=configs/paper.py --topology=v5p:4x4x4 --stop_after=buffers
 
 Presets as paths (preset:Qwen3-1.7B) need no weights or tokenizers. The exit status is 1 if the memory does
@@ -59,6 +60,7 @@ def main(_):
     if flags.FLAGS.search and (flags.FLAGS.stop_after or flags.FLAGS.from_dump or flags.FLAGS.only):
         raise UserError("--search compiles whole programs; leave out --stop_after, --from_dump and --only")
     length_B = lengths.response_lengths(flags.FLAGS.lengths, config.rollout.batch, config.rollout.max_tokens)
+    stopped = lengths.stopped(flags.FLAGS.stops, length_B)
     chip, devices = topology.describe(flags.FLAGS.topology)
     if flags.FLAGS.search:
         # Each compile takes minutes. Results so far go to standard error, only the table to standard output.
@@ -82,8 +84,8 @@ def main(_):
         build = announced(build, progress)
         planned = plan(config, devices)
         report = check.check(planned, chip, largest=largest, build=build)
-    if flags.FLAGS.lengths != "full":
-        report.ragged = ragged.of(planned, report, length_B)
+    if flags.FLAGS.lengths != "full" or flags.FLAGS.stops:
+        report.ragged = ragged.of(planned, report, length_B, stopped)
     if flags.FLAGS.json:
         print(json.dumps(as_dict(report), indent=1))
     else:
@@ -101,5 +103,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("from_dump", "", "Read such a folder instead of compiling.")
     flags.DEFINE_string("only", "", "The one program to compile, without a report; for --stop_after.")
     flags.DEFINE_string("lengths", "full", f"Also predict a step with responses of {lengths.FORMS}.")
+    flags.DEFINE_string("stops", "", f"And some of them stop early: {lengths.STOPS}.")
     flags.DEFINE_bool("search", False, "Compile other mesh shapes and micro-batches, and rank them.")
     run(main)

@@ -90,9 +90,8 @@ def check(
 def _of_width(plan: programs.Programs, chip: topology.Chip, width: int, build) -> list[ProgramReport]:
     """The reports of sample and train_step for a narrower bucket of data.prompt_buckets."""
     narrow = _changed(plan, "data.prompt_tokens", width)
-    writes, samples = plan.teacher_writes, plan.config.rollout.samples_per_prompt
     return [
-        _sample(narrow, chip, f"sample_{width}", by_teacher=writes, samples=samples, build=build),
+        _sample(narrow, chip, f"sample_{width}", build, training=True),
         train_step(narrow, chip, build, f"train_step_{width}"),
     ]
 
@@ -112,41 +111,50 @@ def samplers(plan: programs.Programs, chip: topology.Chip, build=built) -> list[
     """
     c = plan.config
     samples = c.rollout.samples_per_prompt
-    found = [_sample(plan, chip, "sample", by_teacher=plan.teacher_writes, samples=samples, build=build)]
-    if (c.eval.every or c.eval.benchmark) and (plan.teacher_writes or samples > 1):
-        found.append(_sample(plan, chip, "evaluation_sample", by_teacher=False, samples=1, build=build))
+    found = [_sample(plan, chip, "sample", build, training=True)]
+    others = plan.teacher_writes or samples > 1 or c.release.stop != "never"
+    if (c.eval.every or c.eval.benchmark) and others:
+        found.append(_sample(plan, chip, "evaluation_sample", build, training=False))
     return found
 
 
-def _sample(
-    plan: programs.Programs, chip, name: str, *, by_teacher: bool, samples: int, build
-) -> ProgramReport:
-    """The report of a sampler: of rollout.batch responses, `samples` to a prompt."""
+def _sample(plan: programs.Programs, chip, name: str, build, *, training: bool) -> ProgramReport:
+    """The report of the sampler of the responses to train on, or of that of evaluations, at full length."""
     c, mesh = plan.config, plan.mesh
     b, p, t = c.rollout.batch, c.data.prompt_tokens, c.rollout.max_tokens
     rows = b // sharding.pieces(mesh)
+    by_teacher = training and plan.teacher_writes
+    samples = c.rollout.samples_per_prompt if training else 1
+    block = lengths.judged(c) if training else 0
     writer = plan.teacher if by_teacher else plan.student
-    params = plan.abstract_teacher() if by_teacher else plan.abstract_state().params
     held = held_bytes(plan)
     int8 = c.rollout.cache_dtype == "int8"
     spread = mesh.shape["fsdp"] if moe.can_spread(writer, mesh) else 1
     batch = costs.MicroBatch(rows, p, t, mesh.shape)
     turns = lengths.of_config(c, writer, sharding.pieces(mesh), np.full(b, t), samples)
     decoded = [stretch for turn in turns for stretch in turn]
+    flops = costs.phase_flops(writer, plan.teacher, b, p, t, samples)
+    moved = costs.sample_bytes(writer, batch, decoded, samples, int8, spread)
+    resident = held["optimizer state"]
+    if block:
+        own = c.release.stop_cache_dtype == "int8"
+        moved += costs.read_along_bytes(plan.teacher, batch, decoded, block, samples, own)
+    else:
+        resident += held[f"{'student' if by_teacher else 'teacher'} parameters"]
+    params = plan.abstract_state().params
     return _compile(
         plan,
         chip,
         Work(
             name,
-            programs.sample_program(mesh, writer, programs.sampling(c, samples)),
-            (params, *plan.abstract_draw(b // samples)),
+            plan.sample_to_train if training else plan.sample,
+            plan.abstract_training_draw() if training else (params, *plan.abstract_draw(b)),
             rows=rows,
-            flops=costs.phase_flops(writer, plan.teacher, b, p, t, samples)["sample"],
-            hbm_bytes=costs.sample_bytes(writer, batch, decoded, samples, int8, spread),
-            resident_bytes=held["optimizer state"]
-            + held[f"{'student' if by_teacher else 'teacher'} parameters"],
-            loop=lengths.rounds(turns[0]),
-            models=(writer,),
+            flops=flops["sample"] + (flops["score"] if block else 0),
+            hbm_bytes=moved,
+            resident_bytes=resident,
+            loop=lengths.rounds(turns[0], block),
+            models=(writer, plan.teacher) if block else (writer,),
         ),
         build,
     )
@@ -160,6 +168,8 @@ def train_step(
     flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, batch.prompt, batch.response)
     mu_bytes = {"float32": 4, "bfloat16": 2}[c.optimizer.mu_dtype] if c.optimizer.b1 else 0
     recomputed, updates = training.recomputes(c), c.train.updates_per_rollout
+    scored = not plan.scores_while_sampling
+    teacher = plan.teacher if scored else None
     return _compile(
         plan,
         chip,
@@ -168,9 +178,9 @@ def train_step(
             plan.train_step,
             (plan.abstract_state(), plan.abstract_inputs()),
             rows=batch.rows,
-            flops=flops["score"] + flops["update"] * (3 * updates + recomputed) / 3,
-            hbm_bytes=costs.train_bytes(plan.student, plan.teacher, batch, mu_bytes, recomputed, updates),
-            loop=lengths.training_rounds(c, lengths.full(c), 2, recomputed),
+            flops=scored * flops["score"] + flops["update"] * (3 * updates + recomputed) / 3,
+            hbm_bytes=costs.train_bytes(plan.student, teacher, batch, mu_bytes, recomputed, updates),
+            loop=lengths.training_rounds(c, lengths.full(c), 1 + (scored or recomputed), recomputed),
         ),
         build,
     )
@@ -252,7 +262,7 @@ class Work:
     flops: float
     hbm_bytes: int
     resident_bytes: int = 0
-    loop: int | Sequence[tuple[int, int]] = 1
+    loop: jaxprs.Trips = 1
     models: tuple[ModelConfig, ...] = ()
 
 

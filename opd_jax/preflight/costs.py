@@ -169,9 +169,34 @@ def sample_bytes(
     return int(total)
 
 
+def read_along_bytes(
+    teacher: ModelConfig,
+    batch: MicroBatch,
+    decoded: Sequence[Stretch],
+    block: int,
+    samples: int = 1,
+    int8_cache: bool = False,
+) -> int:
+    """HBM traffic of one device for a teacher that reads responses in blocks while they are written.
+
+    Args:
+      Others as `sample_bytes`'.
+    """
+    total = forward_bytes(teacher, batch.rows // samples, batch.prompt, batch.tensor)
+    head_bytes = teacher.head_size + 4 if int8_cache else value_bytes(teacher) * teacher.head_size
+    of_slot = 2 * teacher.layers * -(-teacher.kv_heads // batch.tensor) * head_bytes
+    for rows, steps, slots in decoded:
+        tokens = rows * block
+        each = read_bytes(teacher, tokens, batch.tensor) + rows * of_slot * slots
+        each += 2 * value_bytes(teacher) * tokens * block_values(teacher) // batch.tensor
+        each += LOGIT_BYTES * tokens * teacher.vocab_size // batch.tensor
+        total += steps / block * each
+    return int(total)
+
+
 def train_bytes(
     student: ModelConfig,
-    teacher: ModelConfig,
+    teacher: ModelConfig | None,
     batch: MicroBatch,
     mu_bytes: int,
     recomputed: bool = False,
@@ -180,6 +205,7 @@ def train_bytes(
     """HBM traffic of one device in score, gradient and update.
 
     Args:
+      teacher: None if it has read the responses already.
       mu_bytes: of one value of the first moment; 0 where it is not kept.
       recomputed: scoring also runs the student.
       updates: updates on the same rollouts, which are scored once.
@@ -220,13 +246,13 @@ def _own(model: ModelConfig, mesh_shape: Mapping[str, int]) -> int:
 
 
 def score_bytes(
-    student: ModelConfig, teacher: ModelConfig, batch: MicroBatch, recomputed: bool = False
+    student: ModelConfig, teacher: ModelConfig | None, batch: MicroBatch, recomputed: bool = False
 ) -> int:
     """HBM traffic of scoring one micro-batch."""
-    vocabulary = teacher.vocab_size + recomputed * student.vocab_size
+    models = [model for model in (teacher, student if recomputed else None) if model is not None]
+    vocabulary = sum(model.vocab_size for model in models)
     logits = LOGIT_BYTES * batch.rows * batch.response * vocabulary // batch.tensor
-    again = recomputed * _forward_bytes(student, batch)
-    return _forward_bytes(teacher, batch) + again + logits
+    return sum(_forward_bytes(model, batch) for model in models) + logits
 
 
 def _gradient_bytes(student: ModelConfig, batch: MicroBatch) -> int:

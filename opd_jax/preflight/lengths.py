@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from opd_jax.distill import packing, rollout
 from opd_jax.errors import UserError
-from opd_jax.models import ModelConfig, attention
+from opd_jax.models import ModelConfig, attention, cache
 from opd_jax.preflight.costs import Stretch
+from opd_jax.preflight.jaxprs import Trips
 
+STOPS = (
+    "SHARE:KEPT:WRITTEN, the share of responses that stop, and what they keep and write of their length,"
+    " or the rollouts.jsonl of a run with stops"
+)
 FORMS = "full, lognormal:MEAN:SIGMA with MEAN a share of the limit, or a run's rollouts.jsonl"
 
 
@@ -36,21 +42,22 @@ def response_lengths(spec: str, rows: int, longest: int, seed: int = 0) -> np.nd
             raise UserError(f"--lengths={spec}: give {FORMS}, such as lognormal:0.3:0.7")
         found = rng.lognormal(np.log(mean * longest) - sigma**2 / 2, sigma, rows)
     else:
-        found = rng.choice(_written(spec), rows)
+        found = rng.choice([tokens for tokens, _ in _written(spec, "--lengths", FORMS)], rows)
     return np.clip(np.rint(found), 1, longest).astype(int)
 
 
-def _written(path: str) -> list[int]:
-    """Tokens of each response of a rollouts.jsonl."""
+def _written(path: str, flag: str, forms: str) -> list[tuple[int, int]]:
+    """(tokens, tokens kept) of each response of a rollouts.jsonl."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        found = [int(json.loads(line)["tokens"]) for line in lines if line.strip()]
+        rows = [json.loads(line) for line in lines if line.strip()]
+        found = [(int(row["tokens"]), int(row.get("kept_tokens", row["tokens"]))) for row in rows]
     except FileNotFoundError:
-        raise UserError(f"--lengths={path}: there is no such file; give {FORMS}") from None
-    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{flag}={path}: there is no such file; give {forms}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         found = []
     if not found:
-        raise UserError(f"--lengths={path} has no records with tokens; give {FORMS}")
+        raise UserError(f"{flag}={path} has no records with tokens; give {forms}")
     return found
 
 
@@ -80,9 +87,58 @@ def decode(length_SR: np.ndarray, prompt: int, halvings: int, whole: int = 0) ->
     return found + [Stretch(1, 0, 0.0)] * (halvings + 1 - len(found))
 
 
-def rounds(decoded: list[Stretch]) -> list[tuple[int, int]]:
-    """The steps of each stretch's loop, and the blocks of the cache that each step may read one by one."""
-    return [(steps, -(-int(slots) // attention.SLOTS)) for _, steps, slots in decoded]
+def rounds(decoded: list[Stretch], judged: int = 0) -> list[tuple[int, Trips]]:
+    """The steps of each stretch's loop, and the blocks of the cache that each step may read one by one.
+
+    Args:
+      judged: tokens of a block, if the teacher reads along; then each stretch is a loop over blocks, with the
+        steps and the blocks of the teacher's cache inside.
+    """
+    found: list[tuple[int, Trips]] = []
+    for _, steps, slots in decoded:
+        read = -(-int(slots) // attention.SLOTS)
+        blocks = -(-steps // judged) if judged else 0
+        inside = [(round(steps / max(blocks, 1)), read), (-(-int(slots) // cache.read_slots(int(slots))), 0)]
+        found.append((blocks, inside) if judged else (steps, read))
+    return found
+
+
+def judged(config) -> int:
+    """Tokens of a block that the teacher reads while the student writes; 0 where it does not."""
+    return min(config.release.stop_block, config.rollout.max_tokens) if config.release.stop == "rule" else 0
+
+
+class Written(NamedTuple):
+    """How much of each response is written, and how much of it the gradient reads, in tokens."""
+
+    written_B: np.ndarray
+    kept_B: np.ndarray
+
+
+def stopped(spec: str, length_B: np.ndarray, seed: int = 0) -> Written:
+    """What is left of responses of these lengths if some of them stop.
+
+    Args:
+      spec: see STOPS; "" stops none. A file's rows are drawn with replacement, and are as long as there.
+
+    Raises:
+      UserError: the form is wrong.
+    """
+    if not spec:
+        return Written(length_B, length_B)
+    if spec.endswith(".jsonl"):
+        rows = np.random.default_rng(seed).choice(_written(spec, "--stops", STOPS), len(length_B))
+        return Written(*np.maximum(rows, 1).T)
+    try:
+        share, kept, written = map(float, spec.split(":"))
+    except ValueError:
+        share = kept = written = float("nan")
+    if not (0 <= share <= 1 and 0 < kept <= written <= 1):
+        raise UserError(f"--stops={spec}: give {STOPS}, such as 0.79:0.13:0.2")
+    stops_B = np.arange(len(length_B)) < round(share * len(length_B))
+    stops_B = np.random.default_rng(seed).permutation(stops_B)
+    shares = (np.where(stops_B, part, 1.0) for part in (written, kept))
+    return Written(*(np.maximum(np.rint(part_B * length_B), 1).astype(int) for part_B in shares))
 
 
 def chunks(config) -> int:
@@ -122,7 +178,7 @@ def packed(config, devices: int, length_B: np.ndarray) -> list[int]:
 
 def training_rounds(
     config, packed: list[int], passes: int, recomputed: bool = False
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, Trips]]:
     """Rounds of the loops of scoring and the gradient, and of those inside them; see `rounds`.
 
     Args:

@@ -2,33 +2,41 @@
 
 A program takes the longest of compute, HBM, links and network, as at full length. Each is scaled by what the
 rows cost at their lengths: decode steps by the rows that are left and the slots that they have written,
-scoring and the gradient by the micro-batches that are left when rows are packed (every token supervised,
-every prompt of full length).
+scoring and the gradient by the micro-batches that are left when rows are packed (every prompt of full length,
+and every token supervised, unless it is given where rows stop and what they keep).
 """
 
 import dataclasses
 
 import numpy as np
 
+from opd_jax.distill import train_step as training
 from opd_jax.parallel import sharding
 from opd_jax.preflight import costs, lengths
 from opd_jax.preflight.reports import ProgramReport, Ragged, StepReport
 from opd_jax.run import programs
 
 
-def of(plan: programs.Programs, report: StepReport, length_B: np.ndarray) -> Ragged:
+def of(
+    plan: programs.Programs,
+    report: StepReport,
+    length_B: np.ndarray,
+    stopped: lengths.Written | None = None,
+) -> Ragged:
     """Predicts a step with these lengths.
 
     Args:
       plan: the programs that `report` is of.
       report: as `check.check` returns it.
-      length_B: tokens of each response of a batch.
+      length_B: tokens of each whole response of a batch.
+      stopped: what is written of them, and what is kept; all if not given.
     """
     sample, train = report.programs[:2]
+    now = stopped or lengths.Written(length_B, length_B)
     return Ragged(
-        mean_tokens=float(length_B.mean()),
+        mean_tokens=float(now.written_B.mean()),
         full=[sample.seconds, train.seconds],
-        written=[_sample(plan, sample, length_B), _train(plan, train, length_B)],
+        written=[_sample(plan, sample, now.written_B), _train(plan, train, now)],
         padded=[_sample(plan, sample, length_B, padded=True), train.seconds],
     )
 
@@ -55,17 +63,24 @@ def _sample(plan, report: ProgramReport, length_B: np.ndarray, padded: bool = Fa
         turns = lengths.of_config(c, writer, devices, length_B, samples)
         return [stretch for turn in turns for stretch in turn]
 
+    block, teacher = lengths.judged(c), plan.teacher
+
     def products(decoded: list[costs.Stretch]) -> int:
         prompts = batch.rows // samples
-        total = prompts * p * writer.matmul_flops_per_token(head=False)
-        total += prompts * costs.attention_flops(writer, 0, p)
-        for rows, steps, slots in decoded:
-            attention = costs.attention_flops(writer, int(slots) - 1, 1)
-            total += rows * steps * (writer.matmul_flops_per_token(head=True) + attention)
+        models = [writer, teacher] if block else [writer]
+        total = 0
+        for model in models:
+            total += prompts * p * model.matmul_flops_per_token(head=False)
+            total += prompts * costs.attention_flops(model, 0, p)
+            for rows, steps, slots in decoded:
+                attention = costs.attention_flops(model, int(slots) - 1, 1)
+                total += rows * steps * (model.matmul_flops_per_token(head=True) + attention)
         return total
 
     def moved(decoded: list[costs.Stretch]) -> int:
-        return costs.sample_bytes(writer, batch, decoded, samples, c.rollout.cache_dtype == "int8")
+        int8, own = c.rollout.cache_dtype == "int8", c.release.stop_cache_dtype == "int8"
+        total = costs.sample_bytes(writer, batch, decoded, samples, int8)
+        return total + (costs.read_along_bytes(teacher, batch, decoded, block, samples, own) if block else 0)
 
     full, now = decoded(np.full_like(length_B, t)), decoded(length_B)
     if padded:
@@ -74,24 +89,42 @@ def _sample(plan, report: ProgramReport, length_B: np.ndarray, padded: bool = Fa
     return _seconds(report, products(now) / products(full), moved(now) / moved(full), sent[0] / sent[1])
 
 
-def _train(plan, report: ProgramReport, length_B: np.ndarray) -> float:
+def _train(plan, report: ProgramReport, now: lengths.Written) -> float:
     """Seconds of train_step."""
     c, devices = plan.config, sharding.pieces(plan.mesh)
     p, t, pieces = c.data.prompt_tokens, c.rollout.max_tokens, lengths.micro_batches(c)
-    packed = lengths.packed(c, devices, length_B)
     batch = costs.MicroBatch(c.train.micro_batch // devices, p, t, plan.mesh.shape, pieces)
-    updates = c.train.updates_per_rollout
+    updates, recomputed = c.train.updates_per_rollout, training.recomputes(c)
+    teacher = None if plan.scores_while_sampling else plan.teacher
+    passes = [(teacher, 1)] if teacher else []
+    passes += [(plan.student, 1)] if recomputed else []
 
-    flops = costs.phase_flops(plan.student, plan.teacher, c.rollout.batch, p, t)
-    whole = flops["score"] + updates * flops["update"]
-    models = (plan.teacher, 1), (plan.student, 3 * updates)
-    head = sum(2 * passes * c.rollout.batch * t * m.vocab_size * m.width for m, passes in models)
-    computed = len(packed) / pieces
-    of_head = sum(packed) / (pieces * lengths.chunks(c))
-    products = (whole - head) / whole * computed + head / whole * of_head
+    def products(passes, packed: list[int]) -> float:
+        """FLOPs of passes over micro-batches whose responses have so many chunks."""
+        length, chunks = p + t, lengths.chunks(c)
+        total = 0.0
+        for model, times in passes:
+            blocks = length * model.matmul_flops_per_token(head=False) + costs.attention_flops(
+                model, 0, length
+            )
+            head = 2 * t * model.vocab_size * model.width
+            total += times * (len(packed) * blocks + sum(packed) / chunks * head)
+        return total
 
-    def moved(pieces: int) -> int:
-        own = dataclasses.replace(batch, pieces=pieces)
-        return costs.train_bytes(plan.student, plan.teacher, own, mu_bytes=4)
+    def moved(scored: int, learnt: int) -> float:
+        """HBM traffic of micro-batches that are scored, and of some that are learnt from."""
 
-    return _seconds(report, products, moved(len(packed)) / moved(pieces), computed)
+        def of(pieces: int, updates: int) -> int:
+            own = dataclasses.replace(batch, pieces=pieces)
+            return costs.train_bytes(plan.student, teacher, own, 4, recomputed, updates)
+
+        read = of(scored, 0)
+        return read + of(learnt, updates) - of(learnt, 0)
+
+    read, learnt = (lengths.packed(c, devices, length_B) for length_B in now)
+    whole = lengths.full(c)
+    gradient = [(plan.student, 3 * updates)]
+    compute = products(passes, read) + products(gradient, learnt)
+    compute /= products(passes, whole) + products(gradient, whole)
+    memory = moved(len(read), len(learnt)) / moved(pieces, pieces)
+    return _seconds(report, compute, memory, (len(read) + len(learnt)) / (2 * pieces))

@@ -6,17 +6,22 @@ May import: models, parallel and the rooms before them. Needs jax alone, so anot
 
 # Imported at once: a function has its module's name here, and would be hidden behind the module otherwise.
 from opd_jax.release.change_point import ChangePoint, change_point
-from opd_jax.release.release import RESCALES, Margins, Release, release
-from opd_jax.release.rules import RULES, Proposal, propose, rule
+from opd_jax.release.release import RESCALES, Margins, Release, certain, ended, release
+from opd_jax.release.rules import CERTAIN, RULES, Proposal, at_once, by_gain, propose, rule
 
 __all__ = [
+    "CERTAIN",
     "RESCALES",
     "RULES",
     "ChangePoint",
     "Margins",
     "Proposal",
     "Release",
+    "at_once",
+    "by_gain",
+    "certain",
     "change_point",
+    "ended",
     "propose",
     "release",
     "rule",

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from opd_jax.errors import UserError
 from opd_jax.release.change_point import ChangePoint, change_point
-from opd_jax.release.rules import RULES
+from opd_jax.release.rules import CERTAIN, RULES
 from opd_jax.release.segment_runs import find_segments
 
-__all__ = ["RESCALES", "ChangePoint", "Release", "change_point", "release"]
+__all__ = ["RESCALES", "ChangePoint", "Release", "certain", "change_point", "ended", "release"]
 
 RESCALES = ("sequence", "batch", "none")
 
@@ -101,3 +101,28 @@ def release(scores, segment_BT: jax.Array, mask_BT: jax.Array, config, *, step=0
             accepted_B=proposal.accepted_B,
             gain_B=proposal.gain_B,
         )
+
+
+def ended(segment_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """[B, T]: the response tokens of all segments but the last, which may go on if more is written."""
+    order_BT = find_segments(segment_BT, mask_BT).order_BT
+    return mask_BT & (order_BT < order_BT.max(axis=1, keepdims=True))
+
+
+def certain(
+    scores, segment_BT: jax.Array, mask_BT: jax.Array, config, *, step=0
+) -> tuple[jax.Array, jax.Array]:
+    """Whether a rule is certain of its release while a response is still written.
+
+    Args:
+      mask_BT: the tokens so far. The rule reads what has `ended` of them.
+      Others as `release`'s; the rule of the config is one of rules.CERTAIN.
+
+    Returns:
+      (certain_B; kept_B, the tokens that the rule keeps so far).
+    """
+    with jax.named_scope("release"):
+        segments = find_segments(segment_BT, ended(segment_BT, mask_BT))
+        proposal = RULES[config.rule](scores, segments, config, step, None)
+        kept_BT = segments.mask_BT & (proposal.weight_BT > 0)
+        return CERTAIN[config.rule](proposal, segments, config), kept_BT.sum(axis=1, dtype=jnp.int32)

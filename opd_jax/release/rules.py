@@ -6,6 +6,7 @@ counts them. docs/rules.md says which part of each is its source's and which is 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -43,11 +44,29 @@ class Proposal:
 Rule = Callable[..., Proposal]
 RULES: dict[str, Rule] = {}
 
+# Whether each row's release is certain while the response is still written, from what the rule says of its
+# sentences so far: (proposal, segments, config) -> certain_B. The tokens before the release stay the rule's.
+Certain = Callable[[Proposal, Segments, Any], jax.Array]
+CERTAIN: dict[str, Certain] = {}  # by the rules' names; others cannot end a response
 
-def rule(name: str, **fields: Field) -> Callable[[Rule], Rule]:
+
+def by_gain(proposal: Proposal, segments: Segments, config) -> jax.Array:
+    """For a change point: BIC prefers it by `stop_gain` nats, and `stop_after` sentences follow it."""
+    after_B = _count(segments.last_BT) - proposal.cut_B
+    return proposal.accepted_B & (proposal.gain_B > config.stop_gain) & (after_B >= config.stop_after)
+
+
+def at_once(proposal: Proposal, segments: Segments, config) -> jax.Array:
+    """For a rule that keeps a prefix and decides on it by what is written: what follows changes nothing."""
+    return proposal.accepted_B
+
+
+def rule(name: str, certain: Certain | None = None, **fields: Field) -> Callable[[Rule], Rule]:
     """Registers a function as the rule that `release.rule = name` selects.
 
     Args:
+      certain: says while a response is written whether its release is certain, for `release.stop=rule`; such
+        as `by_gain` or `at_once`. None: the rule needs whole responses.
       fields: fields of the config that this rule alone reads, as `release.FIELD` and `config.FIELD`.
 
     Raises:
@@ -60,6 +79,9 @@ def rule(name: str, **fields: Field) -> Callable[[Rule], Rule]:
             raise ValueError(f"release.rule={name} is a rule of opd_jax; choose another name")
         parameters("release", name, fields)
         RULES[name] = function
+        CERTAIN.pop(name, None)
+        if certain is not None:
+            CERTAIN[name] = certain
         return function
 
     return register
@@ -71,7 +93,7 @@ def _keep_all(scores, segments: Segments, config, step, key) -> Proposal:
     return propose(jnp.ones(segments.mask_BT.shape), segments)
 
 
-@rule("paper")
+@rule("paper", certain=by_gain)
 def _local_contrast(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps the segments before the drop of log(1 + mean teacher margin).
 
@@ -80,7 +102,7 @@ def _local_contrast(scores, segments: Segments, config, step, key) -> Proposal:
     return _up_to(_margin_drop(scores, segments, config), segments)
 
 
-@rule("advantage_std")
+@rule("advantage_std", certain=by_gain)
 def _advantage_std(scores, segments: Segments, config, step, key) -> Proposal:
     """Keeps the segments before the drop of log(1 + std of the advantage), with the paper's test.
 
@@ -132,7 +154,69 @@ def _fixed_prefix(scores, segments: Segments, config, step, key) -> Proposal:
 
 
 @rule(
+    "esr",
+    certain=at_once,
+    esr_tokens=Field(100, "Tokens kept of each response.", least=1),
+)
+def _early_stop(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps the first `esr_tokens` tokens of each response.
+
+    Source: ESR, arXiv 2605.27028: a fixed horizon of the first 100 tokens (of which only a summary was at
+    hand). With `release.stop=length:100` sampling ends there too, as theirs does.
+    """
+    return _first_tokens(jnp.int32(config.esr_tokens), segments)
+
+
+@rule(
+    "popd",
+    certain=at_once,
+    popd_start=Field(
+        0.1, "Share of `rollout.max_tokens` kept of each response at the first step.", least=1e-6, most=1
+    ),
+    popd_steps=Field(100, "Steps over which the kept length grows linearly to all of it.", least=1),
+)
+def _growing_horizon(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps the tokens before a horizon, which grows linearly from a share of the length limit to all of it.
+
+    Source: TOPD and POPD, arXiv 2605.31490: a horizon of 10% of the length does as well as all of it, and one
+    that grows does better (of which only a summary was at hand). Ours: that it grows linearly, and from when.
+    """
+    done = jnp.minimum(step / max(config.popd_steps - 1, 1), 1.0)
+    share = config.popd_start + (1 - config.popd_start) * done
+    tokens = jnp.round(share * segments.mask_BT.shape[1])
+    return _first_tokens(jnp.maximum(tokens, 1).astype(jnp.int32), segments)
+
+
+@rule(
+    "kat",
+    certain=at_once,
+    kat_kl=Field(0.05, "Nats a token: a sentence below it has nothing left to learn.", least=0),
+    kat_sentences=Field(3, "Sentences in a row that must be below it.", least=1),
+)
+def _nothing_left(scores, segments: Segments, config, step, key) -> Proposal:
+    """Keeps the segments before the first run of `kat_sentences` in which the two models already agree.
+
+    A token's divergence is KL(student || teacher) over the student's K candidates and all other tokens as
+    one more; a segment's is the mean of its tokens.
+
+    Source: KAT, arXiv 2606.09471: a rollout stops where the KL is persistently low (of which only a summary
+    was at hand). Ours: segments, the mean, the threshold and the number of segments.
+    """
+    kl_BT = segment_mean(_candidate_kl(scores), segments)
+    low_BT = segments.last_BT & (kl_BT < config.kat_kl)
+    # Low segments in a row up to each: the segments since the last one that is not low.
+    number_BT = segments.order_BT + 1
+    high_BT = jnp.where(segments.last_BT & ~low_BT, number_BT, 0)
+    run_BT = jnp.where(segments.last_BT, number_BT - jax.lax.cummax(high_BT, axis=1), 0)
+    found_BT = run_BT >= config.kat_sentences
+    first_B = jnp.where(found_BT, number_BT, jnp.iinfo(jnp.int32).max).min(axis=1)
+    cut_B = jnp.where(found_BT.any(axis=1), first_B - config.kat_sentences, _count(segments.last_BT))
+    return propose(segments.order_BT < cut_B[:, None], segments)
+
+
+@rule(
     "fopd",
+    certain=at_once,
     fopd_start=Field(128, "Tokens kept of each response at the first step.", least=1),
     fopd_end=Field(1024, "Tokens kept from step number `release.fopd_steps` on.", least=1),
     fopd_steps=Field(100, "Steps over which the kept length grows linearly.", least=1),
@@ -144,7 +228,8 @@ def _growing_prefix(scores, segments: Segments, config, step, key) -> Proposal:
 
     Source: FOPD, "Fast and Effective On-policy Distillation from Reasoning Prefixes", arXiv 2602.15260:
     supervision of a prefix whose length follows a linear schedule (of which only summaries were at
-    hand). Ours: the two lengths and the steps. There sampling stops at the prefix; here it does not.
+    hand). Ours: the two lengths and the steps. There sampling stops at the prefix, as with
+    `release.stop=grow:A:B:STEPS`.
     """
     done = jnp.minimum(step / max(config.fopd_steps - 1, 1), 1.0)
     tokens = config.fopd_start + (config.fopd_end - config.fopd_start) * done
@@ -207,6 +292,7 @@ def _importance(scores, segments: Segments, config, step, key) -> Proposal:
 
 @rule(
     "prune_opd",
+    certain=at_once,
     prune_overlap=Field(
         0.7,
         """A token has drifted if the two models share less than this share of their `scoring.candidates` most
@@ -229,8 +315,8 @@ def _drift_decay(scores, segments: Segments, config, step, key) -> Proposal:
     the teacher's K best. w_t = max(1 - prune_drop x (drifted tokens up to and including t), 0) + prune_base.
 
     Source: Prune-OPD, arXiv 2605.07804, for the overlap and the monotone decay; formula and defaults as two
-    public re-implementations of the authors' code give them. Ours: K is scoring.candidates for both, and
-    sampling is not shortened, where theirs adapts the response length.
+    public re-implementations of the authors' code give them. Ours: K is scoring.candidates for both. With
+    prune_base=0, `release.stop=rule` ends responses where their weight reaches 0.
     """
     drifted_BT = segments.mask_BT & (scores.overlap_BT < config.prune_overlap)
     drifted_BT = jnp.cumsum(drifted_BT.astype(jnp.int32), axis=1)
@@ -308,6 +394,18 @@ def propose(weight_BT, segments: Segments) -> Proposal:
         accepted_B=_count(on_BT) < _count(segments.mask_BT),
         gain_B=jnp.zeros(on_BT.shape[:1], jnp.float32),
     )
+
+
+def _candidate_kl(scores):
+    """KL(student || teacher) in nats, over the student's candidates and all other tokens as one more."""
+    student_BTK, teacher_BTK = scores.student_topk_logp_BTK, scores.teacher_topk_logp_BTK
+    mass_BTK = jnp.exp(student_BTK)
+    kl_BT = jnp.where(mass_BTK > 0, mass_BTK * (student_BTK - teacher_BTK), 0).sum(axis=-1)
+    rest_BT, rest_of_teacher_BT = (
+        jnp.clip(1 - jnp.exp(x).sum(axis=-1), jnp.finfo(jnp.float32).eps, 1)
+        for x in (student_BTK, teacher_BTK)
+    )
+    return kl_BT + rest_BT * (jnp.log(rest_BT) - jnp.log(rest_of_teacher_BT))
 
 
 def _divergence_and_compatibility(scores):

@@ -206,6 +206,26 @@ def answers(records: Sequence[Mapping[str, Any]]) -> str:
     return canvas.svg("Kept and released tokens of long answers", lambda axes: _answers(axes, records))
 
 
+def stops(records: Sequence[Mapping[str, Any]], whole: float) -> str:
+    """`answers` of rollouts that may have stopped, with what those did not write.
+
+    Args:
+      records: from rollouts.jsonl; reads tokens, kept_tokens and stopped.
+      whole: tokens up to which what was not written is drawn; NaN for none.
+    """
+
+    def draw(axes: Axes) -> None:
+        rows = _answers(axes, records)
+        written = np.array([record["tokens"] for record in rows], float)
+        rest = np.array([max(whole - record["tokens"], 0) if record["stopped"] else 0 for record in rows])
+        look: dict[str, Any] = {"facecolor": "none", "edgecolor": canvas.MUTED, "linewidth": 0.6}
+        place = np.flatnonzero(rest > 0)
+        axes.barh(place, rest[place], 0.7, written[place], linestyle=":", **look)
+        axes.set_ylabel(f"{len(rows)} rollouts of the step")
+
+    return canvas.svg("Kept, released and unwritten tokens of rollouts", draw)
+
+
 def margin_and_answers(records: Sequence[Mapping[str, Any]], margin_3N: np.ndarray) -> str:
     """The teacher's margin along long answers, next to the parts that are kept and released.
 
@@ -230,7 +250,8 @@ def margin_and_answers(records: Sequence[Mapping[str, Any]], margin_3N: np.ndarr
     return canvas.svg("Teacher margin along long answers, and what is kept of them", draw, columns=2)
 
 
-def _answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+def _answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Draws the bars; returns the records from top to bottom."""
     rows = sorted(records, key=lambda record: (record["kept_tokens"], record["tokens"]))
     kept = np.array([record["kept_tokens"] for record in rows])
     rest = np.array([record["tokens"] for record in rows]) - kept
@@ -246,6 +267,7 @@ def _answers(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     axes.grid(axis="y", visible=False)
     canvas.legend(axes, [Patch(label=label, **look) for label, look in looks.items()])
     canvas.label(axes, "tokens", f"{len(rows)} answers")
+    return rows
 
 
 def phase_bars(titles: Sequence[str], seconds: Sequence[Mapping[str, float]]) -> str | None:

@@ -16,6 +16,7 @@ from opd_jax.report import answers as report_answers
 from opd_jax.report import canvas, figures, html, rollout_profiles
 from opd_jax.report import gradient as report_gradient
 from opd_jax.report import rollouts as report_rollouts
+from opd_jax.report import stops as report_stops
 from opd_jax.run import Run, alarms, column, differences, phase_seconds
 
 STYLE_FILE = Path(__file__).with_name("report.css")
@@ -37,6 +38,7 @@ def render(
         _progress(runs),
         _teachability(runs),
         _release(runs),
+        report_stops.section(runs),
         report_gradient.section(runs),
         report_answers.section(runs),
         _health(runs),

@@ -28,6 +28,12 @@ def _choose(rollouts: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
         yield from sorted(at_step, key=lambda rollout: not rollout["accepted"])[:count]
 
 
+def _ending(rollout: Mapping[str, Any]) -> str:
+    if rollout.get("stopped"):
+        return "stopped"
+    return "finished" if rollout["finished"] else "cut at the length limit"
+
+
 def _rollout(rollout: Mapping[str, Any]) -> str:
     sentences = [s for s in rollout["sentences"] if s["text"]]
     gain = f", BIC gain {rollout['gain']:.1f}" if rollout.get("gain") is not None else ""
@@ -35,7 +41,7 @@ def _rollout(rollout: Mapping[str, Any]) -> str:
         f"step {rollout['step']}",
         f"{rollout['kept_tokens']} of {rollout['tokens']} tokens supervised",
         f"release accepted{gain}" if rollout["accepted"] else "no release",
-        "finished" if rollout["finished"] else "cut at the length limit",
+        _ending(rollout),
     ]
     top = max((s["contrast"] or 0.0 for s in sentences), default=0.0) or 1.0
     bars, text = [], []

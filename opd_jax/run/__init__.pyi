@@ -6,6 +6,7 @@ from . import resolve as resolve
 from . import sizes as sizes
 from . import transcripts as transcripts
 from .checkpoint import Checkpoints as Checkpoints
+from .draw import Draw as Draw
 from .draw import batching_of as batching_of
 from .job import Job as Job
 from .job import prepare as prepare

@@ -69,6 +69,9 @@ class Alarms:
                 found.append(("skipped_updates", {"value": record["skipped_updates"]}))
             if len(self._steps) == WINDOW:
                 shares = {name: _mean(self._steps, name) for name in ("finished_share", "repeated_share")}
+                written = 1 - (_mean(self._steps, "stopped_share") or 0)  # others were not stopped
+                if shares["finished_share"] is not None:
+                    shares["finished_share"] = shares["finished_share"] / written if written else None
                 ratio = self._stop_ratio(STOP_ENDS)
                 if ratio is not None and ratio < STOP_RATIO:
                     found.append(("stop_probability", {"value": ratio}))

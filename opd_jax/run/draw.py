@@ -22,16 +22,18 @@ class Draw:
     """Draws responses to batches of prompts.
 
     Attributes:
-      sample: compiled sample(params, tokens_QP, mask_QP, key, step) -> Rollouts.
+      sample: compiled sample(params, tokens_QP, mask_QP, key, step, *reads) -> Rollouts.
       key: a PRNG key on the mesh. The draws follow from it and the number of the batch alone.
       mesh: the devices.
       name: what progress calls the sampler.
+      reads: what it reads besides.
     """
 
     sample: Callable
     key: jax.Array
     mesh: jax.sharding.Mesh
     name: str = "the sampler"
+    reads: tuple = ()
 
     def __call__(
         self, params: dict, local: PromptBatch, number: int | jax.Array, progress: Progress
@@ -47,7 +49,7 @@ class Draw:
         if not isinstance(number, jax.Array):
             number = jax.device_put(np.int32(number), sharding.replicated(self.mesh))
         with progress.compiling(self.name, self.sample, local.tokens_BP.shape[1]):
-            return batch, self.sample(params, batch.tokens_BP, batch.mask_BP, self.key, number)
+            return batch, self.sample(params, batch.tokens_BP, batch.mask_BP, self.key, number, *self.reads)
 
 
 def batching_of(config, mesh, model: ModelConfig) -> Batching:

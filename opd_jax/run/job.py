@@ -80,10 +80,10 @@ class Job(programs.Programs):
         """The shape of the batches of evaluations and benchmarks."""
         return batching_of(self.config, self.mesh, self.student)
 
-    def training_draw(self) -> Draw:
+    def training_draw(self, teacher_params: dict) -> Draw:
         """Draws the responses to train on, for the parameters of the model that writes them."""
-        sample = self.sample_teacher if self.teacher_writes else self.sample_group
-        return Draw(sample, self.key(Key.SAMPLING), self.mesh)
+        reads = (teacher_params, self.table) if self.scores_while_sampling else ()
+        return Draw(self.sample_to_train, self.key(Key.SAMPLING), self.mesh, reads=reads)
 
     @functools.cached_property
     def evaluation_draw(self) -> Draw:

@@ -12,6 +12,7 @@ from opd_jax.models.files import source
 from opd_jax.parallel import sharding
 from opd_jax.progress import Progress, own
 from opd_jax.run import transcripts
+from opd_jax.run.draw import Draw
 from opd_jax.run.job import Job, prepare
 from opd_jax.run.keys import Key
 
@@ -39,7 +40,7 @@ def preview(job, params: dict, teacher_params: dict, progress: Progress | None =
 
 
 def _preview(job, params: dict, teacher_params: dict, shown: Progress) -> list[dict]:
-    draw = dataclasses.replace(job.training_draw(), sample=job.sample_group)
+    draw = Draw(job.sample_group, job.key(Key.SAMPLING), job.mesh)
     step = jax.device_put(np.int32(0), sharding.replicated(job.mesh))
     _, rollouts = draw(params, next(job.training_batches()), step, shown)
 

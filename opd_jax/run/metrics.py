@@ -251,6 +251,8 @@ def _summary(record: Mapping[str, Any]) -> str:
         parts.append(f"[{record['kl_low']:.4f}, {record['kl_high']:.4f}]")
     if record.get("finished_share") is not None:
         parts.append(f"finished {record['finished_share']:.0%}")
+    if record.get("stopped_share") is not None:
+        parts.append(f"stopped {record['stopped_share']:.0%}")
     if record.get("tokens_per_second") is not None:
         parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     return "  ".join(parts)

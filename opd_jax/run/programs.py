@@ -25,6 +25,7 @@ from opd_jax.distill import (
     repeats,
     rollout,
     scoring,
+    stopping,
     trainable,
 )
 from opd_jax.models import ModelConfig, transformer
@@ -42,6 +43,7 @@ TRAIN_STEP_READS = (
     "segments",
     "train",
 )
+SAMPLER_READS = ("data", *TRAIN_STEP_READS)  # of a sampler that scores
 
 
 def compiled(sections: Sequence[str]) -> Callable[[Callable[..., Any]], functools.cached_property[Any]]:
@@ -120,6 +122,12 @@ class Programs:
             jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         )
 
+    def abstract_training_draw(self) -> tuple:
+        """The abstract arguments of `sample_to_train`."""
+        params = self.abstract_teacher() if self.teacher_writes else self.abstract_state().params
+        reads = (self.abstract_teacher(), self.abstract_table()) if self.scores_while_sampling else ()
+        return params, *self.abstract_draw(self.prompt_batch), *reads
+
     def abstract_key(self):
         """An abstract PRNG key."""
         return placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(self.mesh))
@@ -135,9 +143,8 @@ class Programs:
         return placed(table, sharding.replicated(self.mesh))
 
     def abstract_rollouts(self) -> Rollouts:
-        """The abstract Rollouts that `sample_group` returns."""
-        draw = self.abstract_draw(self.prompt_batch)
-        like = jax.eval_shape(self.sample_group, self.abstract_state().params, *draw)
+        """The abstract Rollouts that `sample_to_train` returns."""
+        like = jax.eval_shape(self.sample_to_train, *self.abstract_training_draw())
         return placed(like, sharding.batch(self.mesh))
 
     def abstract_inputs(self) -> StepInputs:
@@ -173,6 +180,11 @@ class Programs:
         return objectives.OBJECTIVES[self.config.objective.name].writer == "teacher"
 
     @property
+    def scores_while_sampling(self) -> bool:
+        """Whether the sampler of the responses to train on scores them too, and stops them by the rule."""
+        return self.config.release.stop == "rule"
+
+    @property
     def prompt_batch(self) -> int:
         """Q, prompts a training step."""
         return self.config.rollout.batch // self.config.rollout.samples_per_prompt
@@ -201,6 +213,45 @@ class Programs:
         """Compiled like `sample_group`, for the teacher's parameters; the Rollouts hold its probabilities."""
         samples = self.config.rollout.samples_per_prompt
         return sample_program(self.mesh, self.teacher, sampling(self.config, samples))
+
+    @property
+    def sample_to_train(self):
+        """The sampler of the responses to train on, `sample_group` as the objective and release.stop want it.
+
+        Compiled like `sample`, for the parameters of the model that writes. With `scores_while_sampling`, it
+        takes the teacher's parameters and the SegmentTable after the others.
+        """
+        if self.scores_while_sampling:
+            return self.sample_and_score
+        c = self.config
+        stop = stopping.parse(c.release.stop, c.release.stop_audit)
+        if not isinstance(stop, stopping.Limit):
+            return self.sample_teacher if self.teacher_writes else self.sample_group
+        writer = self.teacher if self.teacher_writes else self.student
+        return sample_program(self.mesh, writer, sampling(c, c.rollout.samples_per_prompt), stop)
+
+    @compiled(SAMPLER_READS)
+    def sample_and_score(self):
+        """Compiled like `sample_group`, with (teacher_params, table) as last arguments."""
+        c = self.config
+        how = sampling(c, c.rollout.samples_per_prompt)
+        keep = objectives.OBJECTIVES[c.objective.name].teacher
+        scored = scoring.Scoring(c.scoring.chunk, keep=keep, top_k=c.objective.top_k)
+        block = min(c.release.stop_block, c.rollout.max_tokens)
+
+        def sample(params, tokens_QP, mask_QP, key, step, *reads):
+            teacher_params, table = reads
+            judge = stopping.Judge(self.teacher, teacher_params, table, c.release, scored, step, block)
+            key, prompts = jax.random.fold_in(key, step), (tokens_QP, mask_QP)
+            return stopping.sample_and_score((self.student, params), prompts, key, how, judge)
+
+        rows, whole = sharding.batch(self.mesh), sharding.replicated(self.mesh)
+        models = param_shardings(self.mesh, self.student), self.teacher_shardings
+        return jax.jit(
+            sharding.on(self.mesh, sample),
+            in_shardings=(models[0], rows, rows, whole, whole, models[1], whole),
+            out_shardings=rows,
+        )
 
     @compiled(TRAIN_STEP_READS)
     def train_step(self):
@@ -262,17 +313,21 @@ def sampling(config, samples: int = 1) -> rollout.Sampling:
 
 # Jobs of one process share what is compiled for them where they agree in what it reads.
 @functools.lru_cache(maxsize=8)
-def sample_program(mesh, student: ModelConfig, sampling: rollout.Sampling):
-    """The jitted sampler of `Programs.sample`, for any model."""
+def sample_program(mesh, model: ModelConfig, sampling: rollout.Sampling, limit: stopping.Limit | None = None):
+    """The jitted sampler of `Programs.sample`, for any model; with lengths at which rows stop, if given."""
 
     def sample(params, tokens_QP, mask_QP, key, step):
         key = jax.random.fold_in(key, step)
-        return rollout.sample(student, params, tokens_QP, mask_QP, key, sampling)
+        if limit is None:
+            return rollout.sample(model, params, tokens_QP, mask_QP, key, sampling)
+        draws = limit.draws(rollout.draws(key, len(tokens_QP), sampling), sampling, step)
+        rollouts = rollout.sample(model, params, tokens_QP, mask_QP, draws, sampling)
+        return limit.noted(rollouts, draws, sampling)
 
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     return jax.jit(
         sharding.on(mesh, sample),
-        in_shardings=(param_shardings(mesh, student), rows, rows, whole, whole),
+        in_shardings=(param_shardings(mesh, model), rows, rows, whole, whole),
         out_shardings=rows,
     )
 

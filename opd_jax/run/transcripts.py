@@ -47,6 +47,18 @@ def records(
                 "tokens": int(rollouts.mask_BT[b].sum()),
                 "sentences": sentences,
             }
+            | _stops(rollouts.stops, b)
             | ({} if right is None else {"right": right[b]})
         )
     return records
+
+
+def _stops(stops, b: int) -> dict:
+    """What a record says of release.stop; nothing where no row can stop."""
+    if stops is None:
+        return {}
+    return {
+        "stopped": bool(stops.stopped_B[b]),
+        "audit": bool(stops.audit_B[b]),
+        "certain_tokens": int(stops.certain_B[b]),
+    }

@@ -68,6 +68,13 @@ def refusal(settings, workdir=None) -> str:
         ("release.prune_overlap", 1.5, "between 0 and 1"),
         ("release.prune_drop", 2.0, "between 0 and 1"),
         ("release.ta_share", 5.0, "between"),
+        ("release.stop", "sometimes", "never, rule, length:N"),
+        ("release.stop", "length:0", "never, rule, length:N"),
+        ("release.stop", "length:3:4", "never, rule, length:N"),
+        ("release.stop", "grow:9:3:5", "smaller"),
+        ("release.stop", "length:12", "rollout.max_tokens=12"),
+        ("release.stop_block", 1, "at least 2"),
+        ("release.stop_audit", 1.5, "between 0 and 1"),
         ("segments.kind", "fixed:0", "1 or more"),
         ("segments.kind", "line", "use one of punkt"),
         ("segments.punkt", "/nowhere/at/all", "punkt_tab"),
@@ -131,6 +138,21 @@ def test_a_wrong_value_is_refused_by_its_key_before_anything_compiles(models, no
     said_instead = refusal(tiny.config(models, **{key: value}))
     assert key in said_instead
     assert said in said_instead
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"release.rule": "random"}, "use one of advantage_std"),
+        ({"release.rule": "prune_opd"}, "set release.prune_base=0"),
+        ({"segments.kind": "nltk"}, "use punkt"),
+        ({"objective.name": "sft"}, "the teacher writes"),
+        ({"reward.weight": 0.5}, "reward.weight=0.5"),
+        ({"rollout.max_tokens": 1}, "2 or more"),
+    ],
+)
+def test_stopping_by_the_rule_is_refused_where_it_cannot_be(models, fields, said):
+    assert said in refusal(tiny.config(models, **{"release.stop": "rule"}, **fields))
 
 
 def test_an_int8_cache_has_the_student_run_again_unless_the_samplers_numbers_are_asked_for(models):

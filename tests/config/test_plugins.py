@@ -122,8 +122,9 @@ def test_a_rule_cannot_declare_a_field_of_every_run():
 def test_rules_of_the_package_declare_what_they_alone_read():
     declared = {f"release.{name}" for (s, _), own in PARAMETERS.items() if s == "release" for name in own}
     shared = {key for key in fields.FIELDS if key.startswith("release.")}
-    assert shared == {"release.rule", "release.min_segments", "release.rescale"}
-    assert len(declared) == 10 and fields.reader("release.iw_gamma") == ("release", "iw_opd")
+    stops = ("stop", "stop_block", "stop_gain", "stop_after", "stop_cache_dtype", "stop_audit")
+    assert shared == {f"release.{name}" for name in ("rule", "min_segments", "rescale", *stops)}
+    assert len(declared) == 15 and fields.reader("release.iw_gamma") == ("release", "iw_opd")
     assert fields.reader("objective.beta") == ("objective", "jsd")
     assert fields.reader("objective.top_k") is None
 

@@ -356,6 +356,8 @@ def test_each_loop_without_a_limit_runs_its_own_number_of_rounds_and_so_do_loops
     for trips, want in (
         ([(3, 9), (5, 7)], {"cosine": 3, "sine": 35}),
         ([(3, 9)], {"cosine": 3, "sine": 0}),
+        ([(3, 9), (5, [(7, 1)])], {"cosine": 3, "sine": 35}),
+        ([(3, 9), (5, [])], {"cosine": 3, "sine": 0}),
         (2, {"cosine": 2, "sine": 4}),
     ):
         found = {i.opcode: times for i, times, _ in hlo.Program(text, trips)}
@@ -378,6 +380,43 @@ def test_a_step_of_ragged_responses_is_predicted_between_nothing_and_the_padded_
     # Prompts of 48 leave no room for a second row in sequences of 60, but a head's chunks follow the longest.
     assert short.padded[1] == report.programs[1].seconds
     assert "these lengths take" in preflight_table.step(dataclasses.replace(report, ragged=short), "")
+
+
+def test_a_step_that_stops_rows_is_predicted_from_what_is_written_and_kept(models):
+    """The teacher reads in the sampler's program, and the training step no longer does."""
+    stops = {"release.stop": "rule", "release.stop_block": 4, "segments.kind": "fixed:2"}
+    plan, without = (planned(models, devices=8, **fields) for fields in (stops, {}))
+    report = preflight_check.check(plan, CHIP, largest=False)
+    assert report.ok and [p.name for p in report.programs[3:]] == ["evaluation_sample"]
+    usual = preflight_check.check(without, CHIP, largest=False)
+    for total in ("flops", "program_flops"):
+        assert getattr(report.programs[0], total) > getattr(usual.programs[0], total)
+        assert getattr(report.programs[1], total) < getattr(usual.programs[1], total)
+        both, before = (sum(getattr(p, total) for p in r.programs[:2]) for r in (report, usual))
+        assert both == pytest.approx(before, rel=0.2), total
+    length_B = np.full(16, 12)
+    full = ragged.of(plan, report, length_B)
+    assert full.written == pytest.approx(full.full)
+    now = lengths.stopped("0.5:0.25:0.5", length_B)
+    assert sorted(zip(*now)) == [(6, 3)] * 8 + [(12, 12)] * 8
+    fewer = ragged.of(plan, report, length_B, lengths.stopped("1:0.25:0.5", length_B))
+    assert fewer.written[0] < full.written[0] and fewer.mean_tokens == 6
+
+
+def test_stops_may_be_those_of_a_run(tmp_path):
+    file = tmp_path / "rollouts.jsonl"
+    rows = [{"tokens": 9, "kept_tokens": 4}, {"tokens": 30, "kept_tokens": 30}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = lengths.stopped(str(file), np.full(300, 40))
+    assert set(zip(*(x.tolist() for x in found))) == {(9, 4), (30, 30)}
+    with pytest.raises(UserError, match=r"--stops=gone.jsonl: there is no such file; give SHARE"):
+        lengths.stopped("gone.jsonl", np.full(4, 10))
+
+
+@pytest.mark.parametrize("spec", ["0.5", "0.5:0.3", "1.5:0.2:0.3", "0.5:0.4:0.3", "0.5:0:0.3", "a:b:c"])
+def test_wrong_stops_are_a_mistake(spec):
+    with pytest.raises(UserError, match=f"--stops={spec}: give SHARE:KEPT:WRITTEN"):
+        lengths.stopped(spec, np.full(4, 10))
 
 
 def test_every_sampler_of_a_run_is_compiled_and_the_students_pass_in_scoring_is_counted(models):
@@ -545,7 +584,7 @@ def test_a_device_computes_the_logits_of_its_own_rows_alone(models):
 def test_the_search_tries_meshes_and_micro_batches_until_one_is_too_large_and_ranks_them(models, monkeypatch):
     sampled = []
 
-    def sample(plan, chip, name, **how):
+    def sample(plan, chip, name, build, *, training):
         sampled.append(plan.mesh.shape["tensor"])
         return reports.ProgramReport(name, memory_seconds=plan.mesh.shape["tensor"] / 2)
 

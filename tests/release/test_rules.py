@@ -28,6 +28,9 @@ FIELDS = {
     "prune_opd": {"prune_drop": 0.25, "prune_base": 0.0},
     "ta_opd": {"ta_share": 0.3},
     "fopd": {"fopd_start": 5, "fopd_end": 40, "fopd_steps": 8},
+    "esr": {"esr_tokens": 7},
+    "popd": {"popd_start": 0.2, "popd_steps": 8},
+    "kat": {"kat_kl": 0.35, "kat_sentences": 2},
 }
 
 
@@ -134,6 +137,46 @@ def test_fopds_prefix_grows_linearly_with_the_step_and_then_stays():
     assert kept == [2, 4, 6, 8, 10, 10, 10]
 
 
+def test_esr_keeps_a_number_of_tokens():
+    out = run("esr", {"mask_BT": lengths(5, 2, 0, 12)}, esr_tokens=3)["none"]
+    np.testing.assert_array_equal(out.weight_BT, lengths(3, 2, 0, 3))
+    assert out.accepted_B.tolist() == [True, False, False, True]
+
+
+def test_popds_horizon_grows_from_a_share_of_the_limit_to_all_of_it():
+    batch = {"mask_BT": lengths(48, 10, width=T)}
+    kept = [
+        run("popd", batch, step, popd_start=0.25, popd_steps=4)["none"].kept_B.tolist()
+        for step in (0, 1, 2, 3, 9)
+    ]
+    assert kept == [[12, 10], [24, 10], [36, 10], [48, 10], [48, 10]]
+
+
+def test_kat_ends_where_the_models_agree_for_some_sentences_in_a_row():
+    same, other = [0.5, 0.3, 0.1, 0.06], [0.1, 0.8, 0.05, 0.04]  # KL of 0 and of 0.66 nats
+    low, high = [same, same], [other, other]
+    mixed = [same, other]  # a mean of 0.33
+    rows = [
+        high + low + high + low + low + high,  # one low sentence is not enough
+        low + low + high + high + high + high,
+        high + mixed + low + high + low + mixed,
+        high * 6,
+    ]
+    batch = {
+        "mask_BT": lengths(12, 12, 12, 12),
+        "segment_BT": [np.repeat(np.arange(6), 2)] * 4,
+        "student_topk_logp_BTK": np.log([[same] * 12] * 4),
+        "teacher_topk_logp_BTK": np.log(rows),
+    }
+    out = run("kat", batch, kat_kl=0.1, kat_sentences=2)["none"]
+    np.testing.assert_array_equal(out.weight_BT, lengths(6, 0, 12, 12))
+    assert out.cut_B.tolist() == [3, 0, 6, 6] and out.accepted_B.tolist() == [True, True, False, False]
+    out = run("kat", batch, kat_kl=0.4, kat_sentences=2)["none"]
+    np.testing.assert_array_equal(out.weight_BT, lengths(6, 0, 2, 12))
+    out = run("kat", batch, kat_kl=0.1, kat_sentences=1)["none"]
+    np.testing.assert_array_equal(out.weight_BT, lengths(2, 0, 4, 12))
+
+
 # Five sentences of two tokens but for the third, with scores 2 2 1 1 1, and a row with no drop.
 SEGMENT = [0, 0, 1, 1, 2, 3, 3, 4, 4]
 MARGIN = [HIGH - 1, HIGH + 1, HIGH, HIGH, LOW, LOW + 0.5, LOW - 0.5, LOW, LOW]
@@ -237,6 +280,12 @@ def reference_drop(score_of, batch, row, min_segments=4):
     return len(labels), labels
 
 
+def whole(logp_NK):
+    """Probabilities of the candidates and of the rest."""
+    p_NK = np.exp(logp_NK.astype(np.float64))
+    return np.append(p_NK, 1 - p_NK.sum(axis=-1, keepdims=True), axis=-1)
+
+
 def reference_weights(rule, batch, row, step):
     """float64 weights of one response's tokens, before the rescale."""
     mask_T = batch["mask_BT"][row]
@@ -258,6 +307,22 @@ def reference_weights(rule, batch, row, step):
     elif rule == "fopd":
         grown = c.fopd_start + (c.fopd_end - c.fopd_start) * min(step / (c.fopd_steps - 1), 1)
         weight_T[on[: round(grown)]] = 1
+    elif rule == "esr":
+        weight_T[on[: c.esr_tokens]] = 1
+    elif rule == "popd":
+        share = c.popd_start + (1 - c.popd_start) * min(step / (c.popd_steps - 1), 1)
+        weight_T[on[: max(round(share * T), 1)]] = 1
+    elif rule == "kat":
+        p_2NK = (whole(batch[f"{model}_topk_logp_BTK"][row, on]) for model in ("student", "teacher"))
+        kl_T = np.zeros(T)
+        kl_T[on] = special.rel_entr(*p_2NK).sum(axis=-1)
+        labels = np.unique(batch["segment_BT"][row][mask_T])
+        here = [mask_T & (batch["segment_BT"][row] == label) for label in labels]
+        low = [kl_T[at].mean() < c.kat_kl for at in here]
+        m = c.kat_sentences
+        runs = [i for i in range(len(low) - m + 1) if all(low[i : i + m])]
+        for at in here[: runs[0] if runs else len(here)]:
+            weight_T[at] = 1
     elif rule == "iw_opd":
         size = np.abs(batch["advantage_BT"][row, on].astype(np.float64))
         weight_T[on] = 1 + c.iw_gamma * (1 - (np.cumsum(size) - size) / size.sum())
@@ -291,6 +356,42 @@ def test_weights_equal_numpys_on_whole_batches(rule):
             assert out.cut_B[row] == len(labels)
         released += (want_BT[batch["mask_BT"]] == 0).sum()
     assert (released > 0) == (rule not in ("none", "iw_opd"))
+
+
+# ---- While a response is written.
+
+
+@pytest.mark.parametrize("rule", sorted(rules.CERTAIN))
+def test_a_release_is_certain_only_if_what_follows_does_not_change_it(rule):
+    """Where the rule decides at once; where a change point does, if the evidence suffices."""
+    fields = {"stop_gain": 1.0, "stop_after": 2}
+    read = jax.jit(lambda *a: rel.certain(Scores(**a[0]), *a[1:3], config(rule, **fields), step=a[3]))
+    found = 0
+    for seed in range(4):
+        batch = random_batch(seed)
+        names = Scores.__dataclass_fields__
+        scores = {n: batch.get(n, np.zeros((B, T, K) if n.endswith("K") else (B, T))) for n in names}
+        want = run(rule, batch, step=seed)["none"]
+        for t in range(4, T + 1, 4):
+            shown_BT = batch["mask_BT"] & (np.arange(T) < t)
+            certain_B, kept_B = read(scores, batch["segment_BT"], shown_BT, np.int32(seed))
+            ended_BT = np.asarray(rel.ended(batch["segment_BT"], shown_BT))
+            for b in np.flatnonzero(certain_B):
+                found += 1
+                if rules.CERTAIN[rule] is rules.at_once:
+                    assert kept_B[b] == want.kept_B[b]
+                    continue
+                only = {n: x[b : b + 1] for n, x in batch.items()} | {"mask_BT": ended_BT[b : b + 1]}
+                sofar = run(rule, only)["none"]
+                assert sofar.accepted_B[0] and sofar.gain_B[0] > 1 and kept_B[b] == sofar.kept_B[0]
+                assert sofar.segments_B[0] - sofar.cut_B[0] >= 2
+    assert found > 5
+
+
+def test_the_last_sentence_may_go_on():
+    batch = {"mask_BT": lengths(5, 2, 0), "segment_BT": [[0, 0, 1, 1, 2, 2] + [3] * 6] * 3}
+    ended_BT = rel.ended(np.array(batch["segment_BT"]), batch["mask_BT"])
+    np.testing.assert_array_equal(ended_BT, lengths(4, 0, 0))
 
 
 # ---- The rules that draw.
@@ -395,7 +496,7 @@ def test_supervision_stays_in_the_response_and_a_rescale_restores_its_mass(rule,
         np.testing.assert_array_equal(released.kept_B, plain.mask_BT.sum(axis=1))
         assert (released.cut_B <= released.segments_B).all()
     some_B = plain.kept_B > 0
-    assert rule == "suffix" or (some_B == (length_B > 0)).all()
+    assert rule in ("suffix", "kat") or (some_B == (length_B > 0)).all()
     np.testing.assert_allclose(
         out["sequence"].weight_BT.sum(axis=1), np.where(some_B, length_B, 0), rtol=1e-5
     )

@@ -80,6 +80,16 @@ def test_a_finished_share_that_sinks_in_training_is_an_alarm_without_evaluations
     assert alarm[0] == "finished_share" and WINDOW < alarm[1] <= 2 * WINDOW
 
 
+def test_rollouts_that_were_stopped_are_not_missing_ends():
+    """A tenth of the rest still ends too seldom; where nothing is written to its end, nothing is known."""
+    half = [train(step, finished_share=0.6 if step <= WINDOW else 0.3, **LOST) for step in range(1, 40)]
+    stopping = [line | {"stopped_share": 0.0 if line["step"] <= WINDOW else 0.5} for line in half]
+    assert raised(stopping) == []
+    fewer = [line | {"finished_share": 0.05} if line["step"] > WINDOW else line for line in stopping]
+    assert [name for name, _ in raised(fewer)] == ["finished_share"]
+    assert raised([train(step, finished_share=0.0, stopped_share=1.0) for step in range(1, 40)]) == []
+
+
 def test_responses_that_loop_are_an_alarm_at_the_start_too():
     assert raised([evaluation(0, 0.6, repeated_share=0.3)]) == [("repeated_share", 0)]
     looping = [train(step, repeated_share=0.25) for step in range(1, 20)]

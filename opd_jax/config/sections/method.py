@@ -6,7 +6,7 @@ FIELDS = {
     "release.rule": Field(
         "paper",
         """Which positions are supervised, and how much. docs/rules.md has the formulas and sources, and says
-        how to add a rule. No rule shortens sampling: all of them score the whole response.
+        how to add a rule. None shortens sampling by itself; see `release.stop`.
 
         - `none`: all positions.
         - `paper`: up to the drop of the teacher's margin.
@@ -15,6 +15,9 @@ FIELDS = {
         - `shuffled`: `paper`'s release points, permuted between the rollouts of the batch.
         - `random`: a random cut that keeps as many tokens of the batch as `paper`, in expectation.
         - `prefix`: a fixed length or share.
+        - `esr`: a fixed length of 100 tokens.
+        - `popd`: a share of the limit that grows with the step to all of it.
+        - `kat`: up to where the two models agree for some sentences in a row.
         - `fopd`: a length that grows with the step.
         - `iw_opd`: all, weighted by how little the student has drifted.
         - `prune_opd`: all, with less weight after each token at which the two models' candidates differ.
@@ -32,6 +35,42 @@ FIELDS = {
         """How the loss mass that the weights take away or add is restored: `sequence` for each response,
         `batch` for the whole batch, `none` not at all.""",
         allowed=listed_in("opd_jax.release", "RESCALES"),
+    ),
+    "release.stop": Field(
+        "never",
+        """Whether responses that are trained on end before their end (docs/stopping.md). Evaluations always
+        write whole responses.
+
+        - `never`: no.
+        - `rule`: where `release.rule` is certain. The teacher reads along and scores each block.
+        - `length:N`: after N tokens.
+        - `grow:A:B:STEPS`: after a number of tokens that grows from A to B over so many steps.
+        - `random:A:B`: after a number of tokens that is drawn for each row between A and B, as a control.""",
+    ),
+    "release.stop_block": Field(
+        64,
+        """Tokens that are written before the teacher reads them and the rule looks, with
+        `release.stop=rule`. A row ends at most so many tokens late.""",
+        least=2,
+    ),
+    "release.stop_gain": Field(
+        4.0, "Nats of BIC gain above which a drop is certain, with `release.stop=rule`.", least=0
+    ),
+    "release.stop_after": Field(
+        8, "Sentences after the cut without which a drop is not certain, with `release.stop=rule`.", least=1
+    ),
+    "release.stop_cache_dtype": Field(
+        "auto",
+        """Dtype of the keys and values of the teacher that reads along. `auto` is its compute dtype. `int8`
+        takes about half of the memory of bfloat16, and its scores are then those of the rounded model.""",
+        allowed=("auto", "int8"),
+    ),
+    "release.stop_audit": Field(
+        0.05,
+        """Share of rollouts, drawn at random, that are written to their ends whatever `release.stop` says.
+        They tell how often it agrees with the rule on whole responses, and teach how responses end.""",
+        least=0,
+        most=1,
     ),
     "objective.name": Field(
         "policy_gradient",
