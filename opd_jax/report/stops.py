@@ -90,7 +90,7 @@ def _bars(run: Run) -> str:
     return html.panel(
         f"Rollouts of step {last}",
         figures.stops(records, length) if records else None,
-        "A rollout a bar, the shortest kept part first. A dashed end stands for what a stopped one did not"
+        "A rollout a bar, the shortest kept part first. A dotted end stands for what a stopped one did not"
         " write, up to the mean length of the audited ones.",
         "No rollouts were recorded.",
     )
