@@ -342,8 +342,7 @@ def test_samples_of_one_prompt_are_what_the_prompt_given_as_often_writes():
     tokens_BP, mask_BP = (np.repeat(x, 3, axis=0) for x in prompts())
     want = sample_jit(MODEL, params(), tokens_BP, mask_BP, jax.random.key(0), PLAIN)
     got = sampled(dataclasses.replace(PLAIN, samples=3))
-    for name, value in dataclasses.asdict(want).items():
-        np.testing.assert_allclose(getattr(got, name), value, atol=1e-5, err_msg=name)
+    the_same(got, want)
     responses = got.response_BT.reshape(B, 3, T)
     assert all((row_3T[0] != row_3T[1]).any() for row_3T in responses)
 
