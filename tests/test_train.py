@@ -5,7 +5,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
@@ -180,15 +179,7 @@ def test_a_platform_that_is_not_there_is_one_line(models, tmp_path, platform):
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_run_told_to_stop_saves_at_once_and_ends_as_if_nothing_had_happened(finished, job, tmp_path, step):
     """Step 4 is to be evaluated, which waits until the run goes on."""
-    calls = itertools.count(1)
-
-    def train_step(*arguments):
-        if next(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return job.train_step(*arguments)
-
-    told = dataclasses.replace(job)
-    told.__dict__["train_step"] = train_step
+    told = tiny.told_to_stop(job, step)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         train(told, tmp_path)

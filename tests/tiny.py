@@ -1,10 +1,13 @@
 """A pair of models small enough for any test, with a real tokenizer: one token a byte."""
 
 import contextlib
+import dataclasses
 import functools
 import io
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +130,20 @@ def config(folder, **overrides):
     }
     c.update_from_flattened_dict(values | overrides)
     return c
+
+
+def told_to_stop(job, step: int):
+    """The job, in which SIGTERM arrives as training step number `step` begins, from 1."""
+    calls = itertools.count(1)
+
+    def train_step(*arguments):
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return job.train_step(*arguments)
+
+    told = dataclasses.replace(job)
+    told.__dict__["train_step"] = train_step
+    return told
 
 
 def entry(module, *arguments, start=subprocess.run, env=None, command=(sys.executable, "-m"), **options):

@@ -1,11 +1,7 @@
 """Rollouts that stop: the teacher reads along, its scores are scoring's, and only certain rows end."""
 
-import dataclasses
 import functools
-import itertools
 import json
-import os
-import signal
 from types import SimpleNamespace
 
 import jax
@@ -170,15 +166,7 @@ def test_a_run_that_stops_rows_goes_on_after_an_interruption_to_the_last_bit(mod
     """With an int8 cache, the step has the student read what it wrote, and leaves the teacher's scores."""
     job = prepare(tiny.config(models, **EAGER, **{"rollout.cache_dtype": cache_dtype, "train.steps": 4}))
     whole = train(job, tmp_path / "whole")
-    calls = itertools.count(1)
-
-    def train_step(*arguments):
-        if next(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return job.train_step(*arguments)
-
-    told = dataclasses.replace(job)
-    told.__dict__["train_step"] = train_step
+    told = tiny.told_to_stop(job, 2)
     with pytest.raises(SystemExit):
         train(told, tmp_path / "cut")
     jax.tree.map(np.testing.assert_array_equal, train(job, tmp_path / "cut"), whole)

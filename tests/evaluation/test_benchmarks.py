@@ -1,10 +1,7 @@
 """Benchmarks: problems from files and generators, answers counted, and the entry points."""
 
 import dataclasses
-import itertools
 import json
-import os
-import signal
 import types
 
 import jax
@@ -212,15 +209,7 @@ def benchmark_steps(workdir):
 
 
 def test_benchmarks_that_a_stop_left_no_time_for_are_made_up_once(finished, job, tmp_path):
-    calls = itertools.count(1)
-
-    def train_step(*arguments):
-        if next(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return job.train_step(*arguments)
-
-    told = dataclasses.replace(job)
-    told.__dict__["train_step"] = train_step
+    told = tiny.told_to_stop(job, 2)
     with pytest.raises(distributed.Preempted):
         train(told, tmp_path)
     assert benchmark_steps(tmp_path) == [0]
